@@ -1,0 +1,272 @@
+"""One prompt group → token ids, image tensors and positions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import PIL.Image
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from unidpo.errors import Finding, ModelError, UserError
+from unidpo.images import cap_pixels, image_size, open_image
+from unidpo.pairs import Message, PromptGroup, Response
+
+PositionIds: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Int[Tensor, "axes tokens"]]
+"""(input_ids (tokens,), mm_token_type_ids (tokens,), image tensors) → position ids of the prompt."""
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""ChatML with Qwen's vision marks and default system prompt: the template the reference trains Qwen2-VL on."""
+TEMPLATES: Mapping[str, str] = {"chatml": CHATML}
+
+# Stands for a response where only the text that closes it is wanted; plain letters survive every template.
+_PLACEHOLDER = "UNIDPORESPONSE"
+
+
+class PromptTooLong(UserError):
+    """A prompt that leaves no room for a response within the length limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedGroup:
+    """A prompt and its responses as the model takes them.
+
+    Attributes:
+        prompt_ids: every image stands as its run of image tokens.
+        position_ids: of the prompt; 3 axes (time, height, width) for M-RoPE models, else 1. Every response goes on
+            at `next_position`, in each axis.
+        response_ids: each with what closes a turn in the chat template; cut on the right at the length limit.
+        cut_tokens: how many tokens each response lost to the limit.
+        mm_token_type_ids: 1 at image tokens, else 0.
+        vision: the image processor's tensors for all images of the prompt in order; empty for a text prompt.
+    """
+
+    prompt_ids: Int[Tensor, " prompt"]
+    position_ids: Int[Tensor, "axes prompt"]
+    mm_token_type_ids: Int[Tensor, " prompt"]
+    response_ids: tuple[Int[Tensor, " _"], ...]
+    cut_tokens: tuple[int, ...]
+    vision: Mapping[str, Tensor]
+
+    @property
+    def next_position(self) -> int:
+        return int(self.position_ids.max()) + 1
+
+
+class Encoder:
+    """Chat template and processor behind one call.
+
+    Prompt and responses are tokenised apart and concatenated, as the reference does, so that a response has the same
+    tokens whatever precedes it. Images above `max_pixels` (or under 32·32) are resized before the model's own
+    processor sees them, as the reference does. Where we differ: the reference shares the limit between prompt and the
+    longer response and may cut image tokens; here a prompt is never cut.
+
+    Args:
+        processor: a processor for a vision-language model, a tokenizer for a text model.
+        position_ids: the model's positions of a prompt, see `prompt_positions`.
+        template: `None` for the model's own chat template, a name in `TEMPLATES`, or a Jinja file.
+        max_length: limit in tokens on prompt plus response, image tokens included.
+        max_pixels: limit on width times height of an image.
+
+    Raises:
+        ModelError: there is no chat template, or it renders messages to nothing.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        position_ids: PositionIds,
+        *,
+        template: str | None = None,
+        max_length: int = 4096,
+        max_pixels: int = 768 * 768,
+    ) -> None:
+        self.processor = processor
+        self.tokenizer: PreTrainedTokenizerBase = (
+            processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
+        )
+        self.sees_images = not isinstance(processor, PreTrainedTokenizerBase)
+        self.max_length = max_length
+        self.max_pixels = max_pixels
+        self._position_ids = position_ids
+        self._template = _template_text(template, processor)
+        self._image_tokens: dict[tuple[tuple[int, int], ...], int] = {}
+        self._turn_end = self._find_turn_end()
+
+    def encode(self, group: PromptGroup, responses: Sequence[int] | None = None) -> EncodedGroup:
+        """Everything the model needs of a group, or of its prompt and some of its responses.
+
+        Raises:
+            PromptTooLong: the prompt alone reaches `max_length`.
+            ImageError: an image cannot be read.
+            ModelError: the group has images and the model takes none, or the template leaves a prompt empty.
+        """
+        images = [self._prepare(open_image(source)) for source in group.images]
+        prompt_ids, types, vision = self._tokenize(self.prompt_text(group.messages), images)
+        room = self.max_length - len(prompt_ids)
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt_ids)} tokens and leaves no room for a response within "
+                f"data.max_length={self.max_length}"
+            )
+        wanted = range(len(group.responses)) if responses is None else responses
+        ids = [self.response_ids(group.responses[i]) for i in wanted]
+        return EncodedGroup(
+            prompt_ids=prompt_ids,
+            position_ids=self._position_ids(prompt_ids, types, vision),
+            mm_token_type_ids=types,
+            response_ids=tuple(torch.tensor(each[:room]) for each in ids),
+            cut_tokens=tuple(max(0, len(each) - room) for each in ids),
+            vision=vision,
+        )
+
+    def prompt_text(self, messages: Sequence[Message]) -> str:
+        """The prompt as the chat template renders it, up to where the assistant begins to speak."""
+        text = self._render(messages, add_generation_prompt=True)
+        if not text.strip():
+            raise ModelError(
+                "the chat template renders this prompt to nothing; set data.template=chatml (or a Jinja file), "
+                "or use the Instruct version of the model"
+            )
+        return text
+
+    def response_ids(self, response: Response) -> list[int]:
+        """The response's tokens and those that close the turn."""
+        ids: list[int] = self.tokenizer(response.text + self._turn_end, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def prompt_tokens(self, group: PromptGroup) -> int:
+        """Length of the prompt in tokens. Reads only the headers of images. Raises `ImageError`."""
+        text_ids = self.tokenizer(self.prompt_text(group.messages), add_special_tokens=False)["input_ids"]
+        if not group.images:
+            return len(text_ids)
+        sizes = tuple(image_size(source) for source in group.images)
+        if sizes not in self._image_tokens:
+            blanks = [self._prepare(PIL.Image.new("RGB", size)) for size in sizes]
+            prompt_ids, _, _ = self._tokenize(self.prompt_text(group.messages), blanks)
+            self._image_tokens[sizes] = len(prompt_ids) - len(text_ids)
+        return len(text_ids) + self._image_tokens[sizes]
+
+    def length_findings(self, group: PromptGroup) -> list[Finding]:
+        """What `data.max_length` does to a group: a prompt that is skipped, or responses that are cut; all warnings."""
+        row, prompt = group.pairs[0].row, self.prompt_tokens(group)
+        if prompt >= self.max_length:
+            message = f"the prompt alone has {prompt} tokens, data.max_length is {self.max_length}; it is skipped"
+            return [Finding("prompt-too-long", message, row=row, severity="warning")]
+        lengths = [prompt + len(self.response_ids(response)) for response in group.responses]
+        return [
+            Finding(
+                "response-cut",
+                f"prompt and response have {length} tokens; the response loses its last {length - self.max_length}",
+                row=row,
+                severity="warning",
+            )
+            for length in lengths
+            if length > self.max_length
+        ]
+
+    def fingerprint(self) -> str:
+        """Equal where two encoders turn every group into the same tensors."""
+        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
+        described = {
+            "tokenizer": tokenizer.to_str() if tokenizer is not None else repr(self.tokenizer),
+            "images": self.processor.image_processor.to_dict() if self.sees_images else None,
+            "processor": type(self.processor).__name__,
+            "template": self._template,
+            "turn_end": self._turn_end,
+            "max_length": self.max_length,
+            "max_pixels": self.max_pixels,
+        }
+        text = json.dumps(described, sort_keys=True, default=str)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def _prepare(self, image: PIL.Image.Image) -> PIL.Image.Image:
+        return cap_pixels(image, self.max_pixels)
+
+    def _tokenize(self, text: str, images: Sequence[PIL.Image.Image]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Ids (tokens,), token types (tokens,) and image tensors of a rendered prompt."""
+        if not images:
+            ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            return ids, torch.zeros_like(ids), {}
+        if not self.sees_images:
+            raise ModelError("the data has images and this model takes none; use a vision-language model")
+        encoded = dict(
+            self.processor(
+                text=[text], images=list(images), return_tensors="pt", text_kwargs={"add_special_tokens": False}
+            )
+        )
+        ids = encoded.pop("input_ids")[0]
+        encoded.pop("attention_mask", None)
+        types = encoded.pop("mm_token_type_ids", None)
+        types = (ids == self.processor.image_token_id).long()[None] if types is None else types
+        return ids, types[0], encoded
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        conversation = [{"role": m.role, "content": self._content(m)} for m in messages]
+        text: str = self.processor.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self._template
+        )
+        return text
+
+    def _content(self, message: Message) -> str | list[dict[str, Any]]:
+        # Text models' templates expect a string, those of vision-language models take parts.
+        if not self.sees_images:
+            return message.text
+        return [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.content]
+
+    def _find_turn_end(self) -> str:
+        """What the template writes after an assistant's answer; the end-of-text token where it writes nothing."""
+        turns = [Message("user", ("?",)), Message("assistant", (_PLACEHOLDER,))]
+        _, found, end = self._render(turns, add_generation_prompt=False).rpartition(_PLACEHOLDER)
+        return end if found and end.strip() else str(self.tokenizer.eos_token or "")
+
+
+def prompt_positions(model: PreTrainedModel) -> PositionIds:
+    """How a model numbers the tokens of a prompt: its own M-RoPE index where it has one, else 0, 1, 2, ...
+
+    Only the model's configuration is read, so a model on the `meta` device will do.
+    """
+    rope_index = getattr(model.base_model, "get_rope_index", None)
+    if rope_index is None:
+        return lambda ids, types, vision: torch.arange(len(ids))[None]
+
+    def positions(ids: Tensor, types: Tensor, vision: Mapping[str, Tensor]) -> Int[Tensor, "axes tokens"]:
+        if not vision:
+            return torch.arange(len(ids)).expand(3, -1)
+        grids = {name: tensor for name, tensor in vision.items() if name.endswith("_grid_thw")}
+        found, _ = rope_index(ids[None], mm_token_type_ids=types[None], **grids)
+        return torch.as_tensor(found)[:, 0]
+
+    return positions
+
+
+def _template_text(template: str | None, processor: ProcessorMixin | PreTrainedTokenizerBase) -> str:
+    if template is None:
+        own: str | dict[str, str] | None = processor.chat_template
+        if own is None and not isinstance(processor, PreTrainedTokenizerBase):
+            own = processor.tokenizer.chat_template
+        if own is None:
+            raise ModelError("this model has no chat template; set data.template=chatml or to a Jinja file")
+        return own if isinstance(own, str) else own["default"]
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    try:
+        return Path(template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(TEMPLATES)
+        raise UserError(f"data.template={template}: neither a known name ({names}) nor a readable file: {error}") from error

@@ -1,0 +1,92 @@
+"""What can be wrong with something a user gave us, and how it is said.
+
+Every message names what is wrong, where (file, row, key) and what to do. Rows count from 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+E = TypeVar("E", bound="UserError")
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing noticed in an input.
+
+    Attributes:
+        kind: a short stable name, e.g. ``missing-image``; findings are grouped and counted by it.
+        message: what is wrong and what to do, one sentence, no location.
+        file: the file it stands in.
+        row: row within the file, counted from 1; ``None`` if the whole file is meant.
+        key: the column or recipe key, dotted where nested.
+        severity: ``error`` means the row (or file) cannot be used, ``warning`` that it can.
+    """
+
+    kind: str
+    message: str
+    file: str | Path | None = None
+    row: int | None = None
+    key: str | None = None
+    severity: Severity = "error"
+
+    def __str__(self) -> str:
+        where = [str(self.file)] if self.file is not None else []
+        if self.row is not None:
+            where.append(f"row {self.row}")
+        if self.key is not None:
+            where.append(f"`{self.key}`")
+        return f"{', '.join(where)}: {self.message}" if where else self.message
+
+
+class UserError(Exception):
+    """An input that cannot be used. The command line prints it without a traceback and exits with 2."""
+
+    def __init__(self, message: str, *, findings: Sequence[Finding] = ()) -> None:
+        super().__init__(message)
+        self.findings = tuple(findings)
+
+
+class DataError(UserError):
+    """A data file, or rows of it, cannot be used."""
+
+
+class ImageError(UserError):
+    """An image cannot be found, opened or decoded."""
+
+
+class RecipeError(UserError):
+    """A recipe, or an override of one, cannot be used."""
+
+
+class ModelError(UserError):
+    """A model folder or hub id cannot be used for what was asked."""
+
+
+class RunError(UserError):
+    """A run folder is not in the state the command needs."""
+
+
+def from_findings(error: type[E], title: str, findings: Sequence[Finding], *, most: int = 20) -> E:
+    """Build one error out of many findings: all of them are kept, the first ``most`` are printed."""
+    lines = [title, *(f"  {finding}" for finding in findings[:most])]
+    if len(findings) > most:
+        lines.append(f"  ... and {len(findings) - most} more")
+    return error("\n".join(lines), findings=findings)
+
+
+def shown(value: object, *, most: int = 120) -> str:
+    """A value of the user's as it may stand in a message: quoted, on one line, printable, at most ``most`` long."""
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A closing hint such as ``; did you mean `beta`?``, or an empty string where nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else ""

@@ -1,0 +1,421 @@
+"""`PreferenceTrainer`: transformers' `Trainer` over packs. Wiring only; the mathematics is in `losses`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from unidpo.attention import PACK_ATTENTION, PackAttentionError, set_text_attention
+from unidpo.batches import Batch, PlannedBatches, StepLoader, StepSampler
+from unidpo.encode import EncodedGroup, Encoder, prompt_positions
+from unidpo.errors import DataError, Finding, ModelError, from_findings
+from unidpo.logps import response_logps
+from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
+from unidpo.models import Part, Processor, freeze, keep_trainable_in_float32, load_policy, load_processor
+from unidpo.packs import Layout, pack, pad, to_device
+from unidpo.pairs import PromptGroup
+from unidpo.reference import LogpStore, ReferencePass, default_cache, lookup, response_keys, store_folder
+
+_LOG = logging.getLogger(__name__)
+Attention = Literal["auto", "sdpa", "padded"]
+# Largest difference between the two paths, in nats per token, that rounding explains; the arithmetic's own type decides.
+_PATH_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+class PreferenceTrainer(Trainer):
+    """Train a policy on pairs of responses.
+
+    The global batch is `per_device_train_batch_size * gradient_accumulation_steps` **pairs** and the loss is the mean
+    over them, however they fall into forward passes: transformers' loop sees one batch per optimizer step, and
+    `training_step` runs its passes. Everything else (optimizer, schedule, checkpoints, callbacks) is `Trainer`'s.
+
+    Args:
+        model: a loaded model, or a folder or hub id.
+        loss: from `unidpo.losses`, or any other `PreferenceLoss`.
+        args: `bf16`/`fp16` switch autocast on; weights that learn are then kept in float32.
+        train_dataset: prompt groups, see `load_pairs`.
+        processing_class: the model's processor or tokenizer; loaded from the model's name where `None`.
+        peft_config: train an adapter instead of the model.
+        reference: `"stored"` (before the first step the policy is the reference: its log-probabilities are computed
+            once, kept on disk, and found there by the next run), `"live"` (a frozen copy runs along), or another model
+            by folder or hub id (its log-probabilities are stored).
+        frozen: parts of the model that do not learn.
+        template, max_length, max_pixels: see `Encoder`.
+        attention: `"auto"` packs prompts unless a check before the first step finds that the model's own forward pass
+            disagrees; `"sdpa"` insists on packs; `"padded"` never packs.
+        shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
+        cache: folder of stored reference log-probabilities, `default_cache()` where `None`.
+        on_pairs: called once per optimizer step with the step's pairs, columnwise (see `_pair_columns`).
+        on_reference_progress: called with responses done and responses to do.
+
+    Raises:
+        DataError: the loss needs scores and some are missing; no prompt fits `max_length`.
+        ModelError: the model cannot be used for this.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path,
+        *,
+        loss: PreferenceLoss,
+        args: TrainingArguments,
+        train_dataset: Sequence[PromptGroup],
+        processing_class: Processor | None = None,
+        peft_config: Any = None,
+        reference: str = "stored",
+        frozen: Iterable[Part] = ("vision", "projector"),
+        template: str | None = None,
+        max_length: int = 4096,
+        max_pixels: int = 768 * 768,
+        attention: Attention = "auto",
+        shuffle: bool = True,
+        cache: Path | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        on_pairs: Callable[[Mapping[str, Sequence[Any]]], None] | None = None,
+        on_reference_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if loss.needs_scores:
+            _require_scores(train_dataset, loss)
+        if args.world_size > 1:
+            raise ModelError("training on several processes is not supported yet; start one process")
+        name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
+        if not isinstance(model, PreTrainedModel):
+            model = load_policy(model)
+        processing_class = processing_class or load_processor(name)
+        encoder = Encoder(
+            processing_class, prompt_positions(model), template=template, max_length=max_length, max_pixels=max_pixels
+        )
+        groups = fit_to_length(train_dataset, encoder)
+        model = _learnable(model, frozen, peft_config, mixed_precision=args.bf16 or args.fp16)
+
+        # transformers' loop accumulates over batches of its loader; here one batch is a whole optimizer step.
+        args = copy.copy(args)
+        self._pairs_per_pack = args.per_device_train_batch_size
+        self._pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        args.gradient_accumulation_steps = 1
+        args.remove_unused_columns = False
+
+        self.loss = loss
+        self.encoder = encoder
+        self.reference = reference
+        self.layout: Layout = pack
+        self._groups = groups
+        self._attention: Attention = attention
+        self._shuffle = shuffle
+        self._cache = cache or default_cache()
+        self._on_pairs = on_pairs
+        self._on_reference_progress = on_reference_progress or (lambda done, total: None)
+        self._ref_logps: Sequence[Tensor] | None = None
+        self._live_reference: PreTrainedModel | None = None
+        # Until an update has changed the weights, the policy is its own reference: see docs/decisions.
+        self._policy_is_reference = reference in ("stored", "live")
+        self._sums: dict[str, float] = defaultdict(float)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=groups,  # type: ignore[arg-type]
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self._own_attention: str = self._plain_model.config.get_text_config()._attn_implementation
+        self.model_accepts_loss_kwargs = False
+
+    # --- before the first step -------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Check the paths against each other, see to the reference, then train as `Trainer.train` does.
+
+        The model is left with the attention it came with.
+        """
+        self._choose_layout()
+        try:
+            if self.loss.needs_reference:
+                self._prepare_reference()
+            if resume_from_checkpoint:
+                self._policy_is_reference = False
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            set_text_attention(self._plain_model, self._own_attention)
+
+    @property
+    def _plain_model(self) -> PreTrainedModel:
+        """The policy without adapter wrapper; its layers still hold the adapter."""
+        model = self.model
+        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+    def _choose_layout(self) -> None:
+        """Run both paths on one small group and keep packs if they agree."""
+        padded = functools.partial(pad, pad_token_id=self.encoder.tokenizer.pad_token_id or 0)
+        if self._attention == "padded":
+            self.layout = padded
+            return
+        group = self.encoder.encode(min(self._groups, key=_size_of_check))
+        try:
+            difference = self._path_difference(group, padded)
+            tolerance = _PATH_TOLERANCE[self._arithmetic]
+            problem = (
+                None if difference <= tolerance else f"log-probabilities differ by {difference:.2g} nats per token"
+            )
+        except Exception as error:
+            # Whatever a foreign model does not understand about packs, the padded path is the answer.
+            problem = str(error) or type(error).__name__
+            _LOG.debug("packs failed", exc_info=True)
+        if problem is None:
+            self.layout = pack
+            return
+        if self._attention != "auto":
+            raise ModelError(
+                f"model.attention={self._attention}: packs do not work with this model ({problem}); "
+                "set model.attention=padded"
+            )
+        _LOG.warning("packs do not work with this model (%s); using the slower padded path", problem)
+        set_text_attention(self._plain_model, self._own_attention)
+        self.layout = padded
+
+    def _path_difference(self, group: EncodedGroup, padded: Layout) -> float:
+        """Largest difference between the two paths over a group's responses, in nats per token."""
+        config = self._plain_model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise PackAttentionError(f"its attention layers are {', '.join(sorted(kinds))}")
+        was_training = self.model.training
+        self.model.eval()
+        means = []
+        for layout, attention in ((padded, self._own_attention), (pack, PACK_ATTENTION)):
+            set_text_attention(self._plain_model, attention)
+            batch = to_device(layout([group]), self.args.device)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                means.append(response_logps(self._plain_model, batch) / batch.response_tokens)
+        self.model.train(was_training)
+        return float((means[0] - means[1]).abs().max())
+
+    @property
+    def _arithmetic(self) -> torch.dtype:
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else self._plain_model.dtype
+
+    def _prepare_reference(self) -> None:
+        if self.reference == "live":
+            if isinstance(self.model, PreTrainedModel):
+                self._live_reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+            return
+        model = self._plain_model
+        if self.reference != "stored":
+            model = load_policy(self.reference, dtype=self._plain_model.dtype).to(self.args.device)
+            if self.layout is pack:
+                set_text_attention(model, PACK_ATTENTION)
+        arithmetic = str(self._arithmetic).removeprefix("torch.")
+        store = LogpStore(store_folder(self._cache, model, self.encoder, arithmetic=arithmetic))
+        keys = response_keys(self._groups)
+        counts = ReferencePass(
+            model=model,
+            encoder=self.encoder,
+            layout=self.layout,
+            store=store,
+            autocast=self.compute_loss_context_manager,
+            workers=self.args.dataloader_num_workers,
+            on_progress=self._on_reference_progress,
+        ).run(self._groups, keys)
+        _LOG.info("reference: %d responses found in %s, %d computed", counts.found, store.folder, counts.computed)
+        self._ref_logps = lookup(store, keys)
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[list[Batch]]:
+        """Optimizer steps; see `StepSampler`."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler = StepSampler(
+            [len(group.pairs) for group in self._groups],
+            pairs_per_step=self._pairs_per_step,
+            pairs_per_pack=self._pairs_per_pack,
+            shuffle=self._shuffle,
+            seed=seed,
+        )
+        batches = PlannedBatches(self._groups, self.encoder, self.layout, self._ref_logps)
+        return StepLoader(batches, sampler, workers=self.args.dataloader_num_workers)
+
+    def training_step(self, model: torch.nn.Module, inputs: Sequence[Batch], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one optimizer step; returns its loss, the mean over the step's pairs."""
+        model.train()
+        total = torch.zeros((), device=self.args.device)
+        columns: dict[str, list[Any]] = defaultdict(list)
+        for batch in inputs:
+            batch = to_device(batch, self.args.device)
+            with self.compute_loss_context_manager():
+                pairs, terms = self.evaluate_pairs(batch)
+                loss = terms.loss.sum() / batch.step_pairs
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            for name, values in _pair_columns(batch, pairs, terms).items():
+                columns[name] += values
+        self._count(columns)
+        if self._on_pairs is not None:
+            length = len(columns["row"])
+            self._on_pairs({"step": [self.state.global_step + 1] * length} | columns)
+        # A warm-up's first update may be made with learning rate 0 and change nothing.
+        if any(group["lr"] > 0 for group in self.optimizer.param_groups):
+            self._policy_is_reference = False
+        return total
+
+    def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
+        """Log-probabilities and loss terms of a batch that lies on the model's device."""
+        pairs = batch.pairs
+        logps = response_logps(self._plain_model, batch.responses)
+        ref_logps = self._reference_logps(batch, logps) if self.loss.needs_reference else None
+        if self.loss.length_normalized:
+            logps = logps / batch.responses.response_tokens
+            ref_logps = None if ref_logps is None else ref_logps / batch.responses.response_tokens
+        seen = PairLogps(
+            chosen_logps=logps[pairs.chosen],
+            rejected_logps=logps[pairs.rejected],
+            ref_chosen_logps=None if ref_logps is None else ref_logps[pairs.chosen],
+            ref_rejected_logps=None if ref_logps is None else ref_logps[pairs.rejected],
+            chosen_scores=pairs.chosen_scores,
+            rejected_scores=pairs.rejected_scores,
+        )
+        return seen, self.loss(seen)
+
+    def _reference_logps(self, batch: Batch, policy_logps: Tensor) -> Tensor:
+        if self._policy_is_reference:
+            return policy_logps.detach()
+        if batch.ref_logps is not None:
+            return batch.ref_logps
+        with torch.no_grad():
+            if self._live_reference is not None:
+                return response_logps(self._live_reference, batch.responses)
+            self.model.eval()
+            with self.model.disable_adapter():
+                logps = response_logps(self._plain_model, batch.responses)
+            self.model.train()
+            return logps
+
+    # --- what is written down ----------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means over all pairs since the last record to what transformers logs."""
+        if "loss" in logs and self._sums:
+            pairs = self._sums.pop("pairs")
+            logs = logs | {name: total / pairs for name, total in self._sums.items()}
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def _count(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        scored = [name for name in _LOGGED if columns[_LOGGED[name]][0] is not None]
+        for name in scored:
+            self._sums[name] += sum(columns[_LOGGED[name]])
+        self._sums["rewards/margins"] += sum(columns["chosen_reward"]) - sum(columns["rejected_reward"])
+        self._sums["rewards/accuracies"] += sum(
+            chosen > rejected
+            for chosen, rejected in zip(columns["chosen_reward"], columns["rejected_reward"], strict=True)
+        )
+        self._sums["pairs"] += len(columns["row"])
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """transformers estimates this from padded token counts, which packs do not have."""
+        return 0
+
+
+_LOGGED: Mapping[str, str] = {
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "logps/chosen": "chosen_logps",
+    "logps/rejected": "rejected_logps",
+    "logps/ref_chosen": "ref_chosen_logps",
+    "logps/ref_rejected": "ref_rejected_logps",
+    "weights/quality": "quality_weight",
+    "weights/performance": "performance_weight",
+    "nll/gate_rate": "nll_gate",
+    "nll/loss": "nll",
+    "preference/loss": "preference",
+}
+"""Logged key, as TRL names it where TRL has it → column of the pair log it is the mean of."""
+
+
+def fit_to_length(groups: Sequence[PromptGroup], encoder: Encoder) -> list[PromptGroup]:
+    """The groups whose prompts leave room for a response. Skipped prompts and cut responses are counted and named.
+
+    Raises:
+        DataError: no group is left.
+    """
+    kept: list[PromptGroup] = []
+    findings: dict[str, list[Finding]] = defaultdict(list)
+    for group in groups:
+        noticed = encoder.length_findings(group)
+        for finding in noticed:
+            findings[finding.kind].append(finding)
+        if not any(finding.kind == "prompt-too-long" for finding in noticed):
+            kept.append(group)
+    if not kept:
+        raise from_findings(
+            DataError, f"no prompt fits data.max_length={encoder.max_length}", findings["prompt-too-long"]
+        )
+    for kind, found in findings.items():
+        rows = ", ".join(str(finding.row) for finding in found[:10]) + (", ..." if len(found) > 10 else "")
+        what = "prompts skipped" if kind == "prompt-too-long" else "responses cut"
+        _LOG.warning("data.max_length=%d: %d %s (rows %s)", encoder.max_length, len(found), what, rows)
+    return kept
+
+
+def _learnable(
+    model: PreTrainedModel, frozen: Iterable[Part], peft_config: Any, *, mixed_precision: bool
+) -> torch.nn.Module:
+    """The model with its learning parameters marked, as an adapter where one is asked for."""
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    else:
+        freeze(model, frozen)
+    if mixed_precision:
+        keep_trainable_in_float32(model)
+    return model
+
+
+def _require_scores(groups: Sequence[PromptGroup], loss: PreferenceLoss) -> None:
+    findings = [
+        Finding("missing-score", f"{type(loss).__name__} needs a score for both responses", row=pair.row)
+        for group in groups
+        for pair in group.pairs
+        if group.score_margin(pair) is None
+    ]
+    if findings:
+        raise from_findings(DataError, f"{len(findings)} pairs have no scores; add them, or use DPO or SimPO", findings)
+
+
+def _size_of_check(group: PromptGroup) -> tuple[bool, int]:
+    """Sorts the group for the check to the front: one with an image, then the least text."""
+    text = [message.text for message in group.messages] + [response.text for response in group.responses]
+    return not group.images, sum(map(len, text))
+
+
+def _pair_columns(batch: Batch, pairs: PairLogps, terms: LossTerms) -> dict[str, list[Any]]:
+    """The pairs of a batch as columns of plain numbers, one entry per pair: the rows of the ledger."""
+    index, tokens = batch.pairs, batch.responses.response_tokens
+    columns: dict[str, Tensor | None] = {
+        "row": index.rows,
+        "chosen": index.source_chosen,
+        "rejected": index.source_rejected,
+        "chosen_score": index.chosen_scores,
+        "rejected_score": index.rejected_scores,
+        "chosen_logps": pairs.chosen_logps,
+        "rejected_logps": pairs.rejected_logps,
+        "ref_chosen_logps": pairs.ref_chosen_logps,
+        "ref_rejected_logps": pairs.ref_rejected_logps,
+        "chosen_tokens": tokens[index.chosen],
+        "rejected_tokens": tokens[index.rejected],
+        **{field.name: getattr(terms, field.name) for field in fields(terms)},
+    }
+    count = len(index.rows)
+    return {n: [None] * count if c is None else c.detach().tolist() for n, c in columns.items()}
