@@ -149,7 +149,7 @@ class StepLoader(DataLoader[list[Batch]]):
     def __init__(self, batches: PlannedBatches, sampler: StepSampler, *, workers: int = 0) -> None:
         super().__init__(
             batches,  # type: ignore[arg-type]
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             collate_fn=list,
             num_workers=workers,
         )

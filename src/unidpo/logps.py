@@ -72,11 +72,11 @@ def token_logps(
     The vocabulary is met in chunks of `LOGITS_CHUNK_BYTES`; where there are several, a chunk's logits are computed
     again in the backward pass instead of being kept.
     """
-    vocab = int(head.weight.shape[0])  # type: ignore[union-attr, arg-type]
-    size = max(1, LOGITS_CHUNK_BYTES // (4 * vocab))
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    size = max(1, LOGITS_CHUNK_BYTES // (4 * len(weight)))
     if len(targets) <= size:
         return _chunk_logps(hidden, head, targets)
-    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     return torch.cat([checkpoint(_chunk_logps, h, head, t, use_reentrant=False) for h, t in chunks])
 
 

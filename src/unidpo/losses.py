@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,7 @@ class LossTerms:
     rejected_reward: Pairs
 
 
+@runtime_checkable
 class PreferenceLoss(Protocol):
     """A loss over pairs. A new one is a frozen dataclass with these members; register it in `LOSSES`."""
 

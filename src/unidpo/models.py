@@ -100,16 +100,11 @@ def compose_processor(
     """
 
     def init(self: ProcessorMixin, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
-        cls.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)  # type: ignore[misc]
+        cls.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
 
     without_video = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__, "__doc__": cls.__doc__})
     composed: ProcessorMixin = without_video(image_processor, tokenizer, chat_template=tokenizer.chat_template)
     return composed
-
-
-def tokenizer_of(processor: Processor) -> PreTrainedTokenizerBase:
-    """The tokenizer inside a processor, or the tokenizer itself."""
-    return processor if isinstance(processor, PreTrainedTokenizerBase) else processor.tokenizer
 
 
 def parts(model: PreTrainedModel) -> Mapping[Part, list[tuple[str, torch.nn.Parameter]]]:
@@ -151,7 +146,14 @@ def freeze(model: PreTrainedModel, frozen: Iterable[Part]) -> None:
         raise ModelError(f"freezing {', '.join(sorted(frozen))} leaves nothing of this model to train")
 
 
-def keep_trainable_in_float32(model: PreTrainedModel) -> None:
+def language_linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the linear layers of the language model, without its head: where an adapter goes by default."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside]
+
+
+def keep_trainable_in_float32(model: torch.nn.Module) -> None:
     """Hold the weights that learn in float32, the frozen ones as loaded.
 
     At learning rates of 1e-6 an update is below the resolution of bfloat16; the arithmetic stays in the narrow type

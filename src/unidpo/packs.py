@@ -176,7 +176,7 @@ def index_pairs(batch: Sequence[tuple[PromptGroup, Sequence[Pair]]]) -> PairInde
 
 def to_device(batch: T, device: torch.device) -> T:
     """A copy of one of this module's dataclasses with its tensors on `device`."""
-    moved = {}
+    moved: dict[str, Tensor | dict[str, Tensor]] = {}
     for field in fields(batch):  # type: ignore[arg-type]
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):

@@ -118,7 +118,7 @@ def response_keys(groups: Iterable[PromptGroup]) -> list[list[bytes]]:
             digests[source] = content_digest(source)
         return digests[source]
 
-    keys = []
+    keys: list[list[bytes]] = []
     for group in groups:
         prompt = hashlib.blake2b(digest_size=16)
         for message in group.messages:
@@ -217,7 +217,7 @@ class ReferencePass:
         loader: DataLoader[EncodedGroup] = DataLoader(
             todo,  # type: ignore[arg-type]
             batch_size=None,
-            collate_fn=self._encode,
+            collate_fn=self._encode,  # type: ignore[arg-type]
             num_workers=self.workers,
         )
         groups: list[EncodedGroup] = []
@@ -239,7 +239,7 @@ def lookup(store: LogpStore, keys: Sequence[Sequence[bytes]]) -> list[Float[Tens
     return [torch.tensor([store[key] for key in group], dtype=torch.float64) for group in keys]
 
 
-def _update(digest: hashlib.blake2b, part: str | bytes) -> None:  # type: ignore[valid-type]
+def _update(digest: hashlib.blake2b, part: str | bytes) -> None:
     data = part.encode() if isinstance(part, str) else part
     digest.update(len(data).to_bytes(8, "little"))
     digest.update(data)

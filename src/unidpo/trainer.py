@@ -33,7 +33,7 @@ Attention = Literal["auto", "sdpa", "padded"]
 _PATH_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(Trainer):  # type: ignore[misc]
     """Train a policy on pairs of responses.
 
     The global batch is `per_device_train_batch_size * gradient_accumulation_steps` **pairs** and the loss is the mean
@@ -124,7 +124,7 @@ class PreferenceTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=groups,  # type: ignore[arg-type]
+            train_dataset=groups,
             processing_class=processing_class,
             callbacks=callbacks,
         )
@@ -263,7 +263,8 @@ class PreferenceTrainer(Trainer):
         self._count(columns)
         if self._on_pairs is not None:
             length = len(columns["row"])
-            self._on_pairs({"step": [self.state.global_step + 1] * length} | columns)
+            visit = {"step": [self.state.global_step + 1] * length, "epoch": [self.state.epoch or 0.0] * length}
+            self._on_pairs(visit | columns)
         # A warm-up's first update may be made with learning rate 0 and change nothing.
         if any(group["lr"] > 0 for group in self.optimizer.param_groups):
             self._policy_is_reference = False
@@ -372,15 +373,16 @@ def _learnable(
     model: PreTrainedModel, frozen: Iterable[Part], peft_config: Any, *, mixed_precision: bool
 ) -> torch.nn.Module:
     """The model with its learning parameters marked, as an adapter where one is asked for."""
+    policy: torch.nn.Module = model
     if peft_config is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, peft_config)
+        policy = get_peft_model(model, peft_config)
     else:
         freeze(model, frozen)
     if mixed_precision:
-        keep_trainable_in_float32(model)
-    return model
+        keep_trainable_in_float32(policy)
+    return policy
 
 
 def _require_scores(groups: Sequence[PromptGroup], loss: PreferenceLoss) -> None:

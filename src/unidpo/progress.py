@@ -1,0 +1,106 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0
+"""Where there is no terminal, a line per stage at most this often, and one when it is done."""
+
+
+@dataclass(slots=True)
+class _Stage:
+    started: float
+    first: int
+    printed: float
+    finished: bool = False
+
+
+class Stages:
+    """Stages of one piece of work, each counted from 0 to a total. Used as a context manager.
+
+    Args:
+        console: where it is shown.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._stages: dict[str, _Stage] = {}
+
+    def __enter__(self) -> Stages:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Say how far a stage is.
+
+        Args:
+            stage: what is counted, e.g. ``reference, responses``.
+            done: how many are done, 0 at the start (or where a resumed stage goes on).
+            total: how many there are.
+            note: something to show beside, e.g. the loss.
+        """
+        now = time.monotonic()
+        if stage not in self._stages:
+            self._stages[stage] = _Stage(started=now, first=done, printed=now)
+            self._tasks[stage] = self._bar.add_task(stage, total=total, completed=done, note=note)
+        self._bar.update(self._tasks[stage], completed=done, total=total, note=note)
+        if not self.console.is_terminal:
+            self._plain(stage, done, total, note, now)
+
+    def _plain(self, name: str, done: int, total: int, note: str, now: float) -> None:
+        stage = self._stages[name]
+        ended = done >= total
+        if stage.finished or not (ended or now - stage.printed >= PLAIN_SECONDS):
+            return
+        stage.printed, stage.finished = now, ended
+        rate = (done - stage.first) / max(now - stage.started, 1e-9)
+        left = "" if ended or not rate else f", {_clock((total - done) / rate)} left"
+        end = f" in {_clock(now - stage.started)}" if ended else ""
+        line = f"{name}: {done:,}/{total:,}{end}, {rate:,.1f}/s{left}" + (f", {note}" if note else "")
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Rate(ProgressColumn):
+    """Finished units per second, over the last half minute."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.1f}/s" if speed else "", style="progress.data.speed")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

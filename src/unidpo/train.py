@@ -1,0 +1,191 @@
+"""One run, from a resolved recipe to a finished run folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from unidpo.check import check_data
+from unidpo.config import LoraSection, Recipe
+from unidpo.errors import DataError
+from unidpo.losses import PreferenceLoss, make_loss
+from unidpo.models import language_linear_layers, load_policy, load_processor, save_model
+from unidpo.pairs import PromptGroup
+from unidpo.progress import Stages
+from unidpo.runs import LEDGER_COLUMNS, Ledger, Metrics, RunFolder
+from unidpo.sources import select_pairs
+from unidpo.trainer import PreferenceTrainer
+
+_LOG = logging.getLogger("unidpo")
+
+
+def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Check the data, train, and leave a finished run folder; returns its path.
+
+    Args:
+        recipe: see `unidpo.config.load_recipe`.
+        resume: go on from the run's last checkpoint.
+        console: where progress and warnings go.
+
+    Raises:
+        UserError: something in the recipe, the data, the model or the run folder cannot be used.
+    """
+    console = console or Console(stderr=True)
+    _log_to(console)
+    folder = RunFolder(recipe.output)
+    step = folder.create(recipe.resolved(), resume=resume)
+    loss: PreferenceLoss = make_loss(**recipe.loss.model_dump())
+    with Stages(console) as stages:
+        groups = _training_data(recipe, loss, stages)
+        trainer = _trainer(recipe, loss, groups, folder, stages, step)
+        checkpoint = folder.last_checkpoint if resume else None
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    dtype = getattr(torch, recipe.model.dtype)
+    folder.finish(lambda target: save_model(trainer.model, trainer.processing_class, target, dtype=dtype))
+    console.print(f"finished: {folder.model}", markup=False, highlight=False, soft_wrap=True)
+    return folder.path
+
+
+def _training_data(recipe: Recipe, loss: PreferenceLoss, stages: Stages) -> list[PromptGroup]:
+    """The groups to train on, after the check every data set goes through."""
+    data = recipe.data
+    report = check_data(
+        data.path,
+        images=data.images,
+        require_scores=loss.needs_scores or data.min_score_margin is not None,
+        on_progress=lambda stage, done, total: stages.update(f"checking {stage}", done, total),
+    )
+    if report.findings:
+        report.render(stages.console)
+    if report.errors and data.on_bad_row == "error":
+        raise DataError(f"{data.path}: {report.verdict}", findings=report.errors)
+    groups = select_pairs(report.groups, min_score_margin=data.min_score_margin, group_by_prompt=data.group_by_prompt)
+    _LOG.info("%s: %d pairs of %d prompts", data.path, sum(len(group.pairs) for group in groups), report.prompts)
+    return groups
+
+
+def _trainer(
+    recipe: Recipe, loss: PreferenceLoss, groups: Sequence[PromptGroup], folder: RunFolder, stages: Stages, step: int
+) -> PreferenceTrainer:
+    args = _training_arguments(recipe, folder)
+    set_seed(args.seed)
+    trust = recipe.model.trust_remote_code
+    model = load_policy(recipe.model.name, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trust)
+    record = RunRecord(folder, stages, step=step, pairs=sum(len(group.pairs) for group in groups))
+    trainer = PreferenceTrainer(
+        model,
+        loss=loss,
+        args=args,
+        train_dataset=groups,
+        processing_class=load_processor(recipe.model.name, trust_remote_code=trust),
+        peft_config=None if recipe.lora is None else _lora_config(recipe.lora, model),
+        reference=recipe.reference,
+        frozen=recipe.model.freeze,
+        template=recipe.data.template,
+        max_length=recipe.data.max_length,
+        max_pixels=recipe.data.max_pixels,
+        attention=recipe.model.attention,
+        shuffle=recipe.data.shuffle,
+        callbacks=[record],
+        on_pairs=record.add_pairs,
+        on_reference_progress=lambda done, total: stages.update("reference, responses", done, total),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
+    values = recipe.train.training_arguments()
+    if recipe.train.global_batch_pairs is not None:
+        values["gradient_accumulation_steps"] = (
+            recipe.train.global_batch_pairs // recipe.train.per_device_train_batch_size
+        )
+    return TrainingArguments(
+        output_dir=str(folder.path),
+        bf16=recipe.model.dtype == "bfloat16",
+        fp16=recipe.model.dtype == "float16",
+        disable_tqdm=True,
+        # A loss that is not a number must be seen, not averaged away.
+        logging_nan_inf_filter=False,
+        **{"report_to": "none", "use_cpu": not torch.cuda.is_available()} | values,
+    )
+
+
+def _lora_config(lora: LoraSection, model: transformers.PreTrainedModel) -> Any:
+    from peft import LoraConfig
+
+    targets = lora.target_modules
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=language_linear_layers(model) if targets is None else targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+class RunRecord(TrainerCallback):  # type: ignore[misc]
+    """Writes metrics and ledger of a run, and shows how far it is."""
+
+    def __init__(self, folder: RunFolder, stages: Stages, *, step: int, pairs: int) -> None:
+        self._metrics = Metrics(folder.metrics, resume_step=step)
+        self._ledger = Ledger(folder.ledger, resume_step=step)
+        self._stages = stages
+        self._pairs = pairs
+        self._loss = ""
+
+    def add_pairs(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Take the pairs of one optimizer step into the ledger."""
+        self._ledger.add({column.name: columns[column.name] for column in LEDGER_COLUMNS})
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._show(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            # The ledger must not lag behind the checkpoint a resumed run goes on from.
+            self._ledger.flush()
+        self._show(state)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self._loss = f"loss {logs['loss']:.4f}"
+            self._metrics.add({"step": state.global_step, **logs})
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ledger.flush()
+
+    def _show(self, state: TrainerState) -> None:
+        total = round(self._pairs * state.num_train_epochs)
+        done = round(total * state.global_step / max(state.max_steps, 1))
+        self._stages.update("training, pairs", done, total, self._loss)
+
+
+class _ConsoleLog(logging.Handler):
+    """What this package logs, as plain lines above the progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _log_to(console: Console) -> None:
+    """What this package says goes to the console; transformers' own chatter stays out."""
+    _LOG.handlers = [_ConsoleLog(console)]
+    _LOG.setLevel(logging.INFO)
+    _LOG.propagate = False
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
