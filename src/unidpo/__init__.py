@@ -1,3 +1,36 @@
-"""Preference training for vision-language models on scored pairs."""
+"""Preference training for vision-language models on scored pairs.
+
+The names below are imported when they are first used, so that `import unidpo` (and `unidpo --help`) needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from unidpo.losses import DPO, SimPO, UniDPO
+    from unidpo.pairs import Message, Pair, PromptGroup, Response
+    from unidpo.sources import load_pairs
+    from unidpo.trainer import PreferenceTrainer
+
+_HOMES = {
+    "DPO": "losses",
+    "SimPO": "losses",
+    "UniDPO": "losses",
+    "Message": "pairs",
+    "Pair": "pairs",
+    "PromptGroup": "pairs",
+    "Response": "pairs",
+    "load_pairs": "sources",
+    "PreferenceTrainer": "trainer",
+}
+__all__ = ["DPO", "Message", "Pair", "PreferenceTrainer", "PromptGroup", "Response", "SimPO", "UniDPO", "load_pairs"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unidpo.encode import EncodedGroup, Encoder
+from unidpo.errors import DataError, UserError
 from unidpo.packs import Layout, Pack, PaddedRows, PairIndex, index_pairs, used_responses
 from unidpo.pairs import PromptGroup
 
@@ -131,7 +132,7 @@ class PlannedBatches(Dataset[Batch]):
     def __getitem__(self, plan: Plan) -> Batch:
         shares = [(i, self._groups[i], [self._groups[i].pairs[p] for p in pairs]) for i, pairs in plan.shares]
         used = [used_responses(pairs) for _, _, pairs in shares]
-        encoded = [self._encoder.encode(group, keep) for (_, group, _), keep in zip(shares, used, strict=True)]
+        encoded = [self._encode(group, keep) for (_, group, _), keep in zip(shares, used, strict=True)]
         stored = self._ref_logps
         return Batch(
             responses=self._layout(encoded),
@@ -141,6 +142,13 @@ class PlannedBatches(Dataset[Batch]):
             else torch.cat([stored[i][keep] for (i, _, _), keep in zip(shares, used, strict=True)]),
             step_pairs=plan.step_pairs,
         )
+
+    def _encode(self, group: PromptGroup, responses: Sequence[int]) -> EncodedGroup:
+        try:
+            return self._encoder.encode(group, responses)
+        except UserError as error:
+            # The data was checked before the first step: something went away or changed since.
+            raise DataError(f"row {group.pairs[0].row}: {error}", findings=error.findings) from error
 
 
 class StepLoader(DataLoader[list[Batch]]):
