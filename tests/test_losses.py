@@ -23,7 +23,9 @@ def neg_log_sigmoid(x: float) -> float:
     return math.log1p(math.exp(-x)) if x > 0 else -x + math.log1p(math.exp(x))
 
 
-def retyped_uni_dpo(pi_w, pi_l, ref_w, ref_l, s_w, s_l, *, beta, quality_eta, tau_ref, perf_gamma, nll_weight, tau_good):
+def retyped_uni_dpo(
+    pi_w, pi_l, ref_w, ref_l, s_w, s_l, *, beta, quality_eta, tau_ref, perf_gamma, nll_weight, tau_good
+):
     """Loss and its derivatives by `pi_w` and `pi_l`, written down from the paper and DESIGN, in plain floats."""
     delta = (pi_w - pi_l) - (ref_w - ref_l)
     quality = sigmoid(quality_eta * (s_w - s_l))
@@ -230,5 +232,5 @@ def test_only_the_loss_carries_a_gradient_and_every_term_is_there(name):
 def test_a_wrong_shape_fails_instead_of_broadcasting():
     columns = [torch.zeros(3, dtype=torch.float64) for _ in range(6)]
     columns[1] = columns[1][:, None]
-    with pytest.raises(Exception, match="(?i)type|shape|annotation"):
+    with pytest.raises(Exception, match=r"(?i)type|shape|annotation"):
         UniDPO()(PairLogps(*columns))

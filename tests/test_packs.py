@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers.models.qwen2_vl import modeling_qwen2_vl
-from worlds import group, tiny_policy
 
 from unidpo.attention import use_pack_attention
 from unidpo.logps import response_logps, token_logps
 from unidpo.packs import index_pairs, pack, pad, to_device
 from unidpo.pairs import Pair
+from worlds import group, tiny_policy
 
 CASES = {
     "two responses": [group()],
@@ -88,7 +88,9 @@ def test_packs_equal_separate_passes_to_1e_9(policy, groups):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
-        torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found_gradients[name], gradient, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("groups", CASES.values(), ids=CASES)

@@ -14,7 +14,7 @@ from unidpo.models import load_policy, load_processor
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response, ranked_pairs
 
 GOLDEN = Path(__file__).parent / "golden"
-WORDS = "red blue green circle square left right two three bright dark".split()
+WORDS = ["red", "blue", "green", "circle", "square", "left", "right", "two", "three", "bright", "dark"]
 
 
 def sentence(rng: random.Random, words: int) -> str:

@@ -164,5 +164,5 @@ class StepLoader(DataLoader[list[Batch]]):
         self._sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """transformers' loop calls this before each epoch."""
+        """Called by transformers' loop before each epoch."""
         self._sampler.set_epoch(epoch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,13 +51,20 @@ def main() -> None:
         sys.exit(WORK_FAILED)
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _version(wanted: bool) -> bool:
+    if wanted:
         typer.echo(f"unidpo {unidpo.__version__}")
         raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -108,7 +116,7 @@ def train(
     try:
         run(resolved, resume=resume, console=_messages())
     except KeyboardInterrupt:
-        command = " ".join(["unidpo train", str(recipe), *(overrides or ()), "--resume"])
+        command = shlex.join(["unidpo", "train", str(recipe), *(overrides or ()), "--resume"])
         _messages().print(f"interrupted; go on from the last checkpoint with: {command}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
 
@@ -119,7 +127,7 @@ def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from unidpo.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or ())
-    _messages().print(f"{recipe}: a valid recipe for {resolved.loss.name} on {resolved.model.name}", markup=False)
+    typer.echo(f"{recipe}: a valid recipe, {resolved.loss.name} on {resolved.model.name}")
 
 
 @recipe.command("show")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from unidpo.errors import Finding, ModelError, UserError
+from unidpo.errors import DataError, Finding, ModelError, UserError, from_findings
 from unidpo.images import cap_pixels, image_size, open_image
 from unidpo.pairs import Message, PromptGroup, Response
 
@@ -34,6 +36,7 @@ CHATML = (
 """ChatML with Qwen's vision marks and default system prompt: the template the reference trains Qwen2-VL on."""
 TEMPLATES: Mapping[str, str] = {"chatml": CHATML}
 
+_LOG = logging.getLogger(__name__)
 # Stands for a response where only the text that closes it is wanted; plain letters survive every template.
 _PLACEHOLDER = "UNIDPORESPONSE"
 
@@ -255,6 +258,31 @@ def prompt_positions(model: PreTrainedModel) -> PositionIds:
     return positions
 
 
+def fit_to_length(groups: Sequence[PromptGroup], encoder: Encoder) -> list[PromptGroup]:
+    """The groups whose prompts leave room for a response. Skipped prompts and cut responses are counted and named.
+
+    Raises:
+        DataError: no group is left.
+    """
+    kept: list[PromptGroup] = []
+    findings: dict[str, list[Finding]] = defaultdict(list)
+    for group in groups:
+        noticed = encoder.length_findings(group)
+        for finding in noticed:
+            findings[finding.kind].append(finding)
+        if not any(finding.kind == "prompt-too-long" for finding in noticed):
+            kept.append(group)
+    if not kept:
+        raise from_findings(
+            DataError, f"no prompt fits data.max_length={encoder.max_length}", findings["prompt-too-long"]
+        )
+    for kind, found in findings.items():
+        rows = ", ".join(str(finding.row) for finding in found[:10]) + (", ..." if len(found) > 10 else "")
+        what = "prompts skipped" if kind == "prompt-too-long" else "responses cut"
+        _LOG.warning("data.max_length=%d: %d %s (rows %s)", encoder.max_length, len(found), what, rows)
+    return kept
+
+
 def _template_text(template: str | None, processor: ProcessorMixin | PreTrainedTokenizerBase) -> str:
     if template is None:
         own: str | dict[str, str] | None = processor.chat_template
@@ -269,4 +297,6 @@ def _template_text(template: str | None, processor: ProcessorMixin | PreTrainedT
         return Path(template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         names = ", ".join(TEMPLATES)
-        raise UserError(f"data.template={template}: neither a known name ({names}) nor a readable file: {error}") from error
+        raise UserError(
+            f"data.template={template}: neither a known name ({names}) nor a readable file: {error}"
+        ) from error

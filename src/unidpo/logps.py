@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from unidpo.packs import PaddedRows, Pack
+from unidpo.packs import Pack, PaddedRows
 
 # Bytes of float32 logits held at a time; the head's extra memory is a small multiple of this, whatever the batch.
 LOGITS_CHUNK_BYTES = 256 * 2**20

@@ -88,7 +88,10 @@ class PreferenceLoss(Protocol):
 
 
 def quality_weight(chosen_scores: Pairs, rejected_scores: Pairs, *, quality_eta: float) -> Pairs:
-    """How clear a pair is: `σ(η (S_w − S_l))`, in (0, 1), 1/2 at a tie. No gradient (arXiv:2506.10054, quality weight)."""
+    """How clear a pair is: `σ(η (S_w − S_l))`, in (0, 1), 1/2 at a tie. No gradient.
+
+    Source: arXiv:2506.10054, quality weight.
+    """
     return torch.sigmoid(quality_eta * (chosen_scores - rejected_scores))
 
 

@@ -32,7 +32,9 @@ Part: TypeAlias = Literal["vision", "projector", "language"]
 _LOG = logging.getLogger(__name__)
 
 
-def load_policy(name: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_policy(
+    name: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model to train, from a folder or hub id, as a vision-language model where it is one, else a language model.
 
     Raises:
@@ -99,7 +101,9 @@ def compose_processor(
     processor that needs none. The name stays, so that `save_pretrained` writes what any other machine can load.
     """
 
-    def init(self: ProcessorMixin, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
+    def init(
+        self: ProcessorMixin, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+    ) -> None:
         cls.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
 
     without_video = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__, "__doc__": cls.__doc__})
@@ -166,7 +170,9 @@ def keep_trainable_in_float32(model: torch.nn.Module) -> None:
 
 def save_model(model: PreTrainedModel, processor: Processor, folder: Path, *, dtype: torch.dtype) -> None:
     """Write weights (safetensors, in `dtype`) and processor, so that `from_pretrained(folder)` loads both."""
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+    }
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
     if isinstance(processor, ProcessorMixin) and "video_processor" not in processor.get_attributes():
@@ -183,5 +189,3 @@ def _as_model_error(name: str | Path, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())
         hint = "" if Path(name).exists() else "; no such folder here, and as a hub id it could not be fetched"
         raise ModelError(f"{name}: cannot load {what}{hint} ({type(error).__name__}: {reason[:400]})") from error
-
-

@@ -215,7 +215,7 @@ LEDGER_COLUMNS = (
 LEDGER_SCHEMA = pa.schema(
     [pa.field(c.name, c.type, c.nullable, metadata={"description": c.meaning}) for c in LEDGER_COLUMNS]
 )
-_PART = re.compile(r"part-(\d{8})-(\d{8})(?:-\d+)?\.parquet")
+_PART = re.compile(r"part-(\d{8})-(\d{8})(?:_\d{4})?\.parquet")
 
 
 class Ledger:
@@ -280,10 +280,12 @@ class Ledger:
             part.rename(self._free_name(first, step))
 
     def _free_name(self, first: int, last: int) -> Path:
-        """The name of a part; numbered where several parts hold the same steps."""
+        """The name of a part; names sort as parts were written, also where several hold the same steps."""
         stem, number = f"part-{first:08d}-{last:08d}", 0
-        while (path := self.path / (f"{stem}-{number}.parquet" if number else f"{stem}.parquet")).exists():
+        path = self.path / f"{stem}.parquet"
+        while path.exists():
             number += 1
+            path = self.path / f"{stem}_{number:04d}.parquet"
         return path
 
     def _write(self, table: pa.Table, path: Path) -> None:

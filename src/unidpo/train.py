@@ -126,7 +126,11 @@ def _lora_config(lora: LoraSection, model: transformers.PreTrainedModel) -> Any:
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=language_linear_layers(model) if targets is None else targets if isinstance(targets, str) else list(targets),
+        target_modules=language_linear_layers(model)
+        if targets is None
+        else targets
+        if isinstance(targets, str)
+        else list(targets),
         task_type="CAUSAL_LM",
     )
 
@@ -155,10 +159,16 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._show(state)
 
     def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **kwargs: Any
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
     ) -> None:
         if logs and "loss" in logs:
             self._loss = f"loss {logs['loss']:.4f}"
+        if logs and ("loss" in logs or "eval_loss" in logs):
             self._metrics.add({"step": state.global_step, **logs})
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -6,22 +6,22 @@ import copy
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from unidpo.attention import PACK_ATTENTION, PackAttentionError, set_text_attention
 from unidpo.batches import Batch, PlannedBatches, StepLoader, StepSampler
-from unidpo.encode import EncodedGroup, Encoder, prompt_positions
+from unidpo.encode import EncodedGroup, Encoder, fit_to_length, prompt_positions
 from unidpo.errors import DataError, Finding, ModelError, from_findings
 from unidpo.logps import response_logps
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
+from unidpo.measures import Columns, Means, pair_columns
 from unidpo.models import Part, Processor, freeze, keep_trainable_in_float32, load_policy, load_processor
 from unidpo.packs import Layout, pack, pad, to_device
 from unidpo.pairs import PromptGroup
@@ -29,7 +29,7 @@ from unidpo.reference import LogpStore, ReferencePass, default_cache, lookup, re
 
 _LOG = logging.getLogger(__name__)
 Attention = Literal["auto", "sdpa", "padded"]
-# Largest difference between the two paths, in nats per token, that rounding explains; the arithmetic's own type decides.
+# Largest difference between the two paths, in nats per token, that rounding explains, by the type of the arithmetic.
 _PATH_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
@@ -45,6 +45,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         loss: from `unidpo.losses`, or any other `PreferenceLoss`.
         args: `bf16`/`fp16` switch autocast on; weights that learn are then kept in float32.
         train_dataset: prompt groups, see `load_pairs`.
+        eval_dataset: prompt groups to measure on when `args.eval_strategy` says so.
         processing_class: the model's processor or tokenizer; loaded from the model's name where `None`.
         peft_config: train an adapter instead of the model.
         reference: `"stored"` (before the first step the policy is the reference: its log-probabilities are computed
@@ -56,7 +57,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             disagrees; `"sdpa"` insists on packs; `"padded"` never packs.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
         cache: folder of stored reference log-probabilities, `default_cache()` where `None`.
-        on_pairs: called once per optimizer step with the step's pairs, columnwise (see `_pair_columns`).
+        on_pairs: called once per optimizer step with the step's pairs, see `measures.pair_columns`.
         on_reference_progress: called with responses done and responses to do.
 
     Raises:
@@ -71,6 +72,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         loss: PreferenceLoss,
         args: TrainingArguments,
         train_dataset: Sequence[PromptGroup],
+        eval_dataset: Sequence[PromptGroup] | None = None,
         processing_class: Processor | None = None,
         peft_config: Any = None,
         reference: str = "stored",
@@ -82,11 +84,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         shuffle: bool = True,
         cache: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        on_pairs: Callable[[Mapping[str, Sequence[Any]]], None] | None = None,
+        on_pairs: Callable[[Columns], None] | None = None,
         on_reference_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if loss.needs_scores:
-            _require_scores(train_dataset, loss)
+            _require_scores([*train_dataset, *(eval_dataset or ())], loss)
         if args.world_size > 1:
             raise ModelError("training on several processes is not supported yet; start one process")
         name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
@@ -97,6 +99,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             processing_class, prompt_positions(model), template=template, max_length=max_length, max_pixels=max_pixels
         )
         groups = fit_to_length(train_dataset, encoder)
+        held_out = fit_to_length(eval_dataset, encoder) if eval_dataset else []
         model = _learnable(model, frozen, peft_config, mixed_precision=args.bf16 or args.fp16)
 
         # transformers' loop accumulates over batches of its loader; here one batch is a whole optimizer step.
@@ -111,20 +114,23 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self.reference = reference
         self.layout: Layout = pack
         self._groups = groups
+        self._held_out = held_out
         self._attention: Attention = attention
         self._shuffle = shuffle
         self._cache = cache or default_cache()
         self._on_pairs = on_pairs
         self._on_reference_progress = on_reference_progress or (lambda done, total: None)
         self._ref_logps: Sequence[Tensor] | None = None
+        self._held_out_ref_logps: Sequence[Tensor] | None = None
         self._live_reference: PreTrainedModel | None = None
         # Until an update has changed the weights, the policy is its own reference: see docs/decisions.
         self._policy_is_reference = reference in ("stored", "live")
-        self._sums: dict[str, float] = defaultdict(float)
+        self._means = Means()
         super().__init__(
             model=model,
             args=args,
             train_dataset=groups,
+            eval_dataset=held_out or None,
             processing_class=processing_class,
             callbacks=callbacks,
         )
@@ -218,7 +224,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 set_text_attention(model, PACK_ATTENTION)
         arithmetic = str(self._arithmetic).removeprefix("torch.")
         store = LogpStore(store_folder(self._cache, model, self.encoder, arithmetic=arithmetic))
-        keys = response_keys(self._groups)
+        keys = response_keys([*self._groups, *self._held_out])
         counts = ReferencePass(
             model=model,
             encoder=self.encoder,
@@ -227,24 +233,27 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             autocast=self.compute_loss_context_manager,
             workers=self.args.dataloader_num_workers,
             on_progress=self._on_reference_progress,
-        ).run(self._groups, keys)
+        ).run([*self._groups, *self._held_out], keys)
         _LOG.info("reference: %d responses found in %s, %d computed", counts.found, store.folder, counts.computed)
-        self._ref_logps = lookup(store, keys)
+        logps = lookup(store, keys)
+        self._ref_logps, self._held_out_ref_logps = logps[: len(self._groups)], logps[len(self._groups) :]
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[list[Batch]]:
         """Optimizer steps; see `StepSampler`."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler = StepSampler(
-            [len(group.pairs) for group in self._groups],
-            pairs_per_step=self._pairs_per_step,
-            pairs_per_pack=self._pairs_per_pack,
-            shuffle=self._shuffle,
-            seed=seed,
-        )
+        sampler = self._sampler(self._groups, per_pack=self._pairs_per_pack, shuffle=self._shuffle)
         batches = PlannedBatches(self._groups, self.encoder, self.layout, self._ref_logps)
         return StepLoader(batches, sampler, workers=self.args.dataloader_num_workers)
+
+    def _sampler(self, groups: Sequence[PromptGroup], *, per_pack: int, shuffle: bool) -> StepSampler:
+        return StepSampler(
+            [len(group.pairs) for group in groups],
+            pairs_per_step=self._pairs_per_step,
+            pairs_per_pack=per_pack,
+            shuffle=shuffle,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+        )
 
     def training_step(self, model: torch.nn.Module, inputs: Sequence[Batch], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one optimizer step; returns its loss, the mean over the step's pairs."""
@@ -258,9 +267,9 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 loss = terms.loss.sum() / batch.step_pairs
             self.accelerator.backward(loss)
             total += loss.detach()
-            for name, values in _pair_columns(batch, pairs, terms).items():
+            for name, values in pair_columns(batch, pairs, terms).items():
                 columns[name] += values
-        self._count(columns)
+        self._means.add(columns)
         if self._on_pairs is not None:
             length = len(columns["row"])
             visit = {"step": [self.state.global_step + 1] * length, "epoch": [self.state.epoch or 0.0] * length}
@@ -296,77 +305,54 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             if self._live_reference is not None:
                 return response_logps(self._live_reference, batch.responses)
+            was_training = self.model.training
             self.model.eval()
             with self.model.disable_adapter():
                 logps = response_logps(self._plain_model, batch.responses)
-            self.model.train()
+            self.model.train(was_training)
             return logps
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and the logged means over the held-out pairs, as `eval_loss`, `eval_rewards/accuracies`, ...
+
+        Args:
+            eval_dataset: not taken; the held-out groups were given to the constructor.
+        """
+        if not self._held_out or eval_dataset is not None:
+            raise ValueError("give the held-out groups to the trainer as eval_dataset")
+        sampler = self._sampler(self._held_out, per_pack=self.args.per_device_eval_batch_size, shuffle=False)
+        batches = PlannedBatches(self._held_out, self.encoder, self.layout, self._held_out_ref_logps)
+        means, losses = Means(), 0.0
+        was_training = self.model.training
+        self.model.eval()
+        for step in StepLoader(batches, sampler, workers=self.args.dataloader_num_workers):
+            for batch in step:
+                batch = to_device(batch, self.args.device)
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    pairs, terms = self.evaluate_pairs(batch)
+                columns = pair_columns(batch, pairs, terms)
+                means.add(columns)
+                losses += sum(columns["loss"])
+        self.model.train(was_training)
+        found = {"loss": losses / len(batches)} | means.take()
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # --- what is written down ----------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means over all pairs since the last record to what transformers logs."""
-        if "loss" in logs and self._sums:
-            pairs = self._sums.pop("pairs")
-            logs = logs | {name: total / pairs for name, total in self._sums.items()}
-            self._sums.clear()
-        super().log(logs, start_time)
-
-    def _count(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        scored = [name for name in _LOGGED if columns[_LOGGED[name]][0] is not None]
-        for name in scored:
-            self._sums[name] += sum(columns[_LOGGED[name]])
-        self._sums["rewards/margins"] += sum(columns["chosen_reward"]) - sum(columns["rejected_reward"])
-        self._sums["rewards/accuracies"] += sum(
-            chosen > rejected
-            for chosen, rejected in zip(columns["chosen_reward"], columns["rejected_reward"], strict=True)
-        )
-        self._sums["pairs"] += len(columns["row"])
+        super().log(logs | self._means.take() if "loss" in logs else logs, start_time)
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """transformers estimates this from padded token counts, which packs do not have."""
+        """0: transformers estimates this from padded token counts, which packs do not have."""
         return 0
-
-
-_LOGGED: Mapping[str, str] = {
-    "rewards/chosen": "chosen_reward",
-    "rewards/rejected": "rejected_reward",
-    "logps/chosen": "chosen_logps",
-    "logps/rejected": "rejected_logps",
-    "logps/ref_chosen": "ref_chosen_logps",
-    "logps/ref_rejected": "ref_rejected_logps",
-    "weights/quality": "quality_weight",
-    "weights/performance": "performance_weight",
-    "nll/gate_rate": "nll_gate",
-    "nll/loss": "nll",
-    "preference/loss": "preference",
-}
-"""Logged key, as TRL names it where TRL has it → column of the pair log it is the mean of."""
-
-
-def fit_to_length(groups: Sequence[PromptGroup], encoder: Encoder) -> list[PromptGroup]:
-    """The groups whose prompts leave room for a response. Skipped prompts and cut responses are counted and named.
-
-    Raises:
-        DataError: no group is left.
-    """
-    kept: list[PromptGroup] = []
-    findings: dict[str, list[Finding]] = defaultdict(list)
-    for group in groups:
-        noticed = encoder.length_findings(group)
-        for finding in noticed:
-            findings[finding.kind].append(finding)
-        if not any(finding.kind == "prompt-too-long" for finding in noticed):
-            kept.append(group)
-    if not kept:
-        raise from_findings(
-            DataError, f"no prompt fits data.max_length={encoder.max_length}", findings["prompt-too-long"]
-        )
-    for kind, found in findings.items():
-        rows = ", ".join(str(finding.row) for finding in found[:10]) + (", ..." if len(found) > 10 else "")
-        what = "prompts skipped" if kind == "prompt-too-long" else "responses cut"
-        _LOG.warning("data.max_length=%d: %d %s (rows %s)", encoder.max_length, len(found), what, rows)
-    return kept
 
 
 def _learnable(
@@ -400,24 +386,3 @@ def _size_of_check(group: PromptGroup) -> tuple[bool, int]:
     """Sorts the group for the check to the front: one with an image, then the least text."""
     text = [message.text for message in group.messages] + [response.text for response in group.responses]
     return not group.images, sum(map(len, text))
-
-
-def _pair_columns(batch: Batch, pairs: PairLogps, terms: LossTerms) -> dict[str, list[Any]]:
-    """The pairs of a batch as columns of plain numbers, one entry per pair: the rows of the ledger."""
-    index, tokens = batch.pairs, batch.responses.response_tokens
-    columns: dict[str, Tensor | None] = {
-        "row": index.rows,
-        "chosen": index.source_chosen,
-        "rejected": index.source_rejected,
-        "chosen_score": index.chosen_scores,
-        "rejected_score": index.rejected_scores,
-        "chosen_logps": pairs.chosen_logps,
-        "rejected_logps": pairs.rejected_logps,
-        "ref_chosen_logps": pairs.ref_chosen_logps,
-        "ref_rejected_logps": pairs.ref_rejected_logps,
-        "chosen_tokens": tokens[index.chosen],
-        "rejected_tokens": tokens[index.rejected],
-        **{field.name: getattr(terms, field.name) for field in fields(terms)},
-    }
-    count = len(index.rows)
-    return {n: [None] * count if c is None else c.detach().tolist() for n, c in columns.items()}
