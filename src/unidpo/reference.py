@@ -86,13 +86,14 @@ class LogpStore:
         self._new.clear()
 
 
-def store_folder(cache: Path, model: PreTrainedModel, encoder: Encoder, *, arithmetic: str) -> Path:
-    """Where the numbers of this model and encoder belong.
+def store_folder(cache: Path, fingerprint: str, encoder: Encoder, *, arithmetic: str) -> Path:
+    """Where the numbers of a model and an encoder belong.
 
     Args:
+        fingerprint: of the model, see `weights_fingerprint`.
         arithmetic: what else changes the numbers, such as the autocast dtype.
     """
-    return cache / "reference" / f"{weights_fingerprint(model)}-{encoder.fingerprint()}-{arithmetic}"
+    return cache / "reference" / f"{fingerprint}-{encoder.fingerprint()}-{arithmetic}"
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -25,7 +25,7 @@ from unidpo.measures import Columns, Means, pair_columns
 from unidpo.models import Part, Processor, freeze, keep_trainable_in_float32, load_policy, load_processor
 from unidpo.packs import Layout, pack, pad, to_device
 from unidpo.pairs import PromptGroup
-from unidpo.reference import LogpStore, ReferencePass, default_cache, lookup, response_keys, store_folder
+from unidpo.reference import LogpStore, ReferencePass, default_cache, lookup, response_keys, store_folder, weights_fingerprint
 
 _LOG = logging.getLogger(__name__)
 Attention = Literal["auto", "sdpa", "padded"]
@@ -100,6 +100,9 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         )
         groups = fit_to_length(train_dataset, encoder)
         held_out = fit_to_length(eval_dataset, encoder) if eval_dataset else []
+        # Named before an adapter or a wider type for what learns is laid over the weights, neither of which changes
+        # what the reference says: runs that differ in those share it.
+        self._fingerprint = weights_fingerprint(model) if loss.needs_reference and reference == "stored" else ""
         model = _learnable(model, frozen, peft_config, mixed_precision=args.bf16 or args.fp16)
 
         # transformers' loop accumulates over batches of its loader; here one batch is a whole optimizer step.
@@ -217,13 +220,15 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             if isinstance(self.model, PreTrainedModel):
                 self._live_reference = copy.deepcopy(self.model).requires_grad_(False).eval()
             return
-        model = self._plain_model
+        model, fingerprint = self._plain_model, self._fingerprint
         if self.reference != "stored":
-            model = load_policy(self.reference, dtype=self._plain_model.dtype).to(self.args.device)
+            model = load_policy(self.reference, dtype=self._plain_model.dtype)
+            fingerprint = weights_fingerprint(model)
+            model.to(self.args.device)
             if self.layout is pack:
                 set_text_attention(model, PACK_ATTENTION)
         arithmetic = str(self._arithmetic).removeprefix("torch.")
-        store = LogpStore(store_folder(self._cache, model, self.encoder, arithmetic=arithmetic))
+        store = LogpStore(store_folder(self._cache, fingerprint, self.encoder, arithmetic=arithmetic))
         keys = response_keys([*self._groups, *self._held_out])
         counts = ReferencePass(
             model=model,

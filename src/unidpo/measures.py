@@ -1,0 +1,77 @@
+"""What is measured on the pairs of a step: the rows of the ledger, and the means that are logged."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from unidpo.batches import Batch
+from unidpo.losses import LossTerms, PairLogps
+
+Columns: TypeAlias = Mapping[str, Sequence[Any]]
+"""Plain numbers (or `None` where a loss has no such value) by name, one entry per pair."""
+
+LOGGED: Mapping[str, str] = {
+    "rewards/chosen": "chosen_reward",
+    "rewards/rejected": "rejected_reward",
+    "logps/chosen": "chosen_logps",
+    "logps/rejected": "rejected_logps",
+    "logps/ref_chosen": "ref_chosen_logps",
+    "logps/ref_rejected": "ref_rejected_logps",
+    "weights/quality": "quality_weight",
+    "weights/performance": "performance_weight",
+    "nll/gate_rate": "nll_gate",
+    "nll/loss": "nll",
+    "preference/loss": "preference",
+}
+"""Logged key, as TRL names it where TRL has it → column of the pair log it is the mean of."""
+
+
+def pair_columns(batch: Batch, pairs: PairLogps, terms: LossTerms) -> dict[str, list[Any]]:
+    """The pairs of a batch as columns of plain numbers, one entry per pair: the rows of the ledger."""
+    index, tokens = batch.pairs, batch.responses.response_tokens
+    columns: dict[str, Tensor | None] = {
+        "row": index.rows,
+        "chosen": index.source_chosen,
+        "rejected": index.source_rejected,
+        "chosen_score": index.chosen_scores,
+        "rejected_score": index.rejected_scores,
+        "chosen_logps": pairs.chosen_logps,
+        "rejected_logps": pairs.rejected_logps,
+        "ref_chosen_logps": pairs.ref_chosen_logps,
+        "ref_rejected_logps": pairs.ref_rejected_logps,
+        "chosen_tokens": tokens[index.chosen],
+        "rejected_tokens": tokens[index.rejected],
+        **{field.name: getattr(terms, field.name) for field in fields(terms)},
+    }
+    count = len(index.rows)
+    return {n: [None] * count if c is None else c.detach().tolist() for n, c in columns.items()}
+
+
+class Means:
+    """Running means over pairs, by logged key."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._pairs = 0
+
+    def add(self, columns: Columns) -> None:
+        """Take in the pairs of some columns, see `pair_columns`."""
+        for key, name in LOGGED.items():
+            if columns[name][0] is not None:
+                self._sums[key] += sum(columns[name])
+        rewards = list(zip(columns["chosen_reward"], columns["rejected_reward"], strict=True))
+        self._sums["rewards/margins"] += sum(chosen - rejected for chosen, rejected in rewards)
+        self._sums["rewards/accuracies"] += sum(chosen > rejected for chosen, rejected in rewards)
+        self._pairs += len(rewards)
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call; empty where no pair came in."""
+        means = {key: total / self._pairs for key, total in self._sums.items()}
+        self._sums.clear()
+        self._pairs = 0
+        return means
