@@ -45,8 +45,7 @@ def _pack_logps(model: PreTrainedModel, pack: Pack) -> Float[Tensor, " responses
 
 
 def _padded_logps(model: PreTrainedModel, rows: PaddedRows) -> Float[Tensor, " responses"]:
-    # Logits at the columns that predict a target in some row; a model whose forward knows no `logits_to_keep`
-    # ignores nothing silently: transformers raises on an unknown argument.
+    # Logits at the columns that predict a target in some row.
     predict_at = rows.is_target[:, 1:].any(0).nonzero()[:, 0]
     inputs = dict(rows.vision)
     if rows.vision:
@@ -58,6 +57,8 @@ def _padded_logps(model: PreTrainedModel, rows: PaddedRows) -> Float[Tensor, " r
         use_cache=False,
         **inputs,
     ).logits
+    if logits.shape[1] != len(predict_at):  # a model that knows no `logits_to_keep` gives all of them
+        logits = logits[:, predict_at]
     is_target = rows.is_target[:, predict_at + 1]
     targets = rows.input_ids[:, predict_at + 1]
     logps = _full_precision(logits).log_softmax(-1).gather(-1, targets[..., None])[..., 0]

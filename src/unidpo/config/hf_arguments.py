@@ -1,0 +1,119 @@
+"""The keys and types of `transformers.TrainingArguments`, read from its source: importing it would import torch."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, create_model
+
+from unidpo.errors import did_you_mean
+
+OWNED_BY_RECIPE: Mapping[str, str] = {
+    "output_dir": "is not set here; it is `output` of the recipe",
+    "bf16": "is not set here; `model.dtype` decides",
+    "fp16": "is not set here; `model.dtype` decides",
+    "bf16_full_eval": "is not set here; `model.dtype` decides",
+    "fp16_full_eval": "is not set here; `model.dtype` decides",
+    "label_smoothing_factor": "has no meaning for pairs; use `loss.label_smoothing` with the dpo loss",
+    "train_sampling_strategy": "is not set here; `data.shuffle` decides",
+    "length_column_name": "has no meaning for prompt groups",
+    "remove_unused_columns": "is not set here; the trainer needs every column",
+    "label_names": "has no meaning for pairs",
+    "resume_from_checkpoint": "is not set here; use `unidpo train RECIPE --resume`",
+    "do_train": "is not set here; `unidpo train` trains",
+    "do_eval": "is not set here; `train.eval_strategy` and `data.eval_fraction` decide",
+    "do_predict": "is not set here; `unidpo train` trains",
+    "disable_tqdm": "is not set here; progress is shown by unidpo itself",
+    "logging_nan_inf_filter": "is not set here; a loss that is not a number is never averaged away",
+    "hub_token": "does not belong in a file; log in with `hf auth login` or set HF_TOKEN",
+    "local_rank": "is not set here; the launcher sets it",
+}
+"""Keys of `TrainingArguments` that a recipe may not set, each with the reason and the place to go."""
+
+
+def _classes(module: str, named: str) -> dict[str, ast.ClassDef]:
+    """The classes of a transformers module whose `class` line matches a pattern, up to their first method.
+
+    Only these few lines are parsed: a whole module takes longer than everything else a recipe check does.
+    """
+    package = importlib.util.find_spec("transformers")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("unidpo needs transformers; install it with `pip install unidpo`")
+    source = (Path(package.submodule_search_locations[0]) / f"{module}.py").read_text("utf-8")
+    blocks = re.findall(rf"^class {named}.*:\n(?:(?!    def |    @)(?:    .*)?\n)+", source, re.MULTILINE)
+    return {node.name: node for block in blocks for node in ast.parse(block).body if isinstance(node, ast.ClassDef)}
+
+
+def _members(body: ast.ClassDef) -> tuple[str, ...]:
+    """The string values of an enumeration's members."""
+    values = [node.value for node in body.body if isinstance(node, ast.Assign)]
+    return tuple(v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str))
+
+
+_ENUMS = {
+    name: _members(body)
+    for module in ("training_args", "trainer_utils")
+    for name, body in _classes(module, r"\w+\(ExplicitEnum\)").items()
+}
+
+
+def one_of(names: Iterable[str]) -> Callable[[str], str]:
+    """A validator that knows the words a field takes. Raises `ValueError` with the nearest one."""
+    known = tuple(names)
+
+    def check(value: str) -> str:
+        if value not in known:
+            listed = ", ".join(known) if len(known) <= 12 else f"{', '.join(known[:12])}, ..."
+            raise ValueError(f"must be one of {listed}, not {value!r}{did_you_mean(value, known)}")
+        return value
+
+    return check
+
+
+def _off_is_no(value: Any) -> Any:
+    """YAML reads a bare `no` as false."""
+    return "no" if value is False else value
+
+
+SCHEDULERS = _ENUMS["SchedulerType"]
+"""Learning rate schedules by name."""
+
+
+_WORDS = {
+    name: Annotated[str, BeforeValidator(_off_is_no), AfterValidator(one_of(values))] for name, values in _ENUMS.items()
+}
+_PLAIN = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)}
+
+
+def _type_of(annotation: ast.expr) -> Any:
+    """What a field takes from YAML; `Any` where its type has no plain form."""
+    names = {**_PLAIN, **_WORDS, "Any": Any, "Literal": Literal}
+    try:
+        kind = eval(compile(ast.Expression(annotation), "training_args", "eval"), names)
+    except NameError:
+        return Any
+    # `SchedulerType | str` takes the enumeration's words and no others.
+    alternatives = get_args(kind) if get_origin(kind) is Union else (kind,)
+    if any(word in alternatives for word in _WORDS.values()):
+        kind = Union[tuple(a for a in alternatives if a is not str)]  # noqa: UP007
+    return kind
+
+
+def _fields() -> dict[str, Any]:
+    body = _classes("training_args", "TrainingArguments")["TrainingArguments"].body
+    declared = [n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+    return {
+        node.target.id: (_type_of(node.annotation), None)
+        for node in declared
+        if isinstance(node.target, ast.Name) and node.target.id not in OWNED_BY_RECIPE
+    }
+
+
+def model_of_arguments(base: type[BaseModel]) -> Any:
+    """A model with a field per training argument that a recipe may set; unset ones are left to transformers."""
+    return create_model("HuggingFaceArguments", __base__=base, __module__=__name__, **_fields())

@@ -1,0 +1,235 @@
+"""What a recipe holds: the sections, their keys, ranges and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+
+from omegaconf import OmegaConf
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from unidpo.config.hf_arguments import SCHEDULERS, model_of_arguments, one_of
+
+ModelPart: TypeAlias = Literal["vision", "projector", "language"]
+
+
+def _as_parts(value: Any) -> Any:
+    if value == "none":
+        return ()
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"must be `none` or a list of {', '.join(get_args(ModelPart))}, not {value!r}")
+    return tuple(value)
+
+
+def _as_path(value: Any) -> Any:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+FilePath: TypeAlias = Annotated[Path, BeforeValidator(_as_path)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, no unknown keys, no silent conversions, no infinities."""
+
+    # A section's validator is built within the recipe's; building each alone as well would only cost time.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+
+
+class ModelSection(Section):
+    """The policy: what is loaded and which parts of it learn."""
+
+    name: str = Field(min_length=1)
+    """A folder written by `save_pretrained`, or a hub id."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the arithmetic. Losses are computed in float32 whatever it is."""
+    freeze: Annotated[tuple[ModelPart, ...], BeforeValidator(_as_parts)] = ("vision", "projector")
+    """Parts that do not learn, or `none`."""
+    attention: Literal["auto", "padded", "sdpa"] = "auto"
+    """`sdpa` demands packs, `padded` one row per response; `auto` takes packs where the self-check agrees."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+
+
+class DataSection(Section):
+    """The preference data and how it is read."""
+
+    path: str = Field(min_length=1)
+    """JSON or JSONL file of scored pairs or ranked responses, relative to the working directory."""
+    images: FilePath | None = None
+    """Folder that relative image paths start from; null for the data file's own folder."""
+    template: str | None = None
+    """Chat template: null for the model's own, `chatml`, or a Jinja file."""
+    max_length: int = Field(4096, gt=0)
+    """Tokens of prompt plus response. A response is cut on the right; a prompt or an image token never is."""
+    max_pixels: int = Field(768 * 768, ge=32 * 32)
+    """Width times height above which an image is scaled down."""
+    group_by_prompt: bool = False
+    """Whether pairs that share prompt and images become one group, encoded once."""
+    shuffle: bool = True
+    """Whether each epoch visits the pairs in a new order, drawn from `train.seed`."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What an unusable row does: stop before training, or be left out, counted and named."""
+    min_score_margin: float | None = None
+    """Pairs whose chosen minus rejected score is below this are left out; null keeps ties and reversed pairs."""
+    eval_fraction: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the prompts held out for evaluation."""
+
+
+class UniDPOSection(Section):
+    """Uni-DPO, arXiv:2506.10054."""
+
+    name: Literal["uni_dpo"]
+    beta: float = Field(2.0, gt=0)
+    """Scale of the log-ratios (per nat per token)."""
+    quality_eta: float = Field(0.7, ge=0)
+    """Steepness of the quality weight, per unit of score margin."""
+    tau_ref: float = 2.0
+    """β times the log-ratio at which the performance weight is `2^-perf_gamma`."""
+    perf_gamma: float = Field(3.0, ge=0)
+    """Focusing exponent of the performance weight; 0 switches it off."""
+    nll_weight: float = Field(0.001, ge=0)
+    """Weight of the calibrated NLL term (loss per nat per token)."""
+    tau_good: float = 2.5
+    """Score from which a chosen response is guarded by the NLL term."""
+    detach_performance_weight: bool = False
+    """Whether the performance weight is a constant to the gradient; the reference differentiates through it."""
+
+
+class DPOSection(Section):
+    """DPO, arXiv:2305.18290."""
+
+    name: Literal["dpo"]
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-ratios."""
+    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
+    """Assumed share of pairs whose preference is the wrong way round."""
+    length_normalized: bool = False
+    """Whether log-probabilities are averaged over a response's tokens instead of summed."""
+
+
+class SimPOSection(Section):
+    """SimPO, arXiv:2405.14734; needs no reference."""
+
+    name: Literal["simpo"]
+    beta: float = Field(2.0, gt=0)
+    """Scale of the length-averaged log-probabilities."""
+    gamma: float = Field(1.0, ge=0)
+    """Target reward margin; the margin in nats per token is `gamma / beta`."""
+
+
+LossSection: TypeAlias = Annotated[UniDPOSection | DPOSection | SimPOSection, Field(discriminator="name")]
+LOSS_SECTIONS: Mapping[str, type[Section]] = {
+    get_args(section.model_fields["name"].annotation)[0]: section
+    for section in (UniDPOSection, DPOSection, SimPOSection)
+}
+
+
+class LoraSection(Section):
+    """A low-rank adapter on the parts that are not frozen (peft)."""
+
+    r: int = Field(16, gt=0)
+    """Rank."""
+    alpha: float = Field(32, gt=0)
+    """Scale: the adapter's output is multiplied by `alpha / r`."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout on the adapter's input."""
+    target_modules: Annotated[tuple[str, ...] | str | None, BeforeValidator(_as_tuple)] = None
+    """Names (or a regular expression) of the layers that get one; null for every linear layer of the language model."""
+
+
+if TYPE_CHECKING:
+    HuggingFaceArguments = Section
+else:
+    HuggingFaceArguments = model_of_arguments(Section)
+
+
+class TrainSection(HuggingFaceArguments):
+    """Hugging Face `TrainingArguments` under their own names; those listed here have defaults of ours."""
+
+    global_batch_pairs: int | None = Field(None, gt=0)
+    """Pairs per optimizer step over all processes; derives `gradient_accumulation_steps`."""
+    per_device_train_batch_size: int = Field(1, gt=0)
+    """Pairs per forward pass and process."""
+    per_device_eval_batch_size: int = Field(1, gt=0)
+    """The same during evaluation."""
+    learning_rate: float = Field(1e-6, ge=0)
+    """At the schedule's peak."""
+    lr_scheduler_type: Annotated[str, AfterValidator(one_of(SCHEDULERS))] = "cosine"
+    """How the learning rate falls over the run."""
+    warmup_steps: float = Field(0, ge=0)
+    """Optimizer steps, or a share of all of them where below 1."""
+    num_train_epochs: float = Field(1.0, gt=0)
+    """Visits of each pair."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of AdamW, on every weight but norms and biases."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """The gradient's norm is clipped to this; 0 switches clipping off."""
+    logging_steps: float = Field(1, gt=0)
+    """Optimizer steps between two records of `metrics.jsonl`, or a share of all of them where below 1."""
+    save_steps: float = Field(100, gt=0)
+    """Optimizer steps between checkpoints, or a share of all of them where below 1; one more at the end."""
+    save_total_limit: int | None = Field(2, gt=0)
+    """Checkpoints kept, the newest ones."""
+    seed: int = Field(42, ge=0)
+    """Source of every random choice of the run."""
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> TrainSection:
+        if self.global_batch_pairs is None:
+            return self
+        if "gradient_accumulation_steps" in self.model_fields_set:
+            raise ValueError("give `global_batch_pairs` or `gradient_accumulation_steps`, not both")
+        if self.global_batch_pairs % self.per_device_train_batch_size:
+            raise ValueError(
+                f"`global_batch_pairs` ({self.global_batch_pairs}) must be a multiple of "
+                f"`per_device_train_batch_size` ({self.per_device_train_batch_size})"
+            )
+        return self
+
+    def training_arguments(self) -> dict[str, Any]:
+        """Keyword arguments for `transformers.TrainingArguments`: what the recipe set, and our defaults."""
+        return {name: value for name, value in self.given().items() if name != "global_batch_pairs"}
+
+    def given(self) -> dict[str, Any]:
+        """This section without the keys that are left to transformers' own defaults."""
+        ours = TrainSection.__annotations__
+        names = [*ours, *(name for name in type(self).model_fields if name in self.model_fields_set - ours.keys())]
+        return {name: getattr(self, name) for name in names}
+
+
+class Recipe(Section):
+    """Everything a run depends on. `load_recipe` reads one; its attributes are the sections of the file."""
+
+    output: FilePath
+    """The run folder, relative to the working directory."""
+    model: ModelSection
+    data: DataSection
+    loss: LossSection = Field(default_factory=lambda: UniDPOSection(name="uni_dpo"))
+    reference: str = Field("stored", min_length=1)
+    """`stored` (the policy before its first step, as numbers on disk), `live` (a frozen copy), or a model."""
+    lora: LoraSection | None = None
+    """An adapter, or null to train the weights themselves."""
+    train: TrainSection = Field(default_factory=TrainSection)
+    eval: None = None
+    """Benchmarks after training; there are none yet."""
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> Recipe:
+        if self.lora is None and set(self.model.freeze) == set(get_args(ModelPart)):
+            raise ValueError("`model.freeze` names every part and there is no `lora`: nothing would be trained")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default filled in, as plain JSON values; `recipe_from` reads it back."""
+        plain: dict[str, Any] = self.model_dump(mode="json")
+        plain["train"] = {name: plain["train"][name] for name in self.train.given()}
+        return plain
+
+    def to_yaml(self) -> str:
+        """`resolved()` as a recipe file."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.resolved()))
