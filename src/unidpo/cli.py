@@ -109,8 +109,10 @@ def train(
 ) -> None:
     """Train the model of a recipe on its data."""
     from unidpo.config import load_recipe
+    from unidpo.runs import RunFolder
 
     resolved = load_recipe(recipe, overrides or ())
+    RunFolder(resolved.output).refuse_unless_free(resume=resume)  # before torch takes its seconds to import
     from unidpo.train import run
 
     try:

@@ -68,6 +68,19 @@ class RunFolder:
         steps = {int(p.name.rpartition("-")[2]): p for p in complete if p.name.rpartition("-")[2].isdecimal()}
         return steps[max(steps)] if steps else None
 
+    def refuse_unless_free(self, *, resume: bool) -> None:
+        """Raise `RunError` where `create` would because of what the folder holds; writes nothing."""
+        other = "give another `output`, or delete the folder"
+        if self.finished:
+            raise RunError(f"{self.path}: this folder holds a finished run; {other}")
+        ours = self.config.is_file()
+        if resume and not ours:
+            raise RunError(f"{self.path}: there is no run to resume; leave `--resume` out to begin one")
+        if ours and not resume and (self.last_checkpoint is not None or self._has_metrics()):
+            raise RunError(f"{self.path}: this folder holds an unfinished run; go on with `--resume`, or {other}")
+        if not ours and self.path.is_dir() and any(self.path.iterdir()):
+            raise RunError(f"{self.path}: this folder holds files that are no run; {other}")
+
     def create(self, config: Mapping[str, Any], *, resume: bool = False) -> int:
         """Begin the run, or go on with it, and write `config.json` and `environment.json`.
 
@@ -84,20 +97,10 @@ class RunFolder:
             RunError: the folder cannot be written, holds a finished run, an unfinished one (without `resume`), none
                 (with it), one of another recipe, or files of somebody else's.
         """
-        other = "give another `output`, or delete the folder"
-        if self.finished:
-            raise RunError(f"{self.path}: this folder holds a finished run; {other}")
-        ours = self.config.is_file()
-        if resume and not ours:
-            raise RunError(f"{self.path}: there is no run to resume; leave `--resume` out to begin one")
-        began = ours and (self.last_checkpoint is not None or self._has_metrics())
-        if began and not resume:
-            raise RunError(f"{self.path}: this folder holds an unfinished run; go on with `--resume`, or {other}")
+        self.refuse_unless_free(resume=resume)
         if resume:
             self._refuse_other_config(config)
         try:
-            if not ours and self.path.exists() and any(self.path.iterdir()):
-                raise RunError(f"{self.path}: this folder holds files that are no run; {other}")
             self.path.mkdir(parents=True, exist_ok=True)
             starts = json.loads(self.environment.read_text("utf-8"))["starts"] if self.environment.is_file() else []
             write_json(self.environment, {"starts": [*(starts if resume else []), environment()]})
