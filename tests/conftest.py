@@ -1,11 +1,22 @@
-"""Offline, without the user's cache."""
+"""Offline, without the user's cache, on machines of any speed."""
 
+import gc
+import logging
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("unidpo", deadline=None)
+settings.load_profile("unidpo")
+
+
+def pytest_collection_finish() -> None:
+    # Each `Trainer.train` collects garbage; walking all that transformers imported takes it half a second.
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +27,29 @@ def golden() -> Path:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("UNIDPO_CACHE", str(tmp_path / "unidpo-cache"))
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory) -> Path:
+    """A folder with a random text-only model."""
+    from worlds import save_text_model
+
+    return save_text_model(tmp_path_factory.mktemp("models") / "text")
+
+
+@pytest.fixture(scope="session")
+def gemma2(tmp_path_factory) -> Path:
+    """A folder with a random model whose attention packs cannot take."""
+    from worlds import save_gemma2
+
+    return save_gemma2(tmp_path_factory.mktemp("models") / "gemma2")
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """`unidpo train` takes the package's log to its console; other tests read it where pytest catches it."""
+    log = logging.getLogger("unidpo")
+    before = log.handlers, log.level, log.propagate
+    yield
+    log.handlers, log.propagate = before[0], before[2]
+    log.setLevel(before[1])

@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from unidpo import check
 from unidpo.check import CheckReport, check_data
 from unidpo.errors import DataError, Finding
-from unidpo.images import verify
+from unidpo.images import inspect_image
 
 GOLDEN = Path(__file__).parent / "golden" / "data" / "golden48.json"
 
@@ -86,12 +85,15 @@ def test_each_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in "ab":
         Image.new("RGB", (40, 40)).save(tmp_path / f"{name}.png")
     seen: list[Any] = []
-    monkeypatch.setattr(check, "verify", lambda source: seen.append(source) or verify(source))
+    monkeypatch.setattr(
+        "unidpo.check.scan.inspect_image",
+        lambda source, **limits: seen.append(source) or inspect_image(source, **limits),
+    )
     progress: list[tuple[str, int, int]] = []
     rows = [row(images=["a.png", "b.png"]), row(images=["b.png"]), row(images=["a.png"])]
     check_data(save(tmp_path, rows), on_progress=lambda *step: progress.append(step))
     assert sorted(seen) == [tmp_path / "a.png", tmp_path / "b.png"]
-    assert progress == [("images", 1, 2), ("images", 2, 2)]
+    assert progress == [("images", 1, 2), ("images", 2, 2), ("rows", 3, 3)]
 
 
 def test_images_are_looked_for_under_the_root(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def read(answer: str) -> Question:
 
 
 YES = Question("yes_no", "Is there a 7?", "Yes", (7,), BLANK)
-CHOICE = Question("choice", "Which digit is first? A) 3 B) 7 C) 1 D) 0", "B", (7,), BLANK, (3, 7, 1, 0))
+CHOICE = Question("choice", "Which digit do you see? A) 3 B) 7 C) 1 D) 0", "B", (7,), BLANK, (3, 7, 1, 0))
 
 
 # The world
@@ -86,7 +86,7 @@ def test_every_answer_follows_from_the_digits(world: DigitsWorld) -> None:
         else:
             assert len(set(question.options)) == 4
             chosen = question.options[LETTERS.index(question.answer)]
-            assert chosen == question.digits[-1 if "last" in question.prompt else 0]
+            assert [option for option in question.options if option in question.digits] == [chosen]
             assert f"{question.answer}) {chosen}" in question.prompt
 
 

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unidpo.errors import ImageError
-from unidpo.images import MIN_PIXELS, cap_pixels, content_digest, image_size, open_image, verify
+from unidpo.images import (
+    MAX_ASPECT,
+    MIN_PIXELS,
+    Inspection,
+    cap_pixels,
+    content_digest,
+    image_size,
+    inspect_image,
+    open_image,
+)
 
 ORIENTATION = 0x0112
 
@@ -37,7 +46,7 @@ def test_a_file_its_bytes_and_the_image_are_the_same_picture(tmp_path: Path) -> 
         assert image.mode == "RGB"
         assert image.tobytes() == picture().tobytes()
         assert image_size(source) == (12, 8)
-        assert verify(source) is None
+        assert inspect_image(source).size == (12, 8)
 
 
 def test_an_image_given_decoded_is_left_as_it_is() -> None:
@@ -100,14 +109,13 @@ def test_a_bad_image_says_what_is_wrong(tmp_path: Path, content: bytes, problem:
         [finding] = caught.value.findings
         assert finding.kind == "broken-image"
         assert (str(path) in finding.message) == (source is path)
-        assert verify(source) == finding
+        assert inspect_image(source) == Inspection(None, (finding,))
 
 
 def test_a_missing_image_is_its_own_kind(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "gone.png", tmp_path / "file" / "gone.png"):
-        finding = verify(path)
-        assert finding is not None
+        [finding] = inspect_image(path).findings
         assert finding.kind == "missing-image"
         assert str(path) in finding.message
 
@@ -116,8 +124,7 @@ def test_a_missing_image_is_its_own_kind(tmp_path: Path) -> None:
     ("name", "kind"), [(".", "broken-image"), ("a\0b", "broken-image"), ("\ud800.png", "broken-image")]
 )
 def test_odd_paths_are_findings_too(tmp_path: Path, name: str, kind: str) -> None:
-    finding = verify(tmp_path / name)
-    assert finding is not None
+    [finding] = inspect_image(tmp_path / name).findings
     assert finding.kind == kind
     assert finding.message.isprintable()
     with pytest.raises(ImageError):
@@ -136,14 +143,13 @@ def test_decompression_bombs_are_refused(monkeypatch: pytest.MonkeyPatch, pixels
         for look in (open_image, image_size):
             with pytest.raises(ImageError, match="too large to be safe"):
                 look(data)
-        finding = verify(data)
-    assert finding is not None
+        [finding] = inspect_image(data).findings
     assert finding.kind == "broken-image"
 
 
 def test_verifying_reads_a_photograph_to_its_end() -> None:
-    assert verify(JPEG) is None
-    assert verify(JPEG[:-40]) is not None
+    assert inspect_image(JPEG) == Inspection((64, 64), ())
+    assert inspect_image(JPEG[:-40]).size is None
 
 
 @pytest.mark.parametrize(
@@ -191,3 +197,111 @@ def test_decoded_images_differ_by_size_palette_and_pixels() -> None:
     images = [flat, palette, Image.new("P", (6, 4)), picture(4, 6)]
     assert len({content_digest(image) for image in images}) == 4
     assert content_digest(picture()) == content_digest(picture())
+
+
+def square(mode: str = "RGB") -> Image.Image:
+    return Image.effect_noise((64, 64), 80).convert(mode)
+
+
+def faded(mode: str, alpha: int) -> Image.Image:
+    image = square(mode)
+    image.putalpha(Image.new("L", image.size, alpha))
+    return image
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return encoded(square(), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (encoded(square("P")), "palette-image"),
+        (encoded(square("CMYK"), "JPEG"), "cmyk-image"),
+        (encoded(Image.new("I;16", (64, 64))), "deep-image"),
+        (encoded(Image.new("I", (64, 64)), "TIFF"), "deep-image"),
+        (encoded(Image.new("F", (64, 64)), "TIFF"), "deep-image"),
+        (encoded(faded("RGB", 0)), "transparent-image"),
+        (encoded(faded("L", 254)), "transparent-image"),
+        (encoded(square("L"), transparency=0), "transparent-image"),
+        (turned(6), "rotated-image"),
+        (turned(2), "rotated-image"),
+        (encoded(square(), "GIF", save_all=True, append_images=[square()]), "animated-image"),
+        (encoded(square(), "PNG", save_all=True, append_images=[square()]), "animated-image"),
+        (encoded(square(), "WEBP", save_all=True, append_images=[square()]), "animated-image"),
+        (encoded(square(), "TIFF", save_all=True, append_images=[square()]), "animated-image"),
+        (encoded(Image.new("RGB", (31, 33))), "tiny-image"),
+        (encoded(Image.new("1", (5001, 5000))), "huge-image"),
+    ],
+)
+def test_odd_images_are_usable_and_say_what_becomes_of_them(content: bytes, kind: str) -> None:
+    inspection = inspect_image(content)
+    found = {finding.kind: finding for finding in inspection.findings}
+    assert set(found) == {kind} | ({"palette-image"} if content[:3] == b"GIF" else set())
+    assert found[kind].severity == "warning"
+    assert found[kind].message.startswith("the image given as bytes ")
+    assert inspection.size == open_image(content).size
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(square("L")),
+        encoded(square("1")),
+        encoded(faded("RGB", 255)),
+        turned(1),
+        encoded(square(), "MPO", save_all=True, append_images=[square()]),
+        encoded(square(), "WEBP"),
+        encoded(Image.new("RGB", (32, 32))),
+        encoded(Image.new("1", (5000, 5000))),
+    ],
+)
+def test_usual_images_are_not_odd(content: bytes) -> None:
+    assert inspect_image(content).findings == ()
+
+
+def test_an_image_may_be_odd_in_several_ways() -> None:
+    image = Image.new("P", (20, 20))
+    data = encoded(image, transparency=bytes([0, 128]))
+    assert {finding.kind for finding in inspect_image(data).findings} == {
+        "palette-image",
+        "transparent-image",
+        "tiny-image",
+    }
+    assert open_image(data).mode == "RGB"  # without Pillow's warning
+
+
+@pytest.mark.parametrize(
+    ("size", "max_pixels", "refused"),
+    [
+        ((6000, 30), 768 * 768, False),
+        ((6001, 30), 768 * 768, True),
+        ((30, 6001), 768 * 768, True),
+        # Sides are rounded down when an image is scaled: 19,999 x 100 becomes 10,860 x 54.
+        ((19_999, 100), 768 * 768, True),
+        ((19_999, 100), 10**9, False),
+        ((1, 5000), 768 * 768, True),
+    ],
+)
+def test_extreme_shapes_are_errors(size: tuple[int, int], max_pixels: int, refused: bool) -> None:
+    inspection = inspect_image(encoded(Image.new("1", size)), max_pixels=max_pixels)
+    assert inspection.size == size
+    errors = [finding for finding in inspection.findings if finding.severity == "error"]
+    assert [finding.kind for finding in errors] == ["extreme-aspect"] * refused
+
+
+def test_the_limit_on_shapes_is_that_of_the_processor() -> None:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    smart_resize(30, 30 * MAX_ASPECT)
+    with pytest.raises(ValueError, match="aspect ratio"):
+        smart_resize(30, 30 * MAX_ASPECT + 1)
+
+
+def test_inspecting_leaves_a_decoded_image_as_it_is() -> None:
+    image = faded("RGB", 128)
+    before = image.tobytes()
+    assert [finding.kind for finding in inspect_image(image).findings] == ["transparent-image"]
+    assert (image.mode, image.tobytes()) == ("RGBA", before)

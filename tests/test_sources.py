@@ -210,7 +210,7 @@ BAD_ROWS: list[tuple[Any, list[tuple[str, str | None]]]] = [
     ([SEED], [("wrong-type", None)]),
     ("text", [("wrong-type", None)]),
     ({}, [("unknown-layout", None)]),
-    ({"conversations": [], "chosen": {}, "rejected": {}}, [("unknown-layout", None)]),
+    ({"conversations": [1]}, [("unknown-layout", None)]),
     ({"chosen": "good"}, [("unknown-layout", None)]),
     # missing and mistyped keys
     (without(SEED, "chosen"), [("missing-key", "chosen")]),
@@ -352,7 +352,7 @@ def test_scores_are_optional_until_they_are_required(tmp_path: Path, row: dict[s
         ("pairs.json", '["é"]'.encode("utf-16"), "not UTF-8"),
         ("pairs.json", b"[" * 100_000, "nested too deeply"),
         ("pairs.json", b"[" + b"1" * 5000 + b"]", "too many digits"),
-        ("pairs.parquet", b"PAR1....", "Parquet is not read yet"),
+        ("pairs.parquet", b"PAR1....", "not a whole Parquet file"),
     ],
 )
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, PreTrainedConfig, Qwen2Config
 
 from unidpo.encode import Encoder, prompt_positions
 from unidpo.models import load_policy, load_processor
@@ -47,3 +48,29 @@ def tiny_policy(dtype: torch.dtype = torch.float32):
     model = load_policy(GOLDEN / "model", dtype=dtype)
     processor = load_processor(GOLDEN / "model")
     return model, processor, Encoder(processor, prompt_positions(model))
+
+
+_SMALL = {
+    "vocab_size": 2080,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 2048,
+    "eos_token_id": 2050,
+    "pad_token_id": 2048,
+}
+
+
+def save_text_model(folder: Path, config: PreTrainedConfig | None = None) -> Path:
+    """A random language model with the golden tokenizer, as `save_pretrained` leaves one. Output is not tied."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config or Qwen2Config(**_SMALL, tie_word_embeddings=False)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(GOLDEN / "model").save_pretrained(folder)
+    return folder
+
+
+def save_gemma2(folder: Path) -> Path:
+    """A language model whose attention is more than causal: windows of 8 tokens and a soft cap."""
+    return save_text_model(folder, Gemma2Config(**_SMALL, head_dim=16, sliding_window=8))

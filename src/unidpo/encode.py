@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jinja2
 import PIL.Image
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from unidpo.errors import DataError, Finding, ModelError, UserError, from_findings
+from unidpo.errors import DataError, Finding, ImageError, ModelError, UserError, from_findings
 from unidpo.images import cap_pixels, image_size, open_image
 from unidpo.pairs import Message, PromptGroup, Response
 
@@ -116,7 +117,7 @@ class Encoder:
 
         Raises:
             PromptTooLong: the prompt alone reaches `max_length`.
-            ImageError: an image cannot be read.
+            ImageError: an image cannot be read, or the model's processor refuses it.
             ModelError: the group has images and the model takes none, or the template leaves a prompt empty.
         """
         images = [self._prepare(open_image(source)) for source in group.images]
@@ -166,8 +167,16 @@ class Encoder:
         return len(text_ids) + self._image_tokens[sizes]
 
     def length_findings(self, group: PromptGroup) -> list[Finding]:
-        """What `data.max_length` does to a group: a prompt that is skipped, or responses that are cut; all warnings."""
-        row, prompt = group.pairs[0].row, self.prompt_tokens(group)
+        """What `data.max_length` does to a group: a prompt that is skipped, or responses that are cut; all warnings.
+
+        Raises:
+            ImageError: an image cannot be read, or the model's processor refuses it.
+        """
+        row = group.pairs[0].row
+        try:
+            prompt = self.prompt_tokens(group)
+        except ImageError as error:
+            raise ImageError(f"row {row}: {error}", findings=error.findings) from error
         if prompt >= self.max_length:
             message = f"the prompt alone has {prompt} tokens, data.max_length is {self.max_length}; it is skipped"
             return [Finding("prompt-too-long", message, row=row, severity="warning")]
@@ -185,9 +194,12 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """Equal where two encoders turn every group into the same tensors."""
-        tokenizer = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        tokenizer = {"slow": repr(self.tokenizer)} if backend is None else json.loads(backend.to_str())
+        # What the tokenizer was last asked for, and no part of what it is.
+        tokenizer |= {"padding": None, "truncation": None}
         described = {
-            "tokenizer": tokenizer.to_str() if tokenizer is not None else repr(self.tokenizer),
+            "tokenizer": tokenizer,
             "images": self.processor.image_processor.to_dict() if self.sees_images else None,
             "processor": type(self.processor).__name__,
             "template": self._template,
@@ -208,11 +220,17 @@ class Encoder:
             return ids, torch.zeros_like(ids), {}
         if not self.sees_images:
             raise ModelError("the data has images and this model takes none; use a vision-language model")
-        encoded = dict(
-            self.processor(
-                text=[text], images=list(images), return_tensors="pt", text_kwargs={"add_special_tokens": False}
+        try:
+            encoded = dict(
+                self.processor(
+                    text=[text], images=list(images), return_tensors="pt", text_kwargs={"add_special_tokens": False}
+                )
             )
-        )
+        except ValueError as error:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise ImageError(
+                f"the model's processor refuses the images (scaled to {sizes} pixels): {error}; leave the row out"
+            ) from error
         ids = encoded.pop("input_ids")[0]
         encoded.pop("attention_mask", None)
         types = encoded.pop("mm_token_type_ids", None)
@@ -221,9 +239,15 @@ class Encoder:
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         conversation = [{"role": m.role, "content": self._content(m)} for m in messages]
-        text: str = self.processor.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self._template
-        )
+        try:
+            text: str = self.processor.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self._template
+            )
+        except jinja2.TemplateError as error:
+            # Templates also refuse by raising, a system prompt for one.
+            raise ModelError(
+                f"the chat template cannot render this conversation ({error}); set data.template to another one"
+            ) from error
         return text
 
     def _content(self, message: Message) -> str | list[dict[str, Any]]:

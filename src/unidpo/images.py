@@ -1,4 +1,4 @@
-"""Open, verify and measure the images of a data set."""
+"""Open, inspect and measure the images of a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import functools
 import hashlib
 import io
 import math
+import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -16,6 +18,26 @@ from unidpo.errors import Finding, ImageError, shown
 from unidpo.pairs import ImageSource
 
 MIN_PIXELS = 32 * 32
+MAX_PIXELS = 768 * 768
+"""What images are scaled down to by default, as the reference does."""
+MAX_ASPECT = 200
+"""Qwen's image processors raise where one side is more than this many times the other."""
+HUGE_PIXELS = 25_000_000
+_one_huge_image = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at an image found.
+
+    Attributes:
+        size: width and height in pixels, as `open_image` gives them; ``None`` where it raises.
+        findings: without a location. An error means that no model gets to see the image; a warning says what is
+            done to it on the way.
+    """
+
+    size: tuple[int, int] | None
+    findings: tuple[Finding, ...]
 
 
 def open_image(source: ImageSource) -> Image.Image:
@@ -32,18 +54,23 @@ def open_image(source: ImageSource) -> Image.Image:
             damaged, or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS`` (finding ``broken-image``).
     """
     with _opened(source) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return _rgb(ImageOps.exif_transpose(image))
 
 
-def verify(source: ImageSource) -> Finding | None:
-    """What `open_image` would raise for this source, as a finding without a location, or ``None`` if it decodes."""
+def inspect_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Inspection:
+    """Decode an image completely and note whatever is wrong or odd about it. Never raises.
+
+    Costs less than `open_image`: a JPEG's data is read to its end, but only a few of its pixels are computed.
+
+    Args:
+        source: see `open_image`.
+        max_pixels: what the image will be scaled down to, see `cap_pixels`.
+    """
     try:
-        with _opened(source) as image:
-            image.draft("RGB", (1, 1))  # JPEG data is still read to its end, but fewer pixels are computed
-            ImageOps.exif_transpose(image).convert("RGB")
+        with _opened(source) as image, _memory_for(image):
+            return _inspected(image, source, max_pixels)
     except ImageError as error:
-        return error.findings[0]
-    return None
+        return Inspection(None, error.findings)
 
 
 def cap_pixels(image: Image.Image, max_pixels: int, min_pixels: int = MIN_PIXELS) -> Image.Image:
@@ -52,19 +79,15 @@ def cap_pixels(image: Image.Image, max_pixels: int, min_pixels: int = MIN_PIXELS
     Sides are rounded down after scaling, as in LLaMA-Factory, so a result may miss ``min_pixels`` by a rim; an
     image within the limits is returned as it is. Sides never reach 0, where the reference would crash.
     """
-    if image.width * image.height > max_pixels:
-        image = image.resize(_scaled(image, max_pixels))
-    if image.width * image.height < min_pixels:
-        image = image.resize(_scaled(image, min_pixels))
-    return image
+    size = _capped(*image.size, max_pixels, min_pixels)
+    return image if size == image.size else image.resize(size)
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
     """Width and height as `open_image` would give them, from the file's header alone. Raises `ImageError`."""
     with _opened(source) as image:
-        # Pillow gives the size of a TIFF already turned.
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return (image.height, image.width) if turned else image.size
+        # Not `image.getexif()`: PNG's own decodes all pixels, for the rare orientation that is noted behind them.
+        return _upright_size(image, Image.Image.getexif(image))
 
 
 def content_digest(source: ImageSource) -> bytes:
@@ -114,16 +137,105 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
         raise _image_error(source, error) from error
 
 
-def _scaled(image: Image.Image, pixels: int) -> tuple[int, int]:
-    factor = math.sqrt(pixels / (image.width * image.height))
-    return max(1, int(image.width * factor)), max(1, int(image.height * factor))
+def _memory_for(image: Image.Image) -> contextlib.AbstractContextManager[object]:
+    """Threads that decode huge images side by side would take gigabytes."""
+    return _one_huge_image if image.width * image.height > HUGE_PIXELS else contextlib.nullcontext()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if isinstance(image.info.get("transparency"), bytes):  # Pillow would warn that it is dropped, once per image
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+def _orientation(image: Image.Image, exif: Image.Exif) -> int | None:
+    """The note on how to turn an image; of a TIFF none, because Pillow turns it, size included, by itself."""
+    return None if image.format == "TIFF" else exif.get(ExifTags.Base.Orientation)
+
+
+def _upright_size(image: Image.Image, exif: Image.Exif) -> tuple[int, int]:
+    return (image.height, image.width) if _orientation(image, exif) in (5, 6, 7, 8) else image.size
+
+
+def _is_see_through(image: Image.Image) -> bool:
+    """Whether a decoded image has anything transparent. Screenshots often have an alpha channel that is all opaque."""
+    if image.mode in ("RGBA", "LA", "PA"):
+        return image.getchannel("A").getextrema()[0] != 255
+    return "transparency" in image.info or image.mode in ("RGBa", "La")
+
+
+def _inspected(image: Image.Image, source: ImageSource, max_pixels: int) -> Inspection:
+    odd = _odd_encoding(image)  # before decoding, which changes what it looks at
+    exif = image.getexif()
+    size = _upright_size(image, exif)
+    is_turned = _orientation(image, exif) in range(2, 9)
+    if not isinstance(source, Image.Image):
+        image.draft("RGB", (1, 1))
+    # One pixel shows whether a mode can be converted; turning needs them all.
+    _rgb(ImageOps.exif_transpose(image) if is_turned else image.crop((0, 0, 1, 1)))
+    if is_turned:
+        odd["rotated-image"] = "is stored turned; it is set upright as its EXIF data says, unlike in other trainers"
+    if _is_see_through(image):
+        odd["transparent-image"] = "has transparent parts; they show the colour stored under them, often black"
+    odd |= _odd_size(*size, max_pixels)
+    findings = [Finding(kind, f"{_name(source)} {problem}", severity="warning") for kind, problem in odd.items()]
+    width, height = _capped(*size, max_pixels)
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        limit = f"Qwen's processors refuse a side of over {MAX_ASPECT} times the other"
+        problem = f"{_name(source)} is {size[0]:,} x {size[1]:,} pixels, and {limit}; crop or split it"
+        findings.append(Finding("extreme-aspect", problem))
+    return Inspection(size, tuple(findings))
+
+
+def _odd_encoding(image: Image.Image) -> dict[str, str]:
+    """What is unusual about a file, by kind of finding, as a sentence about it. Its pixels are not read."""
+    odd = {}
+    match image.mode:
+        case "P" | "PA":
+            odd["palette-image"] = "has a palette; it is expanded to RGB"
+        case "CMYK":
+            odd["cmyk-image"] = "is CMYK, for print; it is turned into RGB without its colour profile, so colours shift"
+        case "I" | "F" | "I;16" | "I;16L" | "I;16B":
+            problem = "has more than 8 bits per pixel; values over 255 become white, which may be all of it"
+            odd["deep-image"] = f"{problem}; scale it to 8 bits"
+    # An MPO is a photograph with further views of it.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        odd["animated-image"] = "is an animation or has several pages; only the first is used"
+    return odd
+
+
+def _odd_size(width: int, height: int, max_pixels: int) -> dict[str, str]:
+    size = f"is {width:,} x {height:,} pixels"
+    if width * height < MIN_PIXELS:
+        return {"tiny-image": f"{size} and is enlarged to {MIN_PIXELS:,} pixels; check that it is the right file"}
+    if width * height > HUGE_PIXELS:
+        slow = f"it is decoded whole each time, to be scaled to {max_pixels:,} pixels"
+        return {"huge-image": f"{size}; {slow}; a smaller file trains faster"}
+    return {}
+
+
+def _capped(width: int, height: int, max_pixels: int, min_pixels: int = MIN_PIXELS) -> tuple[int, int]:
+    if width * height > max_pixels:
+        width, height = _scaled(width, height, max_pixels)
+    if width * height < min_pixels:
+        width, height = _scaled(width, height, min_pixels)
+    return width, height
+
+
+def _scaled(width: int, height: int, pixels: int) -> tuple[int, int]:
+    factor = math.sqrt(pixels / (width * height))
+    return max(1, int(width * factor)), max(1, int(height * factor))
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, Image.Image):
+        return "the decoded image"
+    return shown(source, most=400) if isinstance(source, Path) else "the image given as bytes"
 
 
 def _image_error(source: ImageSource, error: Exception) -> ImageError:
-    name = shown(source, most=400) if isinstance(source, Path) else "the image given as bytes"
-    if isinstance(source, Image.Image):
-        name = "the decoded image"
-    kind = "broken-image"
+    name, kind = _name(source), "broken-image"
     match error:
         case FileNotFoundError() | NotADirectoryError():
             kind = "missing-image"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -44,9 +46,19 @@ def load_policy(
     vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
     with _as_model_error(name, "the model"):
-        model: PreTrainedModel = auto.from_pretrained(
-            str(name), config=config, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        model: PreTrainedModel
+        model, info = auto.from_pretrained(
+            str(name),
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
+    # transformers fills these with random numbers and only logs it.
+    if missing := sorted(info["missing_keys"]):
+        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(f"{name}: the weights lack {len(missing)} tensors of the model ({listed}); fetch them again")
     return model
 
 
@@ -76,20 +88,27 @@ def load_processor(name: str | Path, *, trust_remote_code: bool = False) -> Proc
     load = {"trust_remote_code": trust_remote_code}
     with _as_model_error(name, "the processor"):
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name), **load)
-            return tokenizer
+            return _usable(name, AutoTokenizer.from_pretrained(str(name), **load))
         try:
             processor: ProcessorMixin = AutoProcessor.from_pretrained(str(name), **load)
         except ImportError as error:
             if "torchvision" not in str(error).lower() or type(config) not in PROCESSOR_MAPPING:
                 raise
-            tokenizer = AutoTokenizer.from_pretrained(str(name), **load)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name), **load)
             processor = compose_processor(
                 PROCESSOR_MAPPING[type(config)], AutoImageProcessor.from_pretrained(str(name), **load), tokenizer
             )
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"{name}: this vision-language model comes without an image processor")
+    _usable(name, processor.tokenizer)
     return processor
+
+
+def _usable(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    # Where the files are missing, transformers makes an empty tokenizer, to which every text is nothing.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ModelError(f"{name}: there is no tokenizer; copy its files (tokenizer.json and the like) into the folder")
+    return tokenizer
 
 
 def compose_processor(
@@ -174,6 +193,11 @@ def save_model(model: PreTrainedModel, processor: Processor, folder: Path, *, dt
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
     }
     model.save_pretrained(folder, state_dict=state)
+    if isinstance(model, PreTrainedModel):
+        # The configuration says in which type to load, and transformers writes the type the model has in memory.
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        config.save_pretrained(folder)
     processor.save_pretrained(folder)
     if isinstance(processor, ProcessorMixin) and "video_processor" not in processor.get_attributes():
         # A machine with torchvision looks for a video processor's settings; the older layout has them all in this file.
@@ -185,7 +209,7 @@ def _as_model_error(name: str | Path, what: str) -> Iterator[None]:
     """Say which model and which part of it could not be loaded, in place of the library's own exception."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         hint = "" if Path(name).exists() else "; no such folder here, and as a hub id it could not be fetched"
         raise ModelError(f"{name}: cannot load {what}{hint} ({type(error).__name__}: {reason[:400]})") from error

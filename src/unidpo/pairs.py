@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
@@ -47,11 +47,12 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two responses of one group, by index, and the row of the file (from 1) that says so."""
+    """Two responses of one group, by index, and the row (from 1) and file that say so."""
 
     chosen: int
     rejected: int
     row: int
+    file: str | Path | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class PromptGroup:
         return replace(
             self,
             responses=tuple(self.responses[i] for i in used),
-            pairs=tuple(Pair(at[p.chosen], at[p.rejected], p.row) for p in pairs),
+            pairs=tuple(replace(p, chosen=at[p.chosen], rejected=at[p.rejected]) for p in pairs),
         )
 
 
@@ -139,5 +140,5 @@ def _merge(groups: Sequence[PromptGroup]) -> PromptGroup:
     pairs = []
     for group in groups:
         at = [index.setdefault(response, len(index)) for response in group.responses]
-        pairs += [Pair(at[p.chosen], at[p.rejected], p.row) for p in group.pairs]
+        pairs += [replace(p, chosen=at[p.chosen], rejected=at[p.rejected]) for p in group.pairs]
     return replace(groups[0], responses=tuple(index), pairs=tuple(pairs))

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from unidpo.encode import EncodedGroup, Encoder
+from unidpo.errors import UserError
 from unidpo.images import content_digest
 from unidpo.logps import response_logps
 from unidpo.packs import Layout, to_device
@@ -55,9 +56,20 @@ class LogpStore:
         self.reload()
 
     def reload(self) -> None:
-        """Take in what is on disk; parts that other writers added included."""
+        """Take in what is on disk; parts that other writers added included.
+
+        Raises:
+            UserError: a part is damaged.
+        """
         for part in sorted(self.folder.glob("part-*.parquet")):
-            table = pq.read_table(part, columns=["key", "logp"])
+            try:
+                table = pq.read_table(part, columns=["key", "logp"])
+            except (OSError, pa.ArrowException) as error:
+                reason = " ".join(str(error).split())[-200:]
+                raise UserError(
+                    f"{part}: these stored reference log-probabilities cannot be read ({reason}); delete the file, "
+                    "and what it held is computed again"
+                ) from error
             self._logps.update(zip(table["key"].to_pylist(), table["logp"].to_pylist(), strict=True))
 
     def __contains__(self, key: bytes) -> bool:
@@ -123,24 +135,22 @@ def response_keys(groups: Iterable[PromptGroup]) -> list[list[bytes]]:
     for group in groups:
         prompt = hashlib.blake2b(digest_size=16)
         for message in group.messages:
-            _update(prompt, message.role)
+            _update(prompt, "role", message.role)
             for part in message.content:
-                # A mark and the text that spells it must not hash alike.
-                _update(prompt, part if isinstance(part, str) else b"\0image")
+                _update(prompt, *(("text", part) if isinstance(part, str) else ("mark", "")))
         for source in group.images:
-            _update(prompt, image_digest(source))
+            _update(prompt, "image", image_digest(source))
         keys.append([])
         for response in group.responses:
             key = prompt.copy()
-            _update(key, b"\0response")
-            _update(key, response.text)
+            _update(key, "response", response.text)
             keys[-1].append(key.digest())
     return keys
 
 
 @dataclass(frozen=True, slots=True)
 class PassCounts:
-    """What a reference pass did, in responses."""
+    """What a reference pass did, in distinct responses."""
 
     found: int
     computed: int
@@ -179,21 +189,24 @@ class ReferencePass:
         todo: list[_Missing] = []
         seen: set[bytes] = set()
         for group, group_keys in zip(groups, keys, strict=True):
-            missing = [i for i, key in enumerate(group_keys) if key not in self.store and key not in seen]
-            seen.update(group_keys)
+            missing = []
+            for i, key in enumerate(group_keys):
+                if key not in self.store and key not in seen:
+                    missing.append(i)
+                seen.add(key)
             if missing:
                 todo.append(_Missing(group, missing, [group_keys[i] for i in missing]))
         total = sum(len(missing.keys) for missing in todo)
         if total:
             self._compute(todo, total)
-        return PassCounts(found=sum(map(len, keys)) - total, computed=total)
+        return PassCounts(found=len(seen) - total, computed=total)
 
     def _compute(self, todo: Sequence[_Missing], total: int) -> None:
         was_training = self.model.training
         self.model.eval()
         done, flushed = 0, time.monotonic()
-        self.on_progress(0, total)
         try:
+            self.on_progress(0, total)
             for groups, group_keys in self._batches(todo):
                 batch = to_device(self.layout(groups), self.model.device)
                 with torch.no_grad(), self.autocast():
@@ -240,7 +253,8 @@ def lookup(store: LogpStore, keys: Sequence[Sequence[bytes]]) -> list[Float[Tens
     return [torch.tensor([store[key] for key in group], dtype=torch.float64) for group in keys]
 
 
-def _update(digest: hashlib.blake2b, part: str | bytes) -> None:
+def _update(digest: hashlib.blake2b, kind: str, part: str | bytes) -> None:
+    # Kind and length come first, so that no two sequences of parts are the same bytes.
     data = part.encode() if isinstance(part, str) else part
-    digest.update(len(data).to_bytes(8, "little"))
+    digest.update(f"{kind} {len(data)} ".encode())
     digest.update(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -127,7 +128,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._held_out_ref_logps: Sequence[Tensor] | None = None
         self._live_reference: PreTrainedModel | None = None
         # Until an update has changed the weights, the policy is its own reference: see docs/decisions.
-        self._policy_is_reference = reference in ("stored", "live")
+        self._policy_is_reference = reference in ("stored", "live") and _adds_nothing_yet(model)
         self._means = Means()
         super().__init__(
             model=model,
@@ -147,8 +148,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
         The model is left with the attention it came with.
         """
-        self._choose_layout()
         try:
+            self._choose_layout()
             if self.loss.needs_reference:
                 self._prepare_reference()
             if resume_from_checkpoint:
@@ -162,6 +163,10 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         """The policy without adapter wrapper; its layers still hold the adapter."""
         model = self.model
         return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+    def _without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """The model as it was loaded, where an adapter is trained."""
+        return contextlib.nullcontext() if isinstance(self.model, PreTrainedModel) else self.model.disable_adapter()
 
     def _choose_layout(self) -> None:
         """Run both paths on one small group and keep packs if they agree."""
@@ -230,7 +235,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         arithmetic = str(self._arithmetic).removeprefix("torch.")
         store = LogpStore(store_folder(self._cache, fingerprint, self.encoder, arithmetic=arithmetic))
         keys = response_keys([*self._groups, *self._held_out])
-        counts = ReferencePass(
+        reference_pass = ReferencePass(
             model=model,
             encoder=self.encoder,
             layout=self.layout,
@@ -238,7 +243,9 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             autocast=self.compute_loss_context_manager,
             workers=self.args.dataloader_num_workers,
             on_progress=self._on_reference_progress,
-        ).run([*self._groups, *self._held_out], keys)
+        )
+        with self._without_adapter():
+            counts = reference_pass.run([*self._groups, *self._held_out], keys)
         _LOG.info("reference: %d responses found in %s, %d computed", counts.found, store.folder, counts.computed)
         logps = lookup(store, keys)
         self._ref_logps, self._held_out_ref_logps = logps[: len(self._groups)], logps[len(self._groups) :]
@@ -312,7 +319,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 return response_logps(self._live_reference, batch.responses)
             was_training = self.model.training
             self.model.eval()
-            with self.model.disable_adapter():
+            with self._without_adapter():
                 logps = response_logps(self._plain_model, batch.responses)
             self.model.train(was_training)
             return logps
@@ -374,6 +381,11 @@ def _learnable(
     if mixed_precision:
         keep_trainable_in_float32(policy)
     return policy
+
+
+def _adds_nothing_yet(policy: torch.nn.Module) -> bool:
+    """Whether an adapter, where there is one, leaves the model's output as it was: LoRA begins with B = 0."""
+    return not any(p.any() for name, p in policy.named_parameters() if ".lora_B." in name)
 
 
 def _require_scores(groups: Sequence[PromptGroup], loss: PreferenceLoss) -> None:

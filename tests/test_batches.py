@@ -1,0 +1,126 @@
+"""Which pairs make a step, which of them share a forward pass, and what a batch holds."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from worlds import group, tiny_policy
+
+from unidpo.batches import Plan, PlannedBatches, StepLoader, StepSampler
+from unidpo.packs import pack
+
+counts = st.lists(st.integers(1, 12), min_size=1, max_size=20)
+sizes = st.tuples(st.integers(1, 16), st.integers(1, 6))
+
+
+def sampler(pair_counts, *, step=4, per_pack=2, shuffle=True, seed=3, epoch=0):
+    made = StepSampler(pair_counts, pairs_per_step=step, pairs_per_pack=per_pack, shuffle=shuffle, seed=seed)
+    made.set_epoch(epoch)
+    return made
+
+
+def pairs_of(plans):
+    """(group, pair) of every share of some plans, in order."""
+    return [(index, pair) for plan in plans for index, pairs in plan.shares for pair in pairs]
+
+
+@given(counts, sizes, st.booleans(), st.integers(0, 5))
+def test_an_epoch_visits_every_pair_once(pair_counts, size, shuffle, epoch):
+    made = sampler(pair_counts, step=size[0], per_pack=size[1], shuffle=shuffle, epoch=epoch)
+    visited = Counter(pair for step in made for pair in pairs_of(step))
+    assert visited == Counter((i, pair) for i, count in enumerate(pair_counts) for pair in range(count))
+
+
+@given(counts, sizes, st.booleans())
+def test_a_step_has_exactly_its_pairs_and_says_how_many(pair_counts, size, shuffle):
+    made = sampler(pair_counts, step=size[0], per_pack=size[1], shuffle=shuffle)
+    steps = list(made)
+    assert len(made) == len(steps)
+    totals = [len(pairs_of(step)) for step in steps]
+    assert totals[:-1] == [size[0]] * (len(steps) - 1)
+    assert 0 < totals[-1] <= size[0]
+    for step, total in zip(steps, totals, strict=True):
+        assert {plan.step_pairs for plan in step} == {total}
+
+
+@given(counts, sizes, st.booleans())
+def test_only_a_single_group_may_be_more_than_a_pass_holds(pair_counts, size, shuffle):
+    for step in sampler(pair_counts, step=size[0], per_pack=size[1], shuffle=shuffle):
+        for plan in step:
+            assert len(plan.shares) == 1 or len(pairs_of([plan])) <= size[1]
+
+
+@given(counts, sizes, st.booleans())
+def test_a_prompt_is_encoded_once_per_step(pair_counts, size, shuffle):
+    for step in sampler(pair_counts, step=size[0], per_pack=size[1], shuffle=shuffle):
+        groups = [index for plan in step for index, _ in plan.shares]
+        assert len(groups) == len(set(groups))
+
+
+@given(counts, sizes)
+def test_neighbours_share_a_pass_while_they_fit(pair_counts, size):
+    """No two passes of a step that follow one another could have been one."""
+    for step in sampler(pair_counts, step=size[0], per_pack=size[1]):
+        for plan, following in zip(step, step[1:], strict=False):
+            assert len(pairs_of([plan])) + len(following.shares[0][1]) > size[1]
+
+
+def test_without_shuffling_pairs_come_in_file_order():
+    order = pairs_of(plan for step in sampler([2, 1, 3], shuffle=False, epoch=1) for plan in step)
+    assert order == [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2)]
+
+
+def test_the_order_is_made_of_seed_and_epoch_alone():
+    def order(**options):
+        return pairs_of(plan for step in sampler([1] * 30, **options) for plan in step)
+
+    assert order(seed=1, epoch=2) == order(seed=1, epoch=2)
+    torch.manual_seed(123)
+    assert order(seed=1, epoch=2) == order(seed=1, epoch=2, step=7, per_pack=3)
+    assert len({tuple(order(seed=1, epoch=epoch)) for epoch in range(4)}) == 4
+    assert len({tuple(order(seed=seed)) for seed in range(0, 40, 10)}) == 4
+
+
+def test_drawing_the_order_leaves_the_global_generator():
+    before = torch.get_rng_state()
+    list(sampler([1] * 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return tiny_policy()[2]
+
+
+def test_a_batch_holds_only_the_responses_its_pairs_name(encoder):
+    groups = [group(images=0, responses=(2, 3, 4, 5), seed=1, row=1), group(images=0, seed=2, row=2)]
+    stored = [torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-5.0, -6.0])]
+    chosen = groups[0].pairs.index(next(p for p in groups[0].pairs if (p.chosen, p.rejected) == (1, 3)))
+    batch = PlannedBatches(groups, encoder, pack, stored)[Plan(((0, (chosen,)), (1, (0,))), 9)]
+    lengths = [len(encoder.response_ids(groups[0].responses[i])) for i in (1, 3)]
+    assert batch.responses.response_tokens.tolist()[:2] == lengths
+    assert batch.ref_logps.tolist() == [-2.0, -4.0, -5.0, -6.0]
+    assert batch.pairs.source_chosen.tolist() == [1, 0]
+    assert batch.pairs.rows.tolist() == [1, 2]
+    assert batch.step_pairs == 9
+
+
+def test_without_stored_numbers_a_batch_has_none(encoder):
+    batch = PlannedBatches([group(images=0)], encoder, pack, None)[Plan(((0, (0,)),), 1)]
+    assert batch.ref_logps is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_loader_gives_a_step_at_a_time(encoder, workers):
+    groups = [group(images=0, seed=i, row=i + 1) for i in range(5)]
+    made = sampler([1] * 5, step=3, per_pack=2, shuffle=True)
+    loader = StepLoader(PlannedBatches(groups, encoder, pack, None), made, workers=workers)
+    loader.set_epoch(1)
+    rows = [[row for batch in step for row in batch.pairs.rows.tolist()] for step in loader]
+    assert [len(step) for step in rows] == [3, 2]
+    assert len(loader) == 2
+    expected = sampler([1] * 5, step=3, per_pack=2, shuffle=True, epoch=1)
+    assert rows == [[index + 1 for index, _ in pairs_of(step)] for step in expected]
+    assert len(loader.dataset) == 5

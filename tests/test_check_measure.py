@@ -1,0 +1,130 @@
+"""The data in numbers, and how they are drawn."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from unidpo.check import GroupLengths, check_data
+from unidpo.check.measure import epoch_tokens, estimated_lengths, spread
+from unidpo.check.report import sparkline
+from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
+
+
+def group(prompt: str, texts: str, pairs: list[tuple[int, int]], row: int = 1) -> PromptGroup:
+    responses = tuple(Response(text, 5.0 - n) for n, text in enumerate(texts.split()))
+    return PromptGroup((Message("user", (prompt,)),), (), responses, tuple(Pair(*pair, row) for pair in pairs))
+
+
+def letters(group: PromptGroup) -> GroupLengths:
+    """A token per letter."""
+    return GroupLengths(len(group.messages[0].text), tuple(len(response.text) for response in group.responses))
+
+
+def test_an_epoch_is_counted_as_padded_pairs_and_as_packs() -> None:
+    # Prompt of 10 with responses of 3, 5 and 2 in three pairs; again with those of 3 and 7, of which one is known;
+    # a prompt of 4 with responses of 1 and 6.
+    groups = [
+        group("p" * 10, "aaa bbbbb cc", [(0, 1), (0, 2), (1, 2)]),
+        group("p" * 10, "aaa ddddddd", [(0, 1)]),
+        group("q" * 4, "a bbbbbb", [(0, 1)]),
+    ]
+    tokens = epoch_tokens(groups, [letters(each) for each in groups], estimated=False)
+    rows = 2 * (10 + 5) + 2 * (10 + 3) + 2 * (10 + 5) + 2 * (10 + 7) + 2 * (4 + 6)
+    assert tokens.padded_pairs == 2 * rows  # policy and reference
+    assert tokens.pair_packs == (10 + 3 + 5) + (10 + 3 + 2) + (10 + 5 + 2) + (10 + 3 + 7) + (4 + 1 + 6)
+    assert tokens.prompt_packs == (10 + 3 + 5 + 2 + 7) + (4 + 1 + 6)
+
+
+def test_lengths_are_estimated_without_a_model() -> None:
+    images = Path("a.png"), Path("large.png"), Path("unseen.png"), Image.new("RGB", (280, 28))
+    content = ("12345678", IMAGE, IMAGE, "漢字" * 2, IMAGE, IMAGE)
+    responses = Response("12345"), Response("é" * 4)
+    prompt = PromptGroup((Message("user", content),), images, responses, (Pair(0, 1, 1),))
+    estimate = estimated_lengths({images[0]: (560, 280), images[1]: (4000, 3000)})
+    # 8 bytes and 12 bytes of text; 20 x 10 patches; 768 x 768 pixels make 752 twice; 10 patches.
+    assert estimate(prompt) == GroupLengths(2 + 3 + 200 + 752 + 752 + 10, (2, 2))
+    small = estimated_lengths({images[0]: (560, 280), images[1]: (4000, 3000)}, max_pixels=28 * 28 * 50)
+    assert small(prompt) == GroupLengths(2 + 3 + 50 + 50 + 50 + 10, (2, 2))
+
+
+def test_a_spread_counts_what_it_shows() -> None:
+    whole = spread([1, 1, 2, 4])
+    assert whole is not None
+    assert (whole.minimum, whole.median, whole.maximum) == (1, 1.5, 4)
+    assert whole.histogram == (2, 1, 0, 1)
+    tailed = spread([0.5 * n for n in range(100)] + [1e6])
+    assert tailed is not None
+    assert tailed.maximum == 1e6
+    assert tailed.histogram_end == pytest.approx(3 * 45)
+    assert sum(tailed.histogram) == 101
+    assert tailed.histogram[-1] == 1
+    assert max(tailed.histogram) < 20
+    assert spread([]) is None
+
+
+@given(st.lists(st.integers(-(10**6), 10**6) | st.floats(-2e38, 2e38), min_size=1))
+def test_a_histogram_holds_every_value_once(values: list[float]) -> None:
+    found = spread(values)
+    assert found is not None
+    assert sum(found.histogram) == len(values)
+    assert 1 <= len(found.histogram) <= 20
+    assert found.minimum <= found.decile <= found.median <= found.ninth_decile <= found.maximum == max(values)
+    assert found.minimum <= found.histogram_end <= found.maximum
+
+
+def test_small_counts_are_seen_beside_large_ones() -> None:
+    assert sparkline((0, 1, 1000, 500, 0)) == " ▁█▄"
+    assert sparkline((0, 1, 1000, 500, 0), blocks=False) == " .@="
+
+
+def printed(path: Path, encoding: str, **options: Any) -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    check_data(path, **options).render(Console(file=file, width=120))
+    file.flush()
+    return file.buffer.getvalue().decode(encoding)
+
+
+def test_the_report_draws_with_what_the_terminal_has(tmp_path: Path) -> None:
+    scores = {"score_chosen": 4.5, "score_rejected": 2}
+    rows = [{"instruction": f"{n}?", "chosen": "yes" * n, "rejected": "no", **scores} for n in range(1, 9)]
+    rows += [{"instruction": "<image>?", "chosen": "yes", "rejected": "no", "images": ["größe.png"], **scores}]
+    path = tmp_path / "paare-größe.json"
+    path.write_text(json.dumps(rows))
+    unicode, ascii_only = printed(path, "utf-8"), printed(path, "ascii")
+    assert "█" in unicode
+    assert "größe.png" in unicode
+    assert ascii_only.isascii()
+    assert r"gr\xf6\xdfe.png" in ascii_only
+    assert "#####" in ascii_only
+    for text in (unicode, ascii_only):
+        assert "tokens per epoch (estimated, without a model)" in text
+        assert "times fewer" in text
+        assert "4.5" in next(line for line in text.splitlines() if "tau_good" in line)
+
+
+def test_tokens_are_counted_where_a_model_is_given(tmp_path: Path) -> None:
+    pair = {"chosen": "yes", "rejected": "no"}
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([{"prompt": "Which?", **pair}, {"prompt": "Which one?", **pair}]))
+    report = check_data(path, lengths=letters)
+    assert report.epoch_tokens == epoch_tokens(
+        report.groups, [letters(each) for each in report.groups], estimated=False
+    )
+    assert report.prompt_tokens is not None
+    assert (report.prompt_tokens.minimum, report.prompt_tokens.maximum) == (6, 10)
+    assert report.response_tokens is not None
+    assert (report.response_tokens.minimum, report.response_tokens.maximum) == (2, 3)
+    assert "tokens per epoch (counted)" in printed(path, "utf-8", lengths=letters)
+    assert report.to_json()["epoch_tokens"] == {
+        "estimated": False,
+        "padded_pairs": 2 * 2 * (6 + 3 + 10 + 3),
+        "pair_packs": 6 + 3 + 2 + 10 + 3 + 2,
+        "prompt_packs": 6 + 3 + 2 + 10 + 3 + 2,
+    }

@@ -1,0 +1,287 @@
+"""The stored reference: what is computed, what is found again, and what a key is made of."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from worlds import GOLDEN, group, tiny_policy
+
+from unidpo.attention import use_pack_attention
+from unidpo.errors import UserError
+from unidpo.logps import response_logps
+from unidpo.models import load_policy
+from unidpo.packs import pack, pad
+from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.reference import (
+    LogpStore,
+    ReferencePass,
+    default_cache,
+    lookup,
+    response_keys,
+    store_folder,
+    weights_fingerprint,
+)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """The golden model with pack attention, and its encoder."""
+    model, _, encoder = tiny_policy()
+    use_pack_attention(model)
+    return model, encoder
+
+
+@pytest.fixture
+def forwards(policy):
+    """Grows by one for each forward pass of the language model."""
+    calls = []
+    hook = policy[0].model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    yield calls
+    hook.remove()
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return [group(images=i % 2, responses=(2, 3), seed=i, row=i + 1) for i in range(10)]
+
+
+def fill(policy, store, groups, **options):
+    model, encoder = policy
+    keys = response_keys(groups)
+    return ReferencePass(model, encoder, pack, store, contextlib.nullcontext, **options).run(groups, keys)
+
+
+@pytest.fixture
+def filled(policy, groups, tmp_path):
+    store = LogpStore(tmp_path / "store")
+    counts = fill(policy, store, groups)
+    assert (counts.found, counts.computed) == (0, 20)
+    return store
+
+
+def test_a_second_pass_finds_everything_and_runs_nothing(policy, groups, filled, forwards):
+    again = LogpStore(filled.folder)
+    counts = fill(policy, again, groups)
+    assert (counts.found, counts.computed) == (20, 0)
+    assert forwards == []
+    assert all(torch.equal(a, b) for a, b in zip(lookup(again, response_keys(groups)), lookup(filled, response_keys(groups)), strict=True))
+
+
+def test_only_new_rows_are_computed(policy, groups, filled):
+    new = group(images=1, responses=(4, 2), seed=99, row=11)
+    said = []
+    counts = fill(policy, LogpStore(filled.folder), [*groups, new], on_progress=lambda *done: said.append(done))
+    assert (counts.found, counts.computed) == (20, 2)
+    assert said == [(0, 2), (2, 2)]
+
+
+def test_a_new_response_to_a_known_prompt_is_computed_alone(policy, groups, filled):
+    longer = replace(groups[1], responses=(*groups[1].responses, Response("quite another answer", 1.0)))
+    store = LogpStore(filled.folder)
+    assert fill(policy, store, [longer]).computed == 1
+    model, encoder = policy
+    with torch.no_grad():
+        live = response_logps(model, pack([encoder.encode(longer)]))
+    torch.testing.assert_close(lookup(store, response_keys([longer]))[0].float(), live, rtol=0, atol=1e-5)
+
+
+def test_an_interrupted_pass_keeps_what_it_had_and_goes_on(policy, groups, tmp_path, monkeypatch, forwards):
+    monkeypatch.setattr("unidpo.reference.PASS_TOKENS", 1)  # a forward pass per group
+
+    def interrupt(done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(policy, LogpStore(tmp_path), groups, on_progress=interrupt)
+    assert len(forwards) == 4
+    assert len(LogpStore(tmp_path)) == 8
+    counts = fill(policy, LogpStore(tmp_path), groups)
+    assert (counts.found, counts.computed) == (8, 12)
+    assert len(forwards) == 10
+
+
+def test_an_interrupted_pass_leaves_the_model_in_its_mode(policy, groups, tmp_path):
+    def interrupt(done, total):
+        assert not policy[0].training
+        raise KeyboardInterrupt
+
+    policy[0].train()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            fill(policy, LogpStore(tmp_path), groups, on_progress=interrupt)
+        assert policy[0].training
+    finally:
+        policy[0].eval()
+
+
+def test_long_passes_reach_the_disk_as_they_go(policy, groups, tmp_path, monkeypatch):
+    monkeypatch.setattr("unidpo.reference.PASS_TOKENS", 1)
+    monkeypatch.setattr("unidpo.reference.FLUSH_SECONDS", -1.0)
+    on_disk = []
+    fill(policy, LogpStore(tmp_path), groups[:3], on_progress=lambda *_: on_disk.append(len(LogpStore(tmp_path))))
+    assert on_disk == [0, 0, 2, 4]
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 150, 8192])
+def test_stored_equals_live(policy, groups, tmp_path, monkeypatch, pass_tokens):
+    monkeypatch.setattr("unidpo.reference.PASS_TOKENS", pass_tokens)
+    model, encoder = policy
+    store = LogpStore(tmp_path)
+    fill(policy, store, groups)
+    for one, stored in zip(groups, lookup(LogpStore(tmp_path), response_keys(groups)), strict=True):
+        with torch.no_grad():
+            batch = pack([encoder.encode(one)])
+            live = response_logps(model, batch) / batch.response_tokens
+        torch.testing.assert_close((stored / batch.response_tokens).float(), live, rtol=0, atol=1e-6)
+
+
+def test_the_padded_path_stores_the_same_numbers(groups, filled, tmp_path):
+    model, _, encoder = tiny_policy()
+    keys = response_keys(groups)
+    store = LogpStore(tmp_path / "padded")
+    ReferencePass(model, encoder, lambda g: pad(g, pad_token_id=0), store, contextlib.nullcontext).run(groups, keys)
+    for ours, theirs in zip(lookup(store, keys), lookup(filled, keys), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_a_response_that_stands_twice_is_computed_once(policy, tmp_path):
+    one = group(responses=(2, 3), seed=5)
+    two = replace(one, responses=(one.responses[0], replace(one.responses[1], score=1.5)), pairs=(Pair(0, 1, 2),))
+    counts = fill(policy, LogpStore(tmp_path), [one, two])
+    assert counts.computed == 2
+    assert counts.found == 0, "nothing was stored before"
+
+
+def test_nothing_new_writes_no_part(policy, groups, filled):
+    parts = sorted(filled.folder.iterdir())
+    fill(policy, LogpStore(filled.folder), groups)
+    assert sorted(filled.folder.iterdir()) == parts
+
+
+def test_two_writers_do_not_lose_each_others_numbers(policy, groups, tmp_path):
+    first, second = LogpStore(tmp_path), LogpStore(tmp_path)
+    fill(policy, first, groups[:2])
+    fill(policy, second, groups[2:4])
+    assert fill(policy, LogpStore(tmp_path), groups[:4]).computed == 0
+
+
+def test_a_part_that_was_never_finished_is_ignored(policy, groups, filled):
+    (filled.folder / ".0123456789abcdef.tmp").write_bytes(b"PAR1 half a part")
+    assert len(LogpStore(filled.folder)) == 20
+
+
+def test_a_damaged_part_is_named(filled):
+    part = next(filled.folder.glob("part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-30])
+    with pytest.raises(UserError, match=rf"{part.name}.*delete"):
+        LogpStore(filled.folder)
+
+
+def test_a_number_that_is_missing_is_an_error(filled):
+    with pytest.raises(KeyError):
+        lookup(filled, [[b"0" * 16]])
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def ask(*messages, images=(), answers=("yes", "no")):
+    responses = tuple(Response(text, float(i)) for i, text in enumerate(answers))
+    return PromptGroup(messages, tuple(images), responses, (Pair(1, 0, 1),))
+
+
+def key(*args, **options):
+    return response_keys([ask(*args, **options)])[0][0]
+
+
+def test_keys_change_with_what_the_number_depends_on(tmp_path):
+    red, blue = Image.new("RGB", (60, 60), "red"), Image.new("RGB", (60, 60), "blue")
+    asks, user = (Message("user", ("What?",)),), Message("user", ("What?",))
+    keys = {
+        "plain": key(*asks),
+        "prompt": key(Message("user", ("What??",))),
+        "response": key(*asks, answers=("yes.", "no")),
+        "role": key(Message("system", ("What?",)), user),
+        "other role": key(Message("assistant", ("What?",)), user),
+        "one message": key(Message("user", ("What?What?",))),
+        "image": key(Message("user", (IMAGE, "What?")), images=[red]),
+        "other image": key(Message("user", (IMAGE, "What?")), images=[blue]),
+        "image behind": key(Message("user", ("What?", IMAGE)), images=[red]),
+        "mark as text": key(Message("user", ("<image>What?",))),
+        "two images": key(Message("user", (IMAGE, IMAGE, "What?")), images=[red, blue]),
+        "swapped": key(Message("user", (IMAGE, IMAGE, "What?")), images=[blue, red]),
+    }
+    assert len(set(keys.values())) == len(keys)
+    assert {len(each) for each in keys.values()} == {16}
+
+
+def test_what_is_hashed_cannot_pass_for_something_else():
+    """Each of these pairs is one sequence of strings, read two ways."""
+    user = Message("user", ("q",))
+    image = Image.new("RGB", (60, 60))
+    assert key(Message("user", ("x", IMAGE, "assistant")), user, images=[image]) != key(
+        Message("user", ("x", IMAGE)), Message("assistant", ()), user, images=[image]
+    )
+    assert key(Message("user", ("x", "\0image"))) != key(Message("user", ("x", IMAGE)), images=[image])
+    assert key(Message("user", ("x", "\0response", "y")), answers=("z", "no")) != key(
+        Message("user", ("x",)), answers=("y\0responsez", "no")
+    )
+
+
+def test_keys_do_not_depend_on_scores_rows_or_the_order_of_groups():
+    groups = [group(images=i % 2, responses=(2, 3), seed=i) for i in range(4)]
+    rescored = [replace(g, responses=tuple(replace(r, score=9.0) for r in g.responses)) for g in groups]
+    assert response_keys(groups) == response_keys(rescored)
+    assert response_keys(groups[::-1]) == response_keys(groups)[::-1]
+
+
+def test_equal_responses_of_one_group_have_one_key():
+    (keys,) = response_keys([ask(Message("user", ("q",)), answers=("same", "same"))])
+    assert keys[0] == keys[1]
+
+
+def test_a_file_is_known_by_its_content(tmp_path):
+    for name, color in {"a": "red", "copy": "red", "b": "blue"}.items():
+        Image.new("RGB", (60, 60), color).save(tmp_path / f"{name}.png")
+    a, copy, b = (
+        key(Message("user", (IMAGE,)), images=[tmp_path / f"{name}.png"]) for name in ("a", "copy", "b")
+    )
+    assert a == copy != b
+
+
+# --- where the numbers belong ------------------------------------------------------------------------------------------
+
+
+def test_the_weights_fingerprint_sees_one_changed_weight_and_knows_a_reloaded_model():
+    model = load_policy(GOLDEN / "model")
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(load_policy(GOLDEN / "model")) == before
+    assert weights_fingerprint(load_policy(GOLDEN / "model", dtype=torch.bfloat16)) != before
+    with torch.no_grad():
+        model.model.visual.merger.mlp[0].bias[3] += 1e-6
+    assert weights_fingerprint(model) != before
+
+
+def test_the_attention_in_use_is_no_part_of_the_weights(policy):
+    assert weights_fingerprint(policy[0]) == weights_fingerprint(load_policy(GOLDEN / "model"))
+
+
+def test_the_folder_depends_on_model_encoder_and_arithmetic(policy, tmp_path):
+    encoder = policy[1]
+    other = tiny_policy()[2]
+    other.max_length = 99
+    cases = [("aa", encoder, "float32"), ("ab", encoder, "float32"), ("aa", encoder, "bfloat16"), ("aa", other, "float32")]
+    folders = {store_folder(tmp_path, name, how, arithmetic=kind) for name, how, kind in cases}
+    assert len(folders) == 4
+    assert {folder.parent for folder in folders} == {tmp_path / "reference"}
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("UNIDPO_CACHE", str(tmp_path))
+    assert default_cache() == tmp_path
+    monkeypatch.delenv("UNIDPO_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache() == tmp_path / "home" / ".cache" / "unidpo"

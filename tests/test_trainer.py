@@ -1,0 +1,414 @@
+"""The trainer's wiring: references, adapters, layouts, fallbacks, and what it reports."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import TrainingArguments
+from worlds import GOLDEN, group, save_gemma2, tiny_policy
+
+from unidpo.attention import PACK_ATTENTION
+from unidpo.errors import DataError, ModelError
+from unidpo.logps import response_logps
+from unidpo.losses import DPO, SimPO, UniDPO
+from unidpo.models import load_policy
+from unidpo.packs import Pack, pad
+from unidpo.pairs import Pair, Response, merge_by_prompt
+from unidpo.runs import LEDGER_COLUMNS
+from unidpo.trainer import PreferenceTrainer
+
+# peft asks transformers by a name that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+LN2 = 0.6931471805599453
+
+
+def arguments(folder, batch=(2, 2), **more):
+    plain = {
+        "learning_rate": 1e-4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    sizes = dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), batch, strict=True))
+    return TrainingArguments(str(folder), **plain | sizes | more)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A trainer of the golden model on a few small groups; keywords that `TrainingArguments` knows go there."""
+
+    def make(groups=None, model=GOLDEN / "model", loss=None, *, batch=(2, 2), **options):
+        known = TrainingArguments.__dataclass_fields__.keys() & options.keys()
+        args = arguments(tmp_path / "out", batch, **{name: options.pop(name) for name in known})
+        groups = some_groups() if groups is None else groups
+        return PreferenceTrainer(model, loss=loss or UniDPO(), args=args, train_dataset=groups, **options)
+
+    return make
+
+
+def some_groups(count=4, *, images=lambda i: 1):
+    return [group(images=images(i), responses=(3, 5), seed=i, row=i + 1) for i in range(count)]
+
+
+def records(trainer):
+    trainer.train()
+    return [record for record in trainer.state.log_history if "loss" in record]
+
+
+def losses(trainer):
+    return [record["loss"] for record in records(trainer)]
+
+
+def attention_of(trainer):
+    return trainer._plain_model.config.get_text_config()._attn_implementation
+
+
+# --- policy and reference ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", ["stored", "live"])
+def test_the_first_dpo_step_is_ln_2(make, reference):
+    first, second = losses(make(loss=DPO(), batch=(4, 1), reference=reference))
+    assert first == pytest.approx(LN2, abs=1e-7)
+    assert abs(second - LN2) > 1e-4
+
+
+@pytest.mark.parametrize("loss", [DPO(), UniDPO(nll_weight=0.1)], ids=["dpo", "uni_dpo"])
+def test_a_first_update_with_learning_rate_0_changes_nothing(make, loss):
+    """Warm-up makes it; rounding between the stored pass and the step must not open the gate at step 2 either."""
+    first, second, third = records(make(loss=loss, batch=(4, 1), warmup_steps=2, max_steps=3))
+    assert first["learning_rate"] == 0 < second["learning_rate"]
+    for record in (first, second):
+        assert record["rewards/chosen"] == record["rewards/rejected"] == record["nll/gate_rate"] == 0
+    assert second["loss"] == pytest.approx(first["loss"], abs=1e-6)
+    assert third["rewards/chosen"] != 0
+
+
+def test_after_an_update_the_reference_stays_what_it_was(make):
+    seen = []
+    trainer = make(some_groups(1), batch=(1, 1), on_pairs=seen.append)
+    trainer.train()
+    first, second = seen
+    for response in ("chosen", "rejected"):
+        assert first[f"ref_{response}_logps"] == first[f"{response}_logps"]
+        assert second[f"ref_{response}_logps"] == pytest.approx(first[f"{response}_logps"], abs=1e-6)
+        assert abs(second[f"{response}_logps"][0] - first[f"{response}_logps"][0]) > 1e-3
+
+
+def test_stored_and_live_reference_agree_over_two_shuffled_epochs(make):
+    options = {"groups": some_groups(6), "num_train_epochs": 2, "max_steps": -1, "shuffle": True}
+    stored, live = (losses(make(reference=reference, **options)) for reference in ("stored", "live"))
+    assert len(stored) == 4
+    assert stored == pytest.approx(live, abs=1e-6)
+
+
+def test_a_second_trainer_finds_the_reference(make, caplog):
+    caplog.set_level("INFO", "unidpo")
+    make().train()
+    make(loss=DPO()).train()
+    make(max_length=500).train()
+    counted = [r.getMessage().split(" responses")[0] for r in caplog.records if r.getMessage().startswith("reference")]
+    computed = [r.getMessage().rsplit(", ", 1)[1] for r in caplog.records if r.getMessage().startswith("reference")]
+    assert counted == ["reference: 0", "reference: 8", "reference: 0"]
+    assert computed == ["8 computed", "0 computed", "8 computed"]
+
+
+def test_another_model_as_reference(make, tmp_path):
+    other = load_policy(GOLDEN / "model")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    seen = []
+    trainer = make(batch=(4, 1), max_steps=1, reference=str(tmp_path / "other"), on_pairs=seen.append, shuffle=False)
+    trainer.train()
+    with torch.no_grad():
+        rows = pad([trainer.encoder.encode(one) for one in some_groups()], pad_token_id=0)
+        expected = (response_logps(other, rows) / rows.response_tokens).tolist()
+    assert seen[0]["ref_chosen_logps"] == pytest.approx(expected[0::2], abs=1e-5)
+    assert seen[0]["ref_rejected_logps"] == pytest.approx(expected[1::2], abs=1e-5)
+    assert seen[0]["chosen_reward"][0] != 0
+
+
+def test_a_reference_that_is_no_model(make, tmp_path):
+    with pytest.raises(ModelError, match="nowhere"):
+        make(reference=str(tmp_path / "nowhere")).train()
+
+
+def test_simpo_makes_no_reference_pass(make, tmp_path):
+    trainer = make(loss=SimPO(), cache=tmp_path / "cache", on_pairs=(seen := []).append)
+    assert "logps/ref_chosen" not in records(trainer)[0]
+    assert not (tmp_path / "cache").exists()
+    assert seen[0]["ref_chosen_logps"] == [None] * 4
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def lora(**options):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+
+
+def test_an_adapter_learns_and_the_weights_stay(make):
+    model = load_policy(GOLDEN / "model")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trainer = make(model=model, peft_config=lora())
+    assert {name.split(".")[-2] for name, p in trainer.model.named_parameters() if p.requires_grad} == {"default"}
+    trainer.train()
+    weights = dict(trainer.model.get_base_model().named_parameters())
+    for name, value in before.items():
+        inside = name.replace("_proj.", "_proj.base_layer.") if name not in weights else name
+        assert torch.equal(weights[inside], value), name
+    adapter = [p for name, p in weights.items() if "lora_B" in name]
+    assert len(adapter) == 6
+    assert all(p.abs().sum() > 0 for p in adapter)
+
+
+def test_with_an_adapter_stored_and_live_reference_agree(make):
+    stored, live = (
+        losses(make(model=load_policy(GOLDEN / "model"), peft_config=lora(), reference=reference, max_steps=3, learning_rate=1e-2))
+        for reference in ("stored", "live")
+    )
+    assert stored == pytest.approx(live, abs=1e-6)
+    assert abs(stored[2] - stored[0]) > 1e-4
+
+
+def test_an_adapter_shares_the_reference_of_its_model(make, tmp_path):
+    for options in ({}, {"peft_config": lora()}):
+        make(model=load_policy(GOLDEN / "model"), cache=tmp_path / "cache", **options).train()
+    assert len([*(tmp_path / "cache" / "reference").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("reference", ["stored", "live"])
+def test_the_reference_of_an_adapter_that_begins_with_something_is_the_model_without_it(make, reference):
+    plain, adapted = [], []
+    make(max_steps=1, shuffle=False, on_pairs=plain.append).train()
+    adapter = lora(init_lora_weights=False)
+    make(max_steps=1, shuffle=False, peft_config=adapter, reference=reference, on_pairs=adapted.append).train()
+    assert adapted[0]["ref_chosen_logps"] == pytest.approx(plain[0]["chosen_logps"], abs=1e-5)
+    assert abs(adapted[0]["chosen_logps"][0] - plain[0]["chosen_logps"][0]) > 1e-3
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def first_step(make, groups, **options):
+    """Loss and gradient norm of one step over all pairs."""
+    pairs = sum(len(one.pairs) for one in groups)
+    (record,) = records(make(groups, batch=(pairs, 1), max_steps=1, reference="live", **options))
+    return record["loss"], record["grad_norm"]
+
+
+def test_pairs_that_share_a_prompt_give_the_same_step_grouped_or_not(make):
+    ranked = [group(images=1, responses=(3, 6, 4, 5), seed=seed, row=seed) for seed in (1, 2)]
+    apart = [one.keep_pairs([pair]) for one in ranked for pair in one.pairs]
+    together = merge_by_prompt(apart)
+    assert (len(apart), len(together)) == (12, 2)
+    loss, norm = first_step(make, apart)
+    assert first_step(make, together) == (pytest.approx(loss, abs=1e-6), pytest.approx(norm, rel=1e-5))
+
+
+@pytest.mark.parametrize("loss", [UniDPO(), SimPO(), DPO(length_normalized=False)], ids=["uni_dpo", "simpo", "dpo"])
+def test_text_prompts_and_image_prompts_in_one_batch(make, loss):
+    groups = some_groups(4, images=lambda i: i % 3)
+    packed, norm = first_step(make, groups, loss=loss, attention="sdpa")
+    padded = first_step(make, groups, loss=loss, attention="padded")
+    assert padded == (pytest.approx(packed, abs=1e-6), pytest.approx(norm, rel=1e-5))
+
+
+def test_a_text_model_packs(make, text_model):
+    groups = some_groups(4, images=lambda i: 0)
+    layouts = []
+    trainer = make(groups, model=text_model, attention="sdpa", max_steps=1, on_pairs=lambda _: layouts.append(trainer.layout))
+    packed = losses(trainer)
+    batch = layouts[0]([trainer.encoder.encode(groups[0])])
+    assert isinstance(batch, Pack)
+    assert packed == pytest.approx(losses(make(groups, model=text_model, attention="padded", max_steps=1)), abs=1e-6)
+
+
+def test_a_model_whose_attention_is_more_than_causal_takes_the_padded_path(make, gemma2, caplog):
+    groups = some_groups(4, images=lambda i: 0)
+    trainer = make(groups, model=gemma2)
+    found = losses(trainer)
+    assert "sliding_attention" in caplog.text
+    assert "padded path" in caplog.text
+    assert found == pytest.approx(losses(make(groups, model=gemma2, attention="padded")), abs=1e-9)
+    with pytest.raises(ModelError, match=r"model\.attention=sdpa.*sliding_attention.*model\.attention=padded"):
+        make(groups, model=gemma2, attention="sdpa").train()
+
+
+def test_a_soft_cap_alone_takes_the_padded_path_too(make, tmp_path, caplog):
+    folder = save_gemma2(tmp_path / "gemma")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["layer_types"] = ["full_attention"] * 2
+    (folder / "config.json").write_text(json.dumps(settings))
+    make(some_groups(2, images=lambda i: 0), model=folder, max_steps=1).train()
+    assert "soft cap" in caplog.text
+
+
+def test_packs_that_disagree_are_not_used(make, monkeypatch, caplog):
+    def wrong(model, batch):
+        return response_logps(model, batch) + (0.01 if isinstance(batch, Pack) else 0.0)
+
+    monkeypatch.setattr("unidpo.trainer.response_logps", wrong)
+    trainer = make(max_steps=1)
+    trainer.train()
+    assert "differ by" in caplog.text
+    assert not isinstance(trainer.layout([trainer.encoder.encode(some_groups()[0])]), Pack)
+    trainer = make(attention="sdpa")
+    with pytest.raises(ModelError, match="differ by"):
+        trainer.train()
+    assert attention_of(trainer) == "sdpa"
+
+
+def test_the_model_keeps_its_own_attention(make, tmp_path, gemma2):
+    during = []
+    trainer = make(max_steps=1, on_pairs=lambda _: during.append(attention_of(trainer)))
+    before = attention_of(trainer)
+    trainer.train()
+    assert during == [PACK_ATTENTION]
+    assert attention_of(trainer) == before != PACK_ATTENTION
+    text = make(some_groups(2, images=lambda i: 0), model=gemma2, attention="sdpa")
+    before = attention_of(text)
+    with pytest.raises(ModelError):
+        text.train()
+    assert attention_of(text) == before
+
+
+def test_a_checkpoint_does_not_ask_for_pack_attention(make, tmp_path):
+    make(max_steps=1, save_strategy="steps", save_steps=1).train()
+    saved = (tmp_path / "out" / "checkpoint-1" / "config.json").read_text()
+    assert PACK_ATTENTION not in saved
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"peft": True}, {"attention": "padded"}], ids=["packs", "adapter", "padded"])
+def test_gradient_checkpointing_changes_no_step(make, options):
+    def train(**more):
+        peft = {"peft_config": lora()} if "peft" in options else options
+        trainer = make(model=load_policy(GOLDEN / "model"), max_steps=2, reference="live", **peft, **more)
+        passes = []
+        layer = trainer._plain_model.model.language_model.layers[1]
+        layer.self_attn.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+        return records(trainer), sum(passes)
+
+    (off, once), (on, twice) = train(), train(activation_checkpointing=True)
+    assert twice == 2 * once
+    for plain, checkpointed in zip(off, on, strict=True):
+        assert checkpointed["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+        assert checkpointed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+
+
+def test_bfloat16_keeps_what_learns_in_float32(make):
+    seen = []
+    model = load_policy(GOLDEN / "model", dtype=torch.bfloat16)
+    trainer = make(model=model, bf16=True, max_steps=3, learning_rate=1e-6, on_pairs=seen.append)
+    before = trainer.model.lm_head.weight.clone()
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert not torch.equal(trainer.model.lm_head.weight, before)  # an update bfloat16 could not hold
+    full = []
+    make(max_steps=1, on_pairs=full.append).train()
+    assert seen[0]["chosen_logps"] == pytest.approx(full[0]["chosen_logps"], abs=0.1)
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def without_scores(one):
+    return replace(one, responses=tuple(Response(r.text) for r in one.responses))
+
+
+def test_missing_scores_are_an_error_before_a_model_is_loaded(make, tmp_path):
+    groups = [one if i == 1 else without_scores(one) for i, one in enumerate(some_groups())]
+    with pytest.raises(DataError, match=r"3 pairs have no scores(.|\n)*row 1\b(.|\n)*row 3\b(.|\n)*row 4\b"):
+        make(groups, model=tmp_path / "nowhere")
+    with pytest.raises(DataError, match="row 1"):
+        make(model=tmp_path / "nowhere", eval_dataset=groups)
+
+
+@pytest.mark.parametrize("loss", [DPO(), SimPO()], ids=["dpo", "simpo"])
+def test_losses_that_need_no_scores_take_pairs_without(make, loss):
+    seen = []
+    groups = [without_scores(one) for one in some_groups()]
+    found = losses(make(groups, loss=loss, on_pairs=seen.append))
+    assert all(math.isfinite(each) for each in found)
+    assert all(math.isnan(score) for score in seen[0]["chosen_score"])
+
+
+def test_the_global_batch_counts_pairs(make):
+    seen = []
+    groups = [group(images=0, responses=(2, 3, 4), seed=i, row=i + 1) for i in range(3)]  # 3 pairs each
+    trainer = make(groups, batch=(2, 2), num_train_epochs=1, max_steps=-1, on_pairs=seen.append)
+    found = losses(trainer)
+    assert [len(step["row"]) for step in seen] == [4, 4, 1]
+    for loss, step in zip(found, seen, strict=True):
+        assert loss == pytest.approx(sum(step["loss"]) / len(step["loss"]), abs=1e-6)
+
+
+def test_on_pairs_has_every_column_of_the_ledger(make):
+    seen = []
+    groups = some_groups()
+    groups[0] = replace(groups[0], pairs=(Pair(1, 0, 1),))
+    trainer = make(groups, loss=UniDPO(nll_weight=0.1), shuffle=False, num_train_epochs=2, max_steps=-1, on_pairs=seen.append)
+    trainer.train()
+    assert {column.name for column in LEDGER_COLUMNS} <= seen[0].keys()
+    assert {len(values) for step in seen for values in step.values()} == {4}
+    assert [step["step"] for step in seen] == [[1] * 4, [2] * 4]
+    assert [step["epoch"] for step in seen] == [[0.0] * 4, [1.0] * 4]
+    first = seen[0]
+    assert first["row"] == [1, 2, 3, 4]
+    assert (first["chosen"], first["rejected"]) == ([1, 0, 0, 0], [0, 1, 1, 1])
+    assert (first["chosen_score"], first["rejected_score"]) == ([4.0, 5.0, 5.0, 5.0], [5.0, 4.0, 4.0, 4.0])
+    tokens = [len(trainer.encoder.response_ids(one.responses[one.pairs[0].chosen])) for one in groups]
+    assert first["chosen_tokens"] == tokens
+
+
+def test_what_is_logged_is_the_mean_over_all_pairs_since_the_last_record(make):
+    seen = []
+    trainer = make(some_groups(6), num_train_epochs=1, max_steps=-1, logging_steps=2, on_pairs=seen.append)
+    (record,) = records(trainer)
+    pairs = [value for step in seen for value in step["chosen_logps"]]
+    assert len(pairs) == 6
+    assert record["logps/chosen"] == pytest.approx(sum(pairs) / 6, abs=1e-6)
+
+
+def test_prompts_that_do_not_fit_are_left_out(make, caplog):
+    groups = [*some_groups(3), group(images=3, seed=9, row=40)]
+    limit = tiny_policy()[2].prompt_tokens(groups[-1])
+    trainer = make(groups, batch=(4, 1), max_length=limit, max_steps=1, on_pairs=(seen := []).append)
+    trainer.train()
+    assert sorted(seen[0]["row"]) == [1, 2, 3]
+    assert "rows 40" in caplog.text
+
+
+def test_the_arguments_given_are_left_alone(tmp_path):
+    args = arguments(tmp_path, batch=(1, 4))
+    before = args.to_dict()
+    PreferenceTrainer(GOLDEN / "model", loss=UniDPO(), args=args, train_dataset=some_groups())
+    assert args.to_dict() == before
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_pairs_are_measured_and_not_learned_from(make):
+    held_out = [group(responses=(2, 4), seed=20 + i, row=20 + i) for i in range(3)]
+    plain = losses(make(loss=DPO()))
+    trainer = make(loss=DPO(), eval_dataset=held_out, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    assert losses(trainer) == pytest.approx(plain, abs=1e-7)
+    measured = [record for record in trainer.state.log_history if "eval_loss" in record]
+    assert measured[0]["eval_loss"] == pytest.approx(LN2, abs=1e-7)
+    assert [record["step"] for record in measured] == [0, 1, 2]
+    assert measured[2]["eval_rewards/chosen"] != 0
+    assert trainer.model.training
