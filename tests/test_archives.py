@@ -250,7 +250,7 @@ def test_a_target_that_is_a_file_is_said_to_be_one(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text() == "here"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_any_damage_ends_in_files_inside_or_a_message(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

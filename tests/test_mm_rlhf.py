@@ -322,7 +322,7 @@ def test_published_pairs_get_their_scores_from_the_ratings(tmp_path: Path) -> No
         (pair("mcq/3", "a", "a"), "equal-responses"),
         (pair("long/9", "a", "b"), "no-such-prompt"),
         (pair("long/4", "b", "c", prompt="What of long/1?"), None),  # the same question about another image
-        (pair("long/4", "b", "c", chosen=7), "wrong-type"),
+        (pair("long/4", "b", "c", prompt=7), "wrong-type"),
         (pair("long/4", "b", "c", image=["x"]), "wrong-type"),
         ("{", "broken-json"),
         (pair("video/1", "a", "b", image="absent", video="video/1.mp4"), "other"),
@@ -350,8 +350,8 @@ def test_published_pairs_get_their_scores_from_the_ratings(tmp_path: Path) -> No
     assert (report.pairs, report.conflicts) == (6, 1)
 
 
-def test_16000_prompts_take_seconds(tmp_path: Path) -> None:
-    """As many as published; what it checks is that nothing here is quadratic."""
+def test_many_prompts_with_one_question_take_seconds(tmp_path: Path) -> None:
+    """Quadratic work would take minutes here."""
     chance = random.Random(0)
     rows = [
         row(
@@ -360,10 +360,10 @@ def test_16000_prompts_take_seconds(tmp_path: Path) -> None:
             [1, 1, 1, 1],
             question="What?",
         )
-        for i in range(16_000)
+        for i in range(8_000)
     ]
-    pairs = [pair(f"long/{i}", "a", "b", prompt="What?") for i in range(16_000)]
+    pairs = [pair(f"long/{i}", "a", "b", prompt="What?") for i in range(8_000)]
     written(tmp_path, *(json.dumps(r) for r in rows))
     written(tmp_path, *(json.dumps(p) for p in pairs), name="dpo_pairs.jsonl")
     report = scored_groups(tmp_path, Scoring(join_pairs=True, conflicts="keep")).report
-    assert report.pairs == 16_000
+    assert report.pairs == 8_000

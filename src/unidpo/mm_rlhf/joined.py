@@ -26,6 +26,7 @@ def joined_pairs(
             by_key.setdefault(key, []).append(i)
     texts = [{response.text.strip(): i for i, response in enumerate(prompt.responses)} for prompt in prompts]
     pairs: list[list[Pair]] = [[] for _ in prompts]
+    seen: set[tuple[int, Pair]] = set()
     report.pair_rows = 0
     for number, values in counted_rows(file, "pairs, rows", on_progress):
         subset = subset_of(values) if isinstance(values, dict) else None
@@ -36,10 +37,11 @@ def joined_pairs(
         if isinstance(found, Finding):
             report.findings.append(replace(found, file=file, row=number))
             continue
-        at, pair = found
-        if pair in pairs[at]:
+        if found in seen:
             report.findings.append(Finding("duplicate-pair", "this pair stands in the file before", file, number))
             continue
+        seen.add(found)
+        at, pair = found
         margin = prompts[at].margin(pair.chosen, pair.rejected)
         report.ties += margin == 0
         if report.keeps(margin, margin > 0 if margin else None):

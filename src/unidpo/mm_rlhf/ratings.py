@@ -119,7 +119,8 @@ class RatedRow:
         question, message = self._question(len(images))
         outputs = self.values.get("models_output")
         if not isinstance(outputs, list) or not outputs:
-            self._note("bad-outputs", "models_output", f"a list of responses is expected, not {json_type(outputs)}")
+            found = "an empty one" if outputs == [] else json_type(outputs)
+            self._note("bad-outputs", "models_output", f"a list of responses is expected, not {found}")
             return None
         columns = {name: self._column(name, len(outputs)) for name in weights}
         if self.is_bad:

@@ -130,9 +130,9 @@ class RatingsReport:
         table.add_row("pairs in conflict", f"{self.conflicts:,}", f"{conflicts}; {self.agreements:,} agree")
         table.add_row("pairs of equal score", f"{self.ties:,}", "")
         table.add_row("pairs below the margin", f"{self.below_margin:,}", "")
-        for title, counts in (("left out", self.left_out), ("in part", self.warnings)):
+        for title, severity, counts in (("left out", "error", self.left_out), ("in part", "warning", self.warnings)):
             for kind, count in counts.most_common():
-                example = next(finding for finding in self.findings if finding.kind == kind)
+                example = next(f for f in self.findings if (f.kind, f.severity) == (kind, severity))
                 table.add_row(f"{title}: {kind}", f"{count:,}", f"row {example.row}: {example.message}")
         console.print(table, markup=False)
         if self.to is not None:
