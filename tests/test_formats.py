@@ -412,6 +412,26 @@ def test_a_name_of_the_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: p
         read_groups("nobody/nothing@train")
 
 
+def test_a_name_of_the_hub_is_loaded_through_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def load_dataset(name: str, config: str | None) -> datasets.DatasetDict:
+        asked.append((name, config))
+        return datasets.DatasetDict({"test": dataset()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [group.images for group in read_groups("some-one/pairs_1.0:first@test").groups] == [(PNG,), ()]
+    assert read_groups("some-one/pairs_1.0").rows == 2
+    assert asked == [("some-one/pairs_1.0", "first"), ("some-one/pairs_1.0", None)]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x/" + "y" * 5000 + ".json", "\0", "a/b/c", "a@b@c"])
+def test_what_is_no_name_of_anything(name: str) -> None:
+    with pytest.raises(DataError):
+        read_groups(name)
+
+
 def test_what_looks_like_a_file_never_asks_the_hub() -> None:
     with pytest.raises(DataError, match="there is no such file"):
         read_groups("data/pairs.json")

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from unidpo.errors import Finding, UserError
 from unidpo.sources.dataset_info import PLAIN, Columns
 from unidpo.sources.files import rows_in
-from unidpo.sources.layouts import LAYOUTS, extra_columns, form_of, read_row, write_group
+from unidpo.sources.layouts import LAYOUTS, check_writable, extra_columns, form_of, read_row
 from unidpo.sources.relocate import RelocateReport, moved
 from unidpo.sources.rows import Row
 
@@ -80,7 +80,7 @@ def check_row(value: Any, number: int = 1, columns: Columns = PLAIN, **options: 
     if row.group is not None:
         for layout in LAYOUTS:
             try:
-                write_group(row.group, layout, form_of(row.group, layout))
+                check_writable(row.group, layout, form_of(row.group, layout))
             except UserError:
                 assert layout != "ranked"
 

@@ -20,6 +20,9 @@ from unidpo.models import (
     save_model,
 )
 
+# peft asks transformers by a name that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
 
 def frozen_names(model):
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -206,6 +209,33 @@ def test_tied_embeddings_stay_tied(tmp_path):
     again = load_policy(tmp_path / "model")
     assert again.lm_head.weight is again.get_input_embeddings().weight
     assert torch.equal(again.get_input_embeddings().weight, model.lm_head.weight)
+
+
+def test_the_folder_of_an_adapter_is_its_model_with_the_adapter_merged(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(model, folder):
+        torch.manual_seed(0)
+        adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        policy = get_peft_model(model, adapter)
+        save_model(policy, load_processor(GOLDEN / "model"), folder, dtype=torch.float32)
+        return policy
+
+    ids = torch.tensor([[5, 6, 7, 8]])
+    first = adapted(load_policy(GOLDEN / "model"), tmp_path / "first")
+    merged = load_policy(tmp_path / "first")
+    torch.testing.assert_close(merged(input_ids=ids).logits, first(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert load_processor(tmp_path / "first").tokenizer.vocab_size > 2000
+    second = adapted(merged, tmp_path / "second")  # one on top of the other
+    again = load_policy(tmp_path / "second")
+    torch.testing.assert_close(again(input_ids=ids).logits, second(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_whose_model_is_gone(tmp_path):
+    settings = {"base_model_name_or_path": str(tmp_path / "gone")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="gone"):
+        load_policy(tmp_path)
 
 
 def test_adapters_go_to_every_linear_layer_of_the_language_model_and_nowhere_else():

@@ -232,10 +232,12 @@ def test_an_adapter_through_the_command(tmp_path):
     assert code == 0, printed
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "run" / "model")
     assert any("lora_B" in name and p.abs().sum() > 0 for name, p in model.named_parameters())
-    code, printed = unidpo(
-        "train", recipe, f"model.name={tmp_path / 'run' / 'model'}", f"output={tmp_path / 'next'}", "lora=null"
-    )
+    # As the model of another run it is one model, the adapter merged in.
+    options = f"model.name={tmp_path / 'run' / 'model'}", f"output={tmp_path / 'next'}", "lora=null"
+    code, printed = unidpo("train", recipe, *options)
     assert code == 0, printed
+    last, first = (pandas.read_parquet(tmp_path / run / "pairs.parquet") for run in ("run", "next"))
+    assert (first["chosen_logps"][:4] - last["ref_chosen_logps"][:4]).abs().min() > 1e-3
 
 
 def test_a_text_model_through_the_command(tmp_path, text_model):

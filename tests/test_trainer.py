@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from worlds import GOLDEN, group, save_gemma2, tiny_policy
 
 from unidpo.attention import PACK_ATTENTION
@@ -320,6 +320,54 @@ def test_bfloat16_keeps_what_learns_in_float32(make):
     full = []
     make(max_steps=1, on_pairs=full.append).train()
     assert seen[0]["chosen_logps"] == pytest.approx(full[0]["chosen_logps"], abs=0.1)
+
+
+@pytest.mark.parametrize("how", ["full", "adapter", "bfloat16"])
+def test_a_resumed_training_ends_as_the_uninterrupted_one(make, tmp_path, how):
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+
+    def trained(**options):
+        model = load_policy(GOLDEN / "model", dtype=dtype)
+        options |= {"peft_config": lora()} if how == "adapter" else {}
+        trainer = make(model=model, bf16=how == "bfloat16", save_strategy="steps", save_steps=1, max_steps=3, **options)
+        return trainer, trainer.model
+
+    whole, expected = trained()
+    whole.train()
+    resumed, found = trained()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    for (name, ours), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert resumed.state.log_history[-2]["loss"] == whole.state.log_history[-2]["loss"]
+
+
+def test_a_checkpoint_that_lacks_weights_is_not_resumed(make, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make(save_strategy="steps", save_steps=1).train()
+    weights = tmp_path / "out" / "checkpoint-1" / "model.safetensors"
+    state = load_file(weights)
+    del state["visual.merger.mlp.0.bias"]
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"checkpoint-1.*merger"):
+        make().train(resume_from_checkpoint=str(weights.parent))
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(make):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    held_out = [replace(one, pairs=(Pair(1, 0, one.pairs[0].row),)) for one in some_groups()]  # the other way round
+    trainer = make(loss=DPO(), eval_dataset=held_out, load_best_model_at_end=True, **options)
+    after = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            after.append(trainer.model.lm_head.weight.clone())
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert torch.equal(trainer.model.lm_head.weight, after[0])
+    assert not torch.equal(after[0], after[1])
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

@@ -263,6 +263,11 @@ class Encoder:
         return end if found and end.strip() else str(self.tokenizer.eos_token or "")
 
 
+def plain_positions(ids: Tensor, types: Tensor, vision: Mapping[str, Tensor]) -> Int[Tensor, "1 tokens"]:
+    """0, 1, 2, ...: the positions of models without M-RoPE."""
+    return torch.arange(len(ids))[None]
+
+
 def prompt_positions(model: PreTrainedModel) -> PositionIds:
     """How a model numbers the tokens of a prompt: its own M-RoPE index where it has one, else 0, 1, 2, ...
 
@@ -270,7 +275,7 @@ def prompt_positions(model: PreTrainedModel) -> PositionIds:
     """
     rope_index = getattr(model.base_model, "get_rope_index", None)
     if rope_index is None:
-        return lambda ids, types, vision: torch.arange(len(ids))[None]
+        return plain_positions
 
     def positions(ids: Tensor, types: Tensor, vision: Mapping[str, Tensor]) -> Int[Tensor, "axes tokens"]:
         if not vision:

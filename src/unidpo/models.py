@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,22 +40,25 @@ def load_policy(
 ) -> PreTrainedModel:
     """The model to train, from a folder or hub id, as a vision-language model where it is one, else a language model.
 
+    A folder that holds an adapter, such as the `model/` of a run with one, gives its model with the adapter merged in.
+
     Raises:
         ModelError: there is no model at `name`, or transformers cannot load it.
     """
+    base = _base_of_adapter(name)
+    if base is not None:
+        return _with_adapter(load_policy(base, dtype=dtype, trust_remote_code=trust_remote_code), name)
     config = load_config(name, trust_remote_code=trust_remote_code)
     vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    return load_weights(auto, name, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def load_weights(loader: Any, name: str | Path, **options: Any) -> PreTrainedModel:
+    """What `loader.from_pretrained` makes of a folder or hub id, if all weights are there. Raises `ModelError`."""
     with _as_model_error(name, "the model"):
         model: PreTrainedModel
-        model, info = auto.from_pretrained(
-            str(name),
-            config=config,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        model, info = loader.from_pretrained(str(name), use_safetensors=True, output_loading_info=True, **options)
     # transformers fills these with random numbers and only logs it.
     if missing := sorted(info["missing_keys"]):
         listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -62,8 +66,30 @@ def load_policy(
     return model
 
 
+def _base_of_adapter(name: str | Path) -> str | None:
+    """The model that an adapter's folder belongs to, or `None` where `name` is no such folder."""
+    settings = Path(name) / "adapter_config.json"
+    if not settings.is_file() or (Path(name) / "config.json").is_file():
+        return None
+    with _as_model_error(name, "the adapter"):
+        return str(json.loads(settings.read_text("utf-8"))["base_model_name_or_path"])
+
+
+def _with_adapter(model: PreTrainedModel, name: str | Path) -> PreTrainedModel:
+    from peft import PeftModel
+
+    with _as_model_error(name, "the adapter"):
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(name)).merge_and_unload()
+    # An adapter trained on top of this one must name it as its model.
+    merged.name_or_path = str(name)
+    return merged
+
+
 def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's configuration. Raises `ModelError` where there is none."""
+    base = _base_of_adapter(name)
+    if base is not None:
+        return load_config(base, trust_remote_code=trust_remote_code)
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(

@@ -80,7 +80,7 @@ class PairIndex:
 
     Attributes:
         chosen, rejected: response of the batch.
-        chosen_scores, rejected_scores: NaN where the data has none.
+        chosen_scores, rejected_scores: float64, as in the data; NaN where it has none.
         rows: row of the data file, from 1.
         source_chosen, source_rejected: which response of its own group in the data set each one is.
     """
@@ -170,7 +170,7 @@ def index_pairs(batch: Sequence[tuple[PromptGroup, Sequence[Pair]]]) -> PairInde
             both = (group.responses[pair.chosen].score, group.responses[pair.rejected].score)
             scores.append(tuple(float("nan") if score is None else score for score in both))
     chosen, rejected, rows, source_chosen, source_rejected = torch.tensor(integers).unbind(1)
-    chosen_scores, rejected_scores = torch.tensor(scores, dtype=torch.float32).unbind(1)
+    chosen_scores, rejected_scores = torch.tensor(scores, dtype=torch.float64).unbind(1)
     return PairIndex(chosen, rejected, chosen_scores, rejected_scores, rows, source_chosen, source_rejected)
 
 

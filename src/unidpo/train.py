@@ -152,11 +152,19 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._show(state)
 
+    # The ledger must not lag behind the checkpoint a resumed run goes on from. These are the moments after which
+    # transformers may write one.
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
-            # The ledger must not lag behind the checkpoint a resumed run goes on from.
             self._ledger.flush()
         self._show(state)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save:
+            self._ledger.flush()
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._ledger.flush()
 
     def on_log(
         self,

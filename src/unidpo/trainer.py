@@ -23,7 +23,15 @@ from unidpo.errors import DataError, Finding, ModelError, from_findings
 from unidpo.logps import response_logps
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.measures import Columns, Means, pair_columns
-from unidpo.models import Part, Processor, freeze, keep_trainable_in_float32, load_policy, load_processor
+from unidpo.models import (
+    Part,
+    Processor,
+    freeze,
+    keep_trainable_in_float32,
+    load_policy,
+    load_processor,
+    load_weights,
+)
 from unidpo.packs import Layout, pack, pad, to_device
 from unidpo.pairs import PromptGroup
 from unidpo.reference import LogpStore, ReferencePass, default_cache, lookup, response_keys, store_folder, weights_fingerprint
@@ -157,6 +165,26 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
             set_text_attention(self._plain_model, self._own_attention)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The weights of a checkpoint.
+
+        transformers' own loads the file's tensors by name and passes over names it does not know; `save_pretrained`
+        writes the names of the hub, which for many vision-language models are not those in memory, and nothing would
+        be loaded at all (huggingface/transformers#43701). `from_pretrained` knows both.
+        """
+        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        wide = torch.promote_types(self.model.dtype, torch.float32)
+        saved = load_weights(type(self.model), resume_from_checkpoint, dtype=wide)
+        self.model.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
 
     @property
     def _plain_model(self) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from unidpo.errors import Finding
 from unidpo.pairs import PromptGroup
 
 _EXAMPLES = 3
-_BAR_WIDTH = 30
+_BAR_WIDTH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class CheckReport:
         for justify in ("left", "right", "left", "left"):
             table.add_column(justify=justify, no_wrap=True)
         layouts = {
-            "padded pairs, policy + reference": costs.padded_pairs,
+            "padded pairs, with a reference": costs.padded_pairs,
             "pair packs, reference stored": costs.pair_packs,
             "prompt packs (group_by_prompt)": costs.prompt_packs,
         }

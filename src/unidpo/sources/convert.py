@@ -15,7 +15,7 @@ from unidpo.images import open_image
 from unidpo.pairs import ImageSource, PromptGroup, merge_by_prompt
 from unidpo.sources import tables
 from unidpo.sources.files import LINE_SUFFIXES, json_bytes, write_json
-from unidpo.sources.layouts import LAYOUTS, detected, extra_columns, form_of, write_group
+from unidpo.sources.layouts import LAYOUTS, check_writable, detected, extra_columns, form_of, write_group
 from unidpo.sources.reading import read_rows
 from unidpo.sources.rows import ADDRESS, LayoutName, Row
 from unidpo.sources.trl import Form
@@ -63,8 +63,10 @@ def write_pairs(groups: Iterable[PromptGroup], path: str | Path, layout: LayoutN
         DataError: a layout cannot hold a group, its rows could not be read again, or the file cannot be written.
     """
     items: list[Item] = [(group, {}) for group in groups]
-    forms = {form_of(group, layout) for group, _ in items}
-    return _write(lambda: iter(items), _target(path), layout, _least_plain(forms))
+    form = _least_plain({form_of(group, layout) for group, _ in items})
+    for group, _ in items:
+        check_writable(group, layout, form)
+    return _write(lambda: iter(items), _target(path), layout, form)
 
 
 def convert(
@@ -146,7 +148,7 @@ class _Survey:
         if row.group is not None:
             form = form_of(row.group, self._layout)
             try:
-                columns = write_group(row.group, self._layout, form)[0]
+                columns = check_writable(row.group, self._layout, form)
                 if self._keep_extra:
                     self._check_extra(row, extra, columns)
             except DataError as error:

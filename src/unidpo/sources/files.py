@@ -105,17 +105,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         path = path.resolve()  # of a link, the file behind it is replaced
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("wb")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{path}: the file cannot be written: {getattr(error, 'strerror', error)}") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: the file cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def json_type(value: Any) -> str:

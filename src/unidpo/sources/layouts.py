@@ -6,7 +6,7 @@ reads, one that writes, and a line in `LAYOUTS`; the functions stand in `llama_f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def write_group(group: PromptGroup, layout: LayoutName, form: Form) -> list[dict
     """A group as rows of a layout, without the images: one row, or one for each pair in the layouts of pairs.
 
     Raises:
-        DataError: the layout cannot hold the group, or its rows could not be read again. Nothing is ever left out.
+        DataError: the layout cannot hold the prompt.
     """
     row = group.pairs[0].row
     try:
@@ -112,16 +112,18 @@ def write_group(group: PromptGroup, layout: LayoutName, form: Form) -> list[dict
         finding = Finding("not-expressible", f"the {layout} layout cannot hold {error}", group.pairs[0].file, row)
         raise DataError(str(finding), findings=[finding]) from error
     if layout == "ranked":
-        rows = [{**prompt, **ranked_columns(group)}]
-    else:
-        rows = [{**prompt, **_pair_columns(group, pair, layout, form)} for pair in group.pairs]
-    _read_again(rows, group, layout)
-    return rows
+        return [{**prompt, **ranked_columns(group)}]
+    return [{**prompt, **_pair_columns(group, pair, layout, form)} for pair in group.pairs]
 
 
-def _read_again(rows: Sequence[dict[str, Any]], group: PromptGroup, layout: LayoutName) -> None:
-    """Make sure that what will be written says what the group says."""
+def check_writable(group: PromptGroup, layout: LayoutName, form: Form) -> dict[str, Any]:
+    """Make sure that rows of a layout would say all that a group says; gives the first of them.
+
+    Raises:
+        DataError: the layout cannot hold the group, or its rows could not be read again.
+    """
     pairs = []
+    rows = write_group(group, layout, form)
     for values in rows:
         images = [{"bytes": b""}] * len(group.images)
         again = Row({**values, "images": images}, group.pairs[0].row, group.pairs[0].file, _NOWHERE)
@@ -134,6 +136,7 @@ def _read_again(rows: Sequence[dict[str, Any]], group: PromptGroup, layout: Layo
         pairs += [(again.group.responses[p.chosen], again.group.responses[p.rejected]) for p in again.group.pairs]
     if pairs != [(group.responses[p.chosen], group.responses[p.rejected]) for p in group.pairs]:
         raise AssertionError(f"the {layout} layout turned {group.pairs} into other pairs")
+    return rows[0]
 
 
 # --- detection

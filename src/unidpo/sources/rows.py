@@ -324,6 +324,8 @@ def marked(text: str) -> Content:
 
 def joined(parts: Sequence[str | ImageMark]) -> Content:
     """The same content with neighbouring texts joined and empty ones gone: equal prompts compare equal."""
+    if len(parts) < 2:
+        return tuple(part for part in parts if part != "")
     result: list[str | ImageMark] = []
     for is_text, run in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
         if not is_text:

@@ -76,8 +76,9 @@ def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path, know
 
 def is_dataset(path: str | Path) -> bool:
     """Whether a path means a folder or hub data set rather than a file: ``name[:config][@split]``."""
-    if Path(path).exists():
-        return Path(path).is_dir()
+    with contextlib.suppress(OSError):  # a name too long for a file is none
+        if Path(path).exists():
+            return Path(path).is_dir()
     match = _NAME.fullmatch(str(path))
     if match is None or _FILE.fullmatch(match["name"]):
         return False

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import unidpo
+from unidpo.cli.consoles import INPUT_WRONG, INTERRUPTED, WORK_FAILED, messages, results
+from unidpo.cli.data import data
 from unidpo.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-WORK_FAILED, INPUT_WRONG, INTERRUPTED = 1, 2, 130
-"""Exit codes besides 0: the work failed; the input was wrong; Ctrl-C."""
 
 app = typer.Typer(
     name="unidpo",
@@ -26,7 +21,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Look at preference data.", no_args_is_help=True)
 recipe = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
@@ -43,11 +37,11 @@ def main() -> None:
     try:
         app(prog_name="unidpo", standalone_mode=True)
     except UserError as error:
-        _messages().print(str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
+        messages().print(str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(INPUT_WRONG)
     except Exception:
-        _messages().print_exception()
-        _messages().print("internal error: a bug in unidpo; please report it with the lines above", style="bold red")
+        messages().print_exception()
+        messages().print("internal error: a bug in unidpo; please report it with the lines above", style="bold red")
         sys.exit(WORK_FAILED)
 
 
@@ -75,30 +69,7 @@ def demo(
     """Tell the whole story on real handwritten digits, on a CPU: data, check, training, before and after."""
     from unidpo.demo.story import run_demo
 
-    run_demo(out, seed=seed, console=_results())
-
-
-@data.command("check")
-def data_check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Preference data (JSON or JSONL).", show_default=False)],
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Folder that relative image paths start from.", show_default="the folder of FILE"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-) -> None:
-    """Report every problem of a data set, with its row. Exits with 2 where a row cannot be used."""
-    from unidpo.check import check_data
-    from unidpo.progress import Stages
-
-    with Stages(_messages()) as stages:
-        report = check_data(file, images=images, on_progress=stages.update)
-    if as_json:
-        typer.echo(json.dumps(report.to_json(), ensure_ascii=False, indent=2))
-    else:
-        report.render(_results())
-    if report.errors:
-        raise typer.Exit(INPUT_WRONG)
+    run_demo(out, seed=seed, console=results())
 
 
 @app.command()
@@ -116,10 +87,10 @@ def train(
     from unidpo.train import run
 
     try:
-        run(resolved, resume=resume, console=_messages())
+        run(resolved, resume=resume, console=messages())
     except KeyboardInterrupt:
         command = shlex.join(["unidpo", "train", str(recipe), *(overrides or ()), "--resume"])
-        _messages().print(f"interrupted; go on from the last checkpoint with: {command}", markup=False, soft_wrap=True)
+        messages().print(f"interrupted; go on from the last checkpoint with: {command}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -138,16 +109,3 @@ def recipe_show(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from unidpo.config import load_recipe
 
     typer.echo(load_recipe(recipe, overrides or ()).to_yaml(), nl=False)
-
-
-def _results() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _messages() -> Console:
-    """Where progress and errors go; results go to standard output."""
-    from rich.console import Console
-
-    return Console(stderr=True)
