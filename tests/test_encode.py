@@ -65,7 +65,9 @@ def test_ids_labels_positions_and_pixels_are_the_references(golden, make):
                 ours = [*encoded.position_ids[axis].tolist(), *going_on]
                 assert ours == recorded["position_ids"][axis][row][:length]
         # The reference holds the picture twice, once per row.
-        assert 2 * encoded.vision["pixel_values"].double().sum().item() == pytest.approx(recorded["pixel_sum"], rel=1e-6)
+        assert 2 * encoded.vision["pixel_values"].double().sum().item() == pytest.approx(
+            recorded["pixel_sum"], rel=1e-6
+        )
         assert encoded.vision["image_grid_thw"].tolist() == recorded["image_grid_thw"][:1]
 
 
@@ -85,7 +87,10 @@ def test_an_image_stands_where_its_mark_stands_and_text_that_spells_a_mark_stays
     image = picture(random.Random(0))
     encoded = encoder.encode(ask("Say <image> ", IMAGE, " now", images=[image]))
     text = encoder.tokenizer.decode(encoded.prompt_ids)
-    assert "user\nSay <image> <|vision_start|><|image_pad|><|image_pad|><|image_pad|><|image_pad|><|vision_end|> now" in text
+    assert (
+        "user\nSay <image> <|vision_start|><|image_pad|><|image_pad|><|image_pad|><|image_pad|><|vision_end|> now"
+        in text
+    )
     assert (encoded.prompt_ids == IMAGE_TOKEN).tolist() == encoded.mm_token_type_ids.bool().tolist()
 
 
@@ -197,7 +202,9 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(make, caplog):
 
 def test_a_template_from_a_file(make, tmp_path):
     path = tmp_path / "own.jinja"
-    path.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content[0].text }}!{% endfor %}{% if add_generation_prompt %}>{% endif %}")
+    path.write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content[0].text }}!{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
     encoder = make(template=str(path))
     assert encoder.prompt_text(ask("hello").messages) == "[user] hello!>"
     assert encoder.tokenizer.decode(encoder.response_ids(Response("yes"))) == "yes!"

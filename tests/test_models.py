@@ -211,6 +211,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert torch.equal(again.get_input_embeddings().weight, model.lm_head.weight)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # an adapter has none, says peft
 def test_the_folder_of_an_adapter_is_its_model_with_the_adapter_merged(tmp_path):
     from peft import LoraConfig, get_peft_model
 

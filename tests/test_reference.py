@@ -66,7 +66,10 @@ def test_a_second_pass_finds_everything_and_runs_nothing(policy, groups, filled,
     counts = fill(policy, again, groups)
     assert (counts.found, counts.computed) == (20, 0)
     assert forwards == []
-    assert all(torch.equal(a, b) for a, b in zip(lookup(again, response_keys(groups)), lookup(filled, response_keys(groups)), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(lookup(again, response_keys(groups)), lookup(filled, response_keys(groups)), strict=True)
+    )
 
 
 def test_only_new_rows_are_computed(policy, groups, filled):
@@ -246,9 +249,7 @@ def test_equal_responses_of_one_group_have_one_key():
 def test_a_file_is_known_by_its_content(tmp_path):
     for name, color in {"a": "red", "copy": "red", "b": "blue"}.items():
         Image.new("RGB", (60, 60), color).save(tmp_path / f"{name}.png")
-    a, copy, b = (
-        key(Message("user", (IMAGE,)), images=[tmp_path / f"{name}.png"]) for name in ("a", "copy", "b")
-    )
+    a, copy, b = (key(Message("user", (IMAGE,)), images=[tmp_path / f"{name}.png"]) for name in ("a", "copy", "b"))
     assert a == copy != b
 
 
@@ -273,7 +274,12 @@ def test_the_folder_depends_on_model_encoder_and_arithmetic(policy, tmp_path):
     encoder = policy[1]
     other = tiny_policy()[2]
     other.max_length = 99
-    cases = [("aa", encoder, "float32"), ("ab", encoder, "float32"), ("aa", encoder, "bfloat16"), ("aa", other, "float32")]
+    cases = [
+        ("aa", encoder, "float32"),
+        ("ab", encoder, "float32"),
+        ("aa", encoder, "bfloat16"),
+        ("aa", other, "float32"),
+    ]
     folders = {store_folder(tmp_path, name, how, arithmetic=kind) for name, how, kind in cases}
     assert len(folders) == 4
     assert {folder.parent for folder in folders} == {tmp_path / "reference"}

@@ -118,7 +118,7 @@ def test_what_a_run_prints(finished):
     folder, done = finished
     assert done.stdout == ""
     for line in (
-        "48 pairs of 48 prompts",
+        "training on 48 pairs of 48 groups",
         "reference: 0 responses found",
         "96 computed",
         "reference, responses: 96/96",
@@ -142,7 +142,9 @@ def test_the_run_folder(finished):
     assert environment["starts"][0]["packages"]["torch"] == torch.__version__
     records = metrics_of(run)
     assert [record["step"] for record in records] == list(range(1, 13))
-    assert {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "weights/quality", "nll/gate_rate"} <= records[0].keys()
+    assert {"loss", "grad_norm", "learning_rate", "rewards/accuracies", "weights/quality", "nll/gate_rate"} <= records[
+        0
+    ].keys()
 
 
 def test_the_ledger_has_every_pair_once(finished):
@@ -187,7 +189,9 @@ def test_a_second_run_finds_the_reference(finished, tmp_path, monkeypatch):
 
 
 def test_the_model_of_a_run_is_the_model_of_the_next(finished, tmp_path):
-    code, printed = unidpo("train", write_recipe(tmp_path, model={"name": str(finished[0] / "run" / "model")}), "train.max_steps=1")
+    code, printed = unidpo(
+        "train", write_recipe(tmp_path, model={"name": str(finished[0] / "run" / "model")}), "train.max_steps=1"
+    )
     assert code == 0, printed
     first = metrics_of(tmp_path / "run")[0]
     assert first["loss"] < 0.5 * metrics_of(finished[0] / "run")[0]["loss"]
@@ -219,7 +223,7 @@ def test_groups_of_one_prompt_through_the_command(tmp_path):
     recipe = write_recipe(tmp_path, data=write_rows(tmp_path, rows) | {"group_by_prompt": True})
     code, printed = unidpo("train", recipe)
     assert code == 0, printed
-    assert "3 pairs of 1 prompts" in printed
+    assert "training on 3 pairs of 1 groups" in printed
     assert "4 computed" in printed  # the chosen response is one, not three
     ledger = pandas.read_parquet(tmp_path / "run" / "pairs.parquet")
     assert ledger["row"].tolist() == [1, 2, 3]
@@ -328,9 +332,13 @@ def test_an_epoch_has_its_own_order(uninterrupted):
     assert rows[:12] != rows[12:]
 
 
-@pytest.mark.parametrize("save", [{"save_strategy": "epoch"}, {"save_steps": 4, "logging_steps": 4}], ids=["epoch", "seldom"])
+@pytest.mark.parametrize(
+    "save", [{"save_strategy": "epoch"}, {"save_steps": 4, "logging_steps": 4}], ids=["epoch", "seldom"]
+)
 def test_the_ledger_never_lags_behind_a_checkpoint(tmp_path, save):
-    recipe = write_recipe(tmp_path, data=write_rows(tmp_path, rows_of(8)), train={"global_batch_pairs": 2, "num_train_epochs": 2} | save)
+    recipe = write_recipe(
+        tmp_path, data=write_rows(tmp_path, rows_of(8)), train={"global_batch_pairs": 2, "num_train_epochs": 2} | save
+    )
     with interrupted_at(6):
         assert unidpo("train", recipe)[0] == 130
     code, printed = unidpo("train", recipe, "--resume")
@@ -486,7 +494,9 @@ def test_a_wrong_input_can_be_mended_and_run_again(tmp_path):
 
 def test_the_real_command_exits_with_2(tmp_path):
     recipe = write_recipe(tmp_path, **edit(3, score_chosen="good")(tmp_path))
-    done = subprocess.run([sys.executable, "-m", "unidpo", "train", str(recipe)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "unidpo", "train", str(recipe)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "row 3, `score_chosen`" in done.stderr
     assert "Traceback" not in done.stderr

@@ -173,7 +173,15 @@ def test_an_adapter_learns_and_the_weights_stay(make):
 
 def test_with_an_adapter_stored_and_live_reference_agree(make):
     stored, live = (
-        losses(make(model=load_policy(GOLDEN / "model"), peft_config=lora(), reference=reference, max_steps=3, learning_rate=1e-2))
+        losses(
+            make(
+                model=load_policy(GOLDEN / "model"),
+                peft_config=lora(),
+                reference=reference,
+                max_steps=3,
+                learning_rate=1e-2,
+            )
+        )
         for reference in ("stored", "live")
     )
     assert stored == pytest.approx(live, abs=1e-6)
@@ -226,7 +234,9 @@ def test_text_prompts_and_image_prompts_in_one_batch(make, loss):
 def test_a_text_model_packs(make, text_model):
     groups = some_groups(4, images=lambda i: 0)
     layouts = []
-    trainer = make(groups, model=text_model, attention="sdpa", max_steps=1, on_pairs=lambda _: layouts.append(trainer.layout))
+    trainer = make(
+        groups, model=text_model, attention="sdpa", max_steps=1, on_pairs=lambda _: layouts.append(trainer.layout)
+    )
     packed = losses(trainer)
     batch = layouts[0]([trainer.encoder.encode(groups[0])])
     assert isinstance(batch, Pack)
@@ -408,7 +418,9 @@ def test_on_pairs_has_every_column_of_the_ledger(make):
     seen = []
     groups = some_groups()
     groups[0] = replace(groups[0], pairs=(Pair(1, 0, 1),))
-    trainer = make(groups, loss=UniDPO(nll_weight=0.1), shuffle=False, num_train_epochs=2, max_steps=-1, on_pairs=seen.append)
+    trainer = make(
+        groups, loss=UniDPO(nll_weight=0.1), shuffle=False, num_train_epochs=2, max_steps=-1, on_pairs=seen.append
+    )
     trainer.train()
     assert {column.name for column in LEDGER_COLUMNS} <= seen[0].keys()
     assert {len(values) for step in seen for values in step.values()} == {4}

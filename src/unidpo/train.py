@@ -20,7 +20,7 @@ from unidpo.models import language_linear_layers, load_policy, load_processor, s
 from unidpo.pairs import PromptGroup
 from unidpo.progress import Stages
 from unidpo.runs import LEDGER_COLUMNS, Ledger, Metrics, RunFolder
-from unidpo.sources import select_pairs
+from unidpo.sources import mix, select_pairs, split_by_prompt
 from unidpo.trainer import PreferenceTrainer
 
 _LOG = logging.getLogger("unidpo")
@@ -43,8 +43,8 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     step = folder.create(recipe.resolved(), resume=resume)
     loss: PreferenceLoss = make_loss(**recipe.loss.model_dump())
     with Stages(console) as stages:
-        groups = _training_data(recipe, loss, stages)
-        trainer = _trainer(recipe, loss, groups, folder, stages, step)
+        groups, held_out = _training_data(recipe, loss, stages)
+        trainer = _trainer(recipe, loss, groups, held_out, folder, stages, step)
         checkpoint = folder.last_checkpoint if resume else None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     dtype = getattr(torch, recipe.model.dtype)
@@ -53,26 +53,49 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     return folder.path
 
 
-def _training_data(recipe: Recipe, loss: PreferenceLoss, stages: Stages) -> list[PromptGroup]:
-    """The groups to train on, after the check every data set goes through."""
+def _training_data(recipe: Recipe, loss: PreferenceLoss, stages: Stages) -> tuple[list[PromptGroup], list[PromptGroup]]:
+    """The groups to train on and those held out, after the check every data set goes through."""
     data = recipe.data
-    report = check_data(
-        data.path,
-        images=data.images,
-        require_scores=loss.needs_scores or data.min_score_margin is not None,
-        on_progress=lambda stage, done, total: stages.update(f"checking {stage}", done, total),
+    reports = [
+        check_data(
+            source.path,
+            images=source.images or data.images,
+            require_scores=loss.needs_scores or data.min_score_margin is not None,
+            max_pixels=data.max_pixels,
+            on_progress=lambda stage, done, total, path=source.path: stages.update(  # type: ignore[misc]
+                f"checking {path}, {stage}", done, total
+            ),
+        )
+        for source in data.sources
+    ]
+    for report in reports:
+        if report.findings:
+            report.render(stages.console)
+    errors = [finding for report in reports for finding in report.errors]
+    if errors and data.on_bad_row == "error":
+        verdicts = "; ".join(f"{report.file}: {report.verdict}" for report in reports if report.errors)
+        raise DataError(verdicts, findings=errors)
+    weighted = [(report.groups, source.weight) for report, source in zip(reports, data.sources, strict=True)]
+    groups = select_pairs(
+        mix(weighted, seed=recipe.train.seed),
+        min_score_margin=data.min_score_margin,
+        group_by_prompt=data.group_by_prompt,
     )
-    if report.findings:
-        report.render(stages.console)
-    if report.errors and data.on_bad_row == "error":
-        raise DataError(f"{data.path}: {report.verdict}", findings=report.errors)
-    groups = select_pairs(report.groups, min_score_margin=data.min_score_margin, group_by_prompt=data.group_by_prompt)
-    _LOG.info("%s: %d pairs of %d prompts", data.path, sum(len(group.pairs) for group in groups), report.prompts)
-    return groups
+    kept, held_out = split_by_prompt(groups, data.eval_fraction, recipe.train.seed)
+    _LOG.info("training on %d pairs of %d groups", sum(len(group.pairs) for group in kept), len(kept))
+    if held_out:
+        _LOG.info("held out: %d pairs of %d groups", sum(len(group.pairs) for group in held_out), len(held_out))
+    return kept, held_out
 
 
 def _trainer(
-    recipe: Recipe, loss: PreferenceLoss, groups: Sequence[PromptGroup], folder: RunFolder, stages: Stages, step: int
+    recipe: Recipe,
+    loss: PreferenceLoss,
+    groups: Sequence[PromptGroup],
+    held_out: Sequence[PromptGroup],
+    folder: RunFolder,
+    stages: Stages,
+    step: int,
 ) -> PreferenceTrainer:
     args = _training_arguments(recipe, folder)
     set_seed(args.seed)
@@ -84,6 +107,7 @@ def _trainer(
         loss=loss,
         args=args,
         train_dataset=groups,
+        eval_dataset=held_out,
         processing_class=load_processor(recipe.model.name, trust_remote_code=trust),
         peft_config=None if recipe.lora is None else _lora_config(recipe.lora, model),
         reference=recipe.reference,
@@ -107,6 +131,8 @@ def _training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         values["gradient_accumulation_steps"] = (
             recipe.train.global_batch_pairs // recipe.train.per_device_train_batch_size
         )
+    if recipe.data.eval_fraction:
+        values = {"eval_strategy": "epoch"} | values
     return TrainingArguments(
         output_dir=str(folder.path),
         bf16=recipe.model.dtype == "bfloat16",

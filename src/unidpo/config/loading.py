@@ -14,12 +14,21 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from unidpo.config.hf_arguments import OWNED_BY_RECIPE
-from unidpo.config.schema import LOSS_SECTIONS, DataSection, LoraSection, ModelSection, Recipe, TrainSection
+from unidpo.config.schema import (
+    LOSS_SECTIONS,
+    DataSection,
+    LoraSection,
+    ModelSection,
+    Recipe,
+    SourceSection,
+    TrainSection,
+)
 from unidpo.errors import Finding, RecipeError, did_you_mean, from_findings, shown
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
     "model": ModelSection,
     "data": DataSection,
+    "data.path": SourceSection,
     "lora": LoraSection,
     "train": TrainSection,
 }
@@ -173,6 +182,9 @@ def _explain(detail: ErrorDetails) -> tuple[str, str, str]:
     # Inside a union the path goes on with the alternative that was tried; a recipe's keys are two levels deep.
     loss = names.pop(1) if len(names) > 1 and names[0] == "loss" else None
     key = ".".join(names[:2])
+    if key == "data.path" and len(names) > 3:  # except for the sources of a mixture: data, path, several, 0, weight
+        key = ".".join([f"{key}[{names[3]}]", *names[4:5]])
+        names = ["data.path", *names[4:5]]
     kind, context = detail["type"], detail.get("ctx", {})
     given = "null" if detail["input"] is None else shown(detail["input"], most=60)
     match kind:
@@ -187,6 +199,10 @@ def _explain(detail: ErrorDetails) -> tuple[str, str, str]:
             return f"{key}.name", "bad-value", f"must be one of {known}{did_you_mean(context['tag'], LOSS_SECTIONS)}"
         case "model_type" | "model_attributes_type":
             return key, "bad-value", f"is a section with keys of its own, not {given}"
+        case "too_short" if key == "data.path":
+            return key, "bad-value", "needs at least one source"
+        case "tuple_type" if key == "data.path":
+            return key, "bad-value", f"must be a path or a list of sources, not {given}"
         case "value_error":
             return key, "bad-value", str(context["error"])
         case "literal_error":

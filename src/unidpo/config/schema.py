@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from unidpo.config.hf_arguments import SCHEDULERS, model_of_arguments, one_of
 
@@ -55,11 +55,33 @@ class ModelSection(Section):
     """Whether code that comes with the model may run."""
 
 
+class SourceSection(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(min_length=1)
+    """As `data.path`."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often each of its rows is met in an epoch: 0.5 for half of them, 2 for each twice."""
+    images: FilePath | None = None
+    """As `data.images`; null for that."""
+
+
+def _as_sources(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return tuple({"path": source} if isinstance(source, str) else source for source in value)
+
+
 class DataSection(Section):
     """The preference data and how it is read."""
 
-    path: str = Field(min_length=1)
-    """JSON or JSONL file of scored pairs or ranked responses, relative to the working directory."""
+    path: Annotated[
+        Annotated[str, Field(min_length=1), Tag("one")]
+        | Annotated[tuple[SourceSection, ...], BeforeValidator(_as_sources), Field(min_length=1), Tag("several")],
+        Discriminator(lambda path: "one" if isinstance(path, str) else "several"),
+    ]
+    """JSON, JSONL or Parquet file, relative to the working directory, or a hub data set (`name:config@split`); or a
+    list of these, each a path or `{path, weight, images}`."""
     images: FilePath | None = None
     """Folder that relative image paths start from; null for the data file's own folder."""
     template: str | None = None
@@ -78,6 +100,11 @@ class DataSection(Section):
     """Pairs whose chosen minus rejected score is below this are left out; null keeps ties and reversed pairs."""
     eval_fraction: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the prompts held out for evaluation."""
+
+    @property
+    def sources(self) -> tuple[SourceSection, ...]:
+        """`path` as a mixture, of one source where it is a single path."""
+        return (SourceSection(path=self.path),) if isinstance(self.path, str) else self.path
 
 
 class UniDPOSection(Section):
@@ -222,6 +249,13 @@ class Recipe(Section):
     def _something_learns(self) -> Recipe:
         if self.lora is None and set(self.model.freeze) == set(get_args(ModelPart)):
             raise ValueError("`model.freeze` names every part and there is no `lora`: nothing would be trained")
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_evaluate_on(self) -> Recipe:
+        strategy = self.train.given().get("eval_strategy", "no")
+        if strategy != "no" and not self.data.eval_fraction:
+            raise ValueError("`train.eval_strategy` needs prompts to evaluate on: set `data.eval_fraction` above 0")
         return self
 
     def resolved(self) -> dict[str, Any]:

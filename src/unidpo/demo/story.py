@@ -31,7 +31,7 @@ from unidpo.errors import UserError
 from unidpo.models import load_policy, load_processor
 from unidpo.progress import Stages
 
-TRAIN_PROMPTS = 400
+TRAIN_PROMPTS = 800
 SAMPLES_PER_PROMPT = 4
 GRADING_NOISE = 0.10
 HELD_OUT_QUESTIONS = 1200
@@ -166,7 +166,7 @@ def _write_recipe(out: Path, data: RankedData, seed: int) -> Path:
         "data": {"path": str(data.path)},
         "loss": {"name": "uni_dpo", "beta": 2.0, "tau_good": 4.0},
         "train": {
-            "learning_rate": 3.0e-4,
+            "learning_rate": 2.0e-4,
             "global_batch_pairs": 32,
             "per_device_train_batch_size": 32,
             "num_train_epochs": 1,

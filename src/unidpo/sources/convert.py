@@ -14,7 +14,7 @@ from unidpo.errors import DataError, Finding, from_findings, shown
 from unidpo.images import open_image
 from unidpo.pairs import ImageSource, PromptGroup, merge_by_prompt
 from unidpo.sources import tables
-from unidpo.sources.files import LINE_SUFFIXES, json_bytes, write_json
+from unidpo.sources.files import LINE_SUFFIXES, is_same, json_bytes, write_json
 from unidpo.sources.layouts import LAYOUTS, check_writable, detected, extra_columns, form_of, write_group
 from unidpo.sources.reading import read_rows
 from unidpo.sources.rows import ADDRESS, LayoutName, Row
@@ -100,7 +100,7 @@ def convert(
             cannot be written.
     """
     target = _target(to)
-    if target.exists() and Path(source).exists() and target.samefile(source):
+    if is_same(target, Path(source)):
         raise DataError(f"{to}: this is the source itself; give another file")
     if to_layout not in LAYOUTS or from_layout not in {None, *LAYOUTS}:
         raise ValueError(f"a layout is one of {', '.join(LAYOUTS)}")

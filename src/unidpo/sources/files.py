@@ -60,6 +60,14 @@ def is_parquet(path: Path) -> bool:
         return path.suffix == ".parquet" or file.read(4) == _PARQUET
 
 
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file that exists."""
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
 def write_json(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write rows as a JSON list, or a row per line if the path ends in ``.jsonl``; bytes as ``{"bytes": base64}``.
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from unidpo.errors import DataError, Finding, from_findings, shown
 from unidpo.sources import tables
 from unidpo.sources.dataset_info import columns_of
-from unidpo.sources.files import is_parquet, json_bytes, replacing, rows_of
+from unidpo.sources.files import is_parquet, is_same, json_bytes, replacing, rows_of
 from unidpo.sources.rows import ADDRESS
 
 Mover = Callable[[str, str], str]
@@ -70,7 +70,7 @@ def relocate(
     if (to is None) is not in_place:
         raise DataError(f"{path}: give either a new file, or say that this one is to be replaced (`in_place`)")
     target = source if to is None else Path(to)
-    if not in_place and target.exists() and source.exists() and target.samefile(source):
+    if not in_place and is_same(source, target):
         raise DataError(f"{to}: this is the file itself; give another one, or say `in_place`")
     if source.suffix != target.suffix:
         raise DataError(f"{to}: the new file is of the same kind, {source.suffix or 'without suffix'}")

@@ -76,13 +76,13 @@ def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path, know
 
 def is_dataset(path: str | Path) -> bool:
     """Whether a path means a folder or hub data set rather than a file: ``name[:config][@split]``."""
+    match = _NAME.fullmatch(str(path))
     with contextlib.suppress(OSError):  # a name too long for a file is none
         if Path(path).exists():
             return Path(path).is_dir()
-    match = _NAME.fullmatch(str(path))
-    if match is None or _FILE.fullmatch(match["name"]):
-        return False
-    return Path(match["name"]).is_dir() or _HUB_ID.fullmatch(match["name"]) is not None
+        if match is not None and Path(match["name"]).is_dir():
+            return True
+    return match is not None and not _FILE.fullmatch(match["name"]) and _HUB_ID.fullmatch(match["name"]) is not None
 
 
 def dataset_folder(path: str | Path) -> Path:
