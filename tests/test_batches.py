@@ -1,15 +1,17 @@
 """Which pairs make a step, which of them share a forward pass, and what a batch holds."""
 
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from worlds import group, tiny_policy
 
 from unidpo.batches import Plan, PlannedBatches, StepLoader, StepSampler
 from unidpo.packs import pack
+from worlds import group, tiny_policy
 
 counts = st.lists(st.integers(1, 12), min_size=1, max_size=20)
 sizes = st.tuples(st.integers(1, 16), st.integers(1, 6))
@@ -42,7 +44,7 @@ def test_a_step_has_exactly_its_pairs_and_says_how_many(pair_counts, size, shuff
     assert totals[:-1] == [size[0]] * (len(steps) - 1)
     assert 0 < totals[-1] <= size[0]
     for step, total in zip(steps, totals, strict=True):
-        assert {plan.step_pairs for plan in step} == {total}
+        assert len(set(pairs_of(step))) == total
 
 
 @given(counts, sizes, st.booleans())
@@ -63,7 +65,7 @@ def test_a_prompt_is_encoded_once_per_step(pair_counts, size, shuffle):
 def test_neighbours_share_a_pass_while_they_fit(pair_counts, size):
     """No two passes of a step that follow one another could have been one."""
     for step in sampler(pair_counts, step=size[0], per_pack=size[1]):
-        for plan, following in zip(step, step[1:], strict=False):
+        for plan, following in itertools.pairwise(step):
             assert len(pairs_of([plan])) + len(following.shares[0][1]) > size[1]
 
 
@@ -98,17 +100,17 @@ def test_a_batch_holds_only_the_responses_its_pairs_name(encoder):
     groups = [group(images=0, responses=(2, 3, 4, 5), seed=1, row=1), group(images=0, seed=2, row=2)]
     stored = [torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-5.0, -6.0])]
     chosen = groups[0].pairs.index(next(p for p in groups[0].pairs if (p.chosen, p.rejected) == (1, 3)))
-    batch = PlannedBatches(groups, encoder, pack, stored)[Plan(((0, (chosen,)), (1, (0,))), 9)]
+    batch, lost = PlannedBatches(groups, encoder, pack, stored)[Plan(((0, (chosen,)), (1, (0,))))]
+    assert lost == []
     lengths = [len(encoder.response_ids(groups[0].responses[i])) for i in (1, 3)]
     assert batch.responses.response_tokens.tolist()[:2] == lengths
     assert batch.ref_logps.tolist() == [-2.0, -4.0, -5.0, -6.0]
     assert batch.pairs.source_chosen.tolist() == [1, 0]
     assert batch.pairs.rows.tolist() == [1, 2]
-    assert batch.step_pairs == 9
 
 
 def test_without_stored_numbers_a_batch_has_none(encoder):
-    batch = PlannedBatches([group(images=0)], encoder, pack, None)[Plan(((0, (0,)),), 1)]
+    batch, _ = PlannedBatches([group(images=0)], encoder, pack, None)[Plan(((0, (0,)),))]
     assert batch.ref_logps is None
 
 
@@ -118,9 +120,20 @@ def test_the_loader_gives_a_step_at_a_time(encoder, workers):
     made = sampler([1] * 5, step=3, per_pack=2, shuffle=True)
     loader = StepLoader(PlannedBatches(groups, encoder, pack, None), made, workers=workers)
     loader.set_epoch(1)
-    rows = [[row for batch in step for row in batch.pairs.rows.tolist()] for step in loader]
+    rows = [[row for batch in step.batches for row in batch.pairs.rows.tolist()] for step in loader]
     assert [len(step) for step in rows] == [3, 2]
     assert len(loader) == 2
     expected = sampler([1] * 5, step=3, per_pack=2, shuffle=True, epoch=1)
     assert rows == [[index + 1 for index, _ in pairs_of(step)] for step in expected]
     assert len(loader.dataset) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_went_bad_is_left_out_and_named(encoder, tmp_path, workers):
+    groups = [group(images=1, seed=i, row=i + 1) for i in range(3)]
+    groups[1] = replace(groups[1], images=(tmp_path / "gone.png",))
+    loader = StepLoader(PlannedBatches(groups, encoder, pack, None), sampler([1] * 3, step=3), workers=workers)
+    (step,) = loader
+    assert step.pairs == 2
+    assert [row for batch in step.batches for row in batch.pairs.rows.tolist()] == [1, 3]
+    assert [(finding.row, "gone.png" in finding.message) for finding in step.lost] == [(2, True)]

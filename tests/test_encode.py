@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
-from worlds import GOLDEN, group, picture
 
 from unidpo.encode import CHATML, Encoder, PromptTooLong, fit_to_length, prompt_positions
 from unidpo.errors import DataError, ImageError, ModelError, UserError
 from unidpo.models import load_policy, load_processor
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.sources import load_pairs
+from worlds import GOLDEN, group, picture
 
 IMAGE_TOKEN = 2060
 
@@ -202,9 +202,8 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(make, caplog):
 
 def test_a_template_from_a_file(make, tmp_path):
     path = tmp_path / "own.jinja"
-    path.write_text(
-        "{% for m in messages %}[{{ m.role }}] {{ m.content[0].text }}!{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-    )
+    turn = "[{{ m.role }}] {{ m.content[0].text }}!"
+    path.write_text("{% for m in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}>{% endif %}")
     encoder = make(template=str(path))
     assert encoder.prompt_text(ask("hello").messages) == "[user] hello!>"
     assert encoder.tokenizer.decode(encoder.response_ids(Response("yes"))) == "yes!"

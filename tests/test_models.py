@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
-from worlds import GOLDEN, group, tiny_policy
 
 from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import ModelError
@@ -19,6 +18,7 @@ from unidpo.models import (
     parts,
     save_model,
 )
+from worlds import GOLDEN, group, tiny_policy
 
 # peft asks transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

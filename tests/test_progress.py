@@ -113,7 +113,7 @@ def test_a_terminal_gets_a_bar_with_the_note():
 def test_a_bar_ends_with_an_exception():
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     stages = Stages(console)
+    stages.update("pairs", 1, 10)
     with pytest.raises(KeyboardInterrupt), stages:
-        stages.update("pairs", 1, 10)
         raise KeyboardInterrupt
     assert stages._bar.live.is_started is False

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from worlds import GOLDEN, group, tiny_policy
 
 from unidpo.attention import use_pack_attention
 from unidpo.errors import UserError
@@ -23,6 +22,7 @@ from unidpo.reference import (
     store_folder,
     weights_fingerprint,
 )
+from worlds import GOLDEN, group, tiny_policy
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_a_file_is_known_by_its_content(tmp_path):
     assert a == copy != b
 
 
-# --- where the numbers belong ------------------------------------------------------------------------------------------
+# --- where the numbers belong ----------------------------------------------------------------------------------------
 
 
 def test_the_weights_fingerprint_sees_one_changed_weight_and_knows_a_reloaded_model():

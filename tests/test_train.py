@@ -3,13 +3,11 @@
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import pandas
@@ -17,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
-from worlds import GOLDEN
 
 from unidpo import cli
 from unidpo.encode import Encoder, prompt_positions
@@ -25,6 +22,7 @@ from unidpo.models import load_processor
 from unidpo.runs import LEDGER_COLUMNS
 from unidpo.sources import load_pairs
 from unidpo.train import RunRecord
+from worlds import GOLDEN
 
 DATA = GOLDEN / "data"
 LOSSES = {
@@ -439,11 +437,17 @@ WRONG = {
     "score that is no number": (edit(3, score_chosen="good"), ["pairs.json", "row 3", "`score_chosen`", "'good'"]),
     "NaN score": (text(NAN_ROW), ["pairs.json", "row 1", "`score_chosen`", "nan"]),
     "empty response": (edit(2, rejected="  "), ["pairs.json", "row 2", "`rejected`", "empty"]),
-    "chosen equal to rejected": (edit(4, chosen="same", rejected="same"), ["pairs.json", "row 4", "`rejected`", "same text"]),
+    "equal responses": (edit(4, chosen="same", rejected="same"), ["pairs.json", "row 4", "`rejected`", "same text"]),
     "missing image": (edit(1, images=["images/none.png"]), ["pairs.json", "row 1", "`images[0]`", "images/none.png"]),
     "broken image": (broken_image, ["pairs.json", "row 2", "`images[0]`", "broken.png"]),
-    "marks and images": (edit(2, instruction="<image><image> What?"), ["row 2", "`instruction`", "2, images in the row: 1"]),
-    "unknown recipe key": (recipe_with(train={"learning_rat": 1e-3}), ["recipe.yaml", "`train.learning_rat`", "`learning_rate`"]),
+    "marks and images": (
+        edit(2, instruction="<image><image> What?"),
+        ["pairs.json", "row 2", "`instruction`", "marks in the prompt: 2, images in the row: 1"],
+    ),
+    "unknown recipe key": (
+        recipe_with(train={"learning_rat": 1e-3}),
+        ["recipe.yaml", "`train.learning_rat`", "did you mean `learning_rate`"],
+    ),
     "two errors in a recipe": (
         recipe_with(data={"max_length": 0}, loss={"name": "uni_dpo", "bta": 1.0}),
         ["recipe.yaml", "2 problems", "`data.max_length`", "`loss.bta`", "did you mean `beta`"],
@@ -453,7 +457,7 @@ WRONG = {
     "a template nobody knows": (recipe_with(data={"template": "chatm"}), ["data.template=chatm", "chatml"]),
     "a length no prompt fits": (recipe_with(data={"max_length": 20}), ["data.max_length=20", "row 1"]),
     "packs for a model that cannot": (None, ["model.attention=sdpa", "sliding_attention"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WRONG)

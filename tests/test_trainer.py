@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
-from worlds import GOLDEN, group, save_gemma2, tiny_policy
 
 from unidpo.attention import PACK_ATTENTION
 from unidpo.errors import DataError, ModelError
@@ -18,6 +17,7 @@ from unidpo.packs import Pack, pad
 from unidpo.pairs import Pair, Response, merge_by_prompt
 from unidpo.runs import LEDGER_COLUMNS
 from unidpo.trainer import PreferenceTrainer
+from worlds import GOLDEN, group, save_gemma2, tiny_policy
 
 # peft asks transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

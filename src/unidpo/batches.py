@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unidpo.encode import EncodedGroup, Encoder
-from unidpo.errors import DataError, UserError
+from unidpo.errors import Finding, UserError
 from unidpo.packs import Layout, Pack, PaddedRows, PairIndex, index_pairs, used_responses
-from unidpo.pairs import PromptGroup
+from unidpo.pairs import Pair, PromptGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,9 @@ class Plan:
 
     Attributes:
         shares: (index of the group, indices into its pairs).
-        step_pairs: pairs in the whole optimizer step, by which the sum over this plan's pairs is divided.
     """
 
     shares: tuple[tuple[int, tuple[int, ...]], ...]
-    step_pairs: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +35,29 @@ class Batch:
         responses: what the model takes.
         pairs: the pairs among them.
         ref_logps: of each response under the stored reference, in nats; `None` where none is stored.
-        step_pairs: see `Plan`.
     """
 
     responses: Pack | PaddedRows
     pairs: PairIndex
     ref_logps: Float[Tensor, " responses"] | None
-    step_pairs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step.
+
+    Attributes:
+        batches: its forward passes.
+        lost: rows that could be read when the data was checked and cannot any more.
+    """
+
+    batches: list[Batch]
+    lost: list[Finding]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs in all batches, by which the sum of their losses is divided."""
+        return sum(len(batch.pairs.rows) for batch in self.batches)
 
 
 class StepSampler(Sampler[list[Plan]]):
@@ -102,12 +116,14 @@ class StepSampler(Sampler[list[Plan]]):
                 room = self._pairs_per_pack
             packs[-1].append(share)
             room -= len(share[1])
-        total = sum(len(pairs) for _, pairs in step)
-        return [Plan(tuple(shares), total) for shares in packs]
+        return [Plan(tuple(shares)) for shares in packs]
 
 
-class PlannedBatches(Dataset[Batch]):
+class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
     """Plans in, batches out: reads images and tokenizes, in the loader's worker processes.
+
+    What cannot be read comes out as findings beside the batch, which is `None` where nothing is left of it; an
+    exception would lose its findings on the way out of a worker.
 
     Args:
         ref_logps: for each group the stored log-probabilities of its responses, in nats, or `None`.
@@ -129,36 +145,38 @@ class PlannedBatches(Dataset[Batch]):
         """Pairs in the data set, which is what transformers reports speed in."""
         return sum(len(group.pairs) for group in self._groups)
 
-    def __getitem__(self, plan: Plan) -> Batch:
-        shares = [(i, self._groups[i], [self._groups[i].pairs[p] for p in pairs]) for i, pairs in plan.shares]
-        used = [used_responses(pairs) for _, _, pairs in shares]
-        encoded = [self._encode(group, keep) for (_, group, _), keep in zip(shares, used, strict=True)]
-        stored = self._ref_logps
-        return Batch(
-            responses=self._layout(encoded),
-            pairs=index_pairs([(group, pairs) for _, group, pairs in shares]),
-            ref_logps=None
-            if stored is None
-            else torch.cat([stored[i][keep] for (i, _, _), keep in zip(shares, used, strict=True)]),
-            step_pairs=plan.step_pairs,
-        )
+    def __getitem__(self, plan: Plan) -> tuple[Batch | None, list[Finding]]:
+        encoded: list[EncodedGroup] = []
+        shares: list[tuple[PromptGroup, list[Pair]]] = []
+        ref_logps: list[Tensor] = []
+        lost: list[Finding] = []
+        for index, places in plan.shares:
+            group = self._groups[index]
+            pairs = [group.pairs[place] for place in places]
+            used = used_responses(pairs)
+            try:
+                encoded.append(self._encoder.encode(group, used))
+            except UserError as error:
+                rows = sorted({(pair.row, pair.file) for pair in pairs}, key=str)
+                lost += [Finding("lost-row", str(error), file=file, row=row) for row, file in rows]
+                continue
+            shares.append((group, pairs))
+            if self._ref_logps is not None:
+                ref_logps.append(self._ref_logps[index][used])
+        if not shares:
+            return None, lost
+        stored = torch.cat(ref_logps) if ref_logps else None
+        return Batch(self._layout(encoded), index_pairs(shares), stored), lost
 
-    def _encode(self, group: PromptGroup, responses: Sequence[int]) -> EncodedGroup:
-        try:
-            return self._encoder.encode(group, responses)
-        except UserError as error:
-            # The data was checked before the first step: something went away or changed since.
-            raise DataError(f"row {group.pairs[0].row}: {error}", findings=error.findings) from error
 
-
-class StepLoader(DataLoader[list[Batch]]):
+class StepLoader(DataLoader[Step]):
     """A loader whose items are optimizer steps: the batches of one step, read ahead in worker processes."""
 
     def __init__(self, batches: PlannedBatches, sampler: StepSampler, *, workers: int = 0) -> None:
         super().__init__(
             batches,  # type: ignore[arg-type]
             batch_sampler=sampler,
-            collate_fn=list,
+            collate_fn=_as_step,
             num_workers=workers,
         )
         self._sampler = sampler
@@ -166,3 +184,10 @@ class StepLoader(DataLoader[list[Batch]]):
     def set_epoch(self, epoch: int) -> None:
         """Called by transformers' loop before each epoch."""
         self._sampler.set_epoch(epoch)
+
+
+def _as_step(planned: Sequence[tuple[Batch | None, list[Finding]]]) -> Step:
+    return Step(
+        batches=[batch for batch, _ in planned if batch is not None],
+        lost=[finding for _, lost in planned for finding in lost],
+    )

@@ -117,6 +117,7 @@ def _trainer(
         max_pixels=recipe.data.max_pixels,
         attention=recipe.model.attention,
         shuffle=recipe.data.shuffle,
+        on_bad_row=recipe.data.on_bad_row,
         callbacks=[record],
         on_pairs=record.add_pairs,
         on_reference_progress=lambda done, total: stages.update("reference, responses", done, total),

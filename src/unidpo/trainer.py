@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from unidpo.attention import PACK_ATTENTION, PackAttentionError, set_text_attention
-from unidpo.batches import Batch, PlannedBatches, StepLoader, StepSampler
+from unidpo.batches import Batch, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.encode import EncodedGroup, Encoder, fit_to_length, prompt_positions
 from unidpo.errors import DataError, Finding, ModelError, from_findings
 from unidpo.logps import response_logps
@@ -34,7 +35,15 @@ from unidpo.models import (
 )
 from unidpo.packs import Layout, pack, pad, to_device
 from unidpo.pairs import PromptGroup
-from unidpo.reference import LogpStore, ReferencePass, default_cache, lookup, response_keys, store_folder, weights_fingerprint
+from unidpo.reference import (
+    LogpStore,
+    ReferencePass,
+    default_cache,
+    lookup,
+    response_keys,
+    store_folder,
+    weights_fingerprint,
+)
 
 _LOG = logging.getLogger(__name__)
 Attention = Literal["auto", "sdpa", "padded"]
@@ -65,6 +74,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         attention: `"auto"` packs prompts unless a check before the first step finds that the model's own forward pass
             disagrees; `"sdpa"` insists on packs; `"padded"` never packs.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
+        on_bad_row: what a row that becomes unreadable during training does: stop the run, or be left out and named.
         cache: folder of stored reference log-probabilities, `default_cache()` where `None`.
         on_pairs: called once per optimizer step with the step's pairs, see `measures.pair_columns`.
         on_reference_progress: called with responses done and responses to do.
@@ -91,6 +101,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         max_pixels: int = 768 * 768,
         attention: Attention = "auto",
         shuffle: bool = True,
+        on_bad_row: Literal["error", "skip"] = "error",
         cache: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         on_pairs: Callable[[Columns], None] | None = None,
@@ -129,6 +140,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._held_out = held_out
         self._attention: Attention = attention
         self._shuffle = shuffle
+        self._on_bad_row = on_bad_row
         self._cache = cache or default_cache()
         self._on_pairs = on_pairs
         self._on_reference_progress = on_reference_progress or (lambda done, total: None)
@@ -280,7 +292,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[list[Batch]]:
+    def get_train_dataloader(self) -> DataLoader[Step]:
         """Optimizer steps; see `StepSampler`."""
         sampler = self._sampler(self._groups, per_pack=self._pairs_per_pack, shuffle=self._shuffle)
         batches = PlannedBatches(self._groups, self.encoder, self.layout, self._ref_logps)
@@ -295,22 +307,34 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
 
-    def training_step(self, model: torch.nn.Module, inputs: Sequence[Batch], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one optimizer step; returns its loss, the mean over the step's pairs."""
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
+    ) -> tuple[list[Step], None]:
+        """The next step. There is no count of labels beside it: the mean is over pairs, which a step knows itself."""
+        return list(itertools.islice(epoch_iterator, num_batches)), None
+
+    def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one optimizer step; returns its loss, the mean over the step's pairs.
+
+        Raises:
+            DataError: rows became unreadable since the check, and `on_bad_row` is `"error"`.
+        """
+        self._see_lost(inputs.lost)
         model.train()
         total = torch.zeros((), device=self.args.device)
         columns: dict[str, list[Any]] = defaultdict(list)
-        for batch in inputs:
+        for batch in inputs.batches:
             batch = to_device(batch, self.args.device)
             with self.compute_loss_context_manager():
                 pairs, terms = self.evaluate_pairs(batch)
-                loss = terms.loss.sum() / batch.step_pairs
+                loss = terms.loss.sum() / inputs.pairs
             self.accelerator.backward(loss)
             total += loss.detach()
             for name, values in pair_columns(batch, pairs, terms).items():
                 columns[name] += values
-        self._means.add(columns)
-        if self._on_pairs is not None:
+        if columns:
+            self._means.add(columns)
+        if columns and self._on_pairs is not None:
             length = len(columns["row"])
             visit = {"step": [self.state.global_step + 1] * length, "epoch": [self.state.epoch or 0.0] * length}
             self._on_pairs(visit | columns)
@@ -318,6 +342,12 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         if any(group["lr"] > 0 for group in self.optimizer.param_groups):
             self._policy_is_reference = False
         return total
+
+    def _see_lost(self, lost: Sequence[Finding]) -> None:
+        if lost and self._on_bad_row == "error":
+            raise from_findings(DataError, f"{len(lost)} rows cannot be read any more", lost)
+        for finding in lost:
+            _LOG.warning("skipped: %s", finding)
 
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
@@ -366,19 +396,22 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             raise ValueError("give the held-out groups to the trainer as eval_dataset")
         sampler = self._sampler(self._held_out, per_pack=self.args.per_device_eval_batch_size, shuffle=False)
         batches = PlannedBatches(self._held_out, self.encoder, self.layout, self._held_out_ref_logps)
-        means, losses = Means(), 0.0
+        means, losses = Means(), []
         was_training = self.model.training
         self.model.eval()
         for step in StepLoader(batches, sampler, workers=self.args.dataloader_num_workers):
-            for batch in step:
+            self._see_lost(step.lost)
+            for batch in step.batches:
                 batch = to_device(batch, self.args.device)
                 with torch.no_grad(), self.compute_loss_context_manager():
                     pairs, terms = self.evaluate_pairs(batch)
                 columns = pair_columns(batch, pairs, terms)
                 means.add(columns)
-                losses += sum(columns["loss"])
+                losses += columns["loss"]
         self.model.train(was_training)
-        found = {"loss": losses / len(batches)} | means.take()
+        if not losses:
+            raise DataError("none of the held-out rows can be read any more")
+        found = {"loss": sum(losses) / len(losses)} | means.take()
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

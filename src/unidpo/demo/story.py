@@ -166,7 +166,7 @@ def _write_recipe(out: Path, data: RankedData, seed: int) -> Path:
         "data": {"path": str(data.path)},
         "loss": {"name": "uni_dpo", "beta": 2.0, "tau_good": 4.0},
         "train": {
-            "learning_rate": 2.0e-4,
+            "learning_rate": 1.0e-4,
             "global_batch_pairs": 32,
             "per_device_train_batch_size": 32,
             "num_train_epochs": 1,
