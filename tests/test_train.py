@@ -254,6 +254,18 @@ def test_a_text_model_through_the_command(tmp_path, text_model):
     assert first["rewards/margins"] == 0 < second["rewards/margins"]
 
 
+def test_held_out_pairs_through_the_command(tmp_path):
+    recipe = write_recipe(tmp_path, data=write_rows(tmp_path, rows_of(8)) | {"eval_fraction": 0.25})
+    code, printed = unidpo("train", recipe, "train.global_batch_pairs=2", "train.num_train_epochs=2")
+    assert code == 0, printed
+    records = metrics_of(tmp_path / "run")
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records if "eval_loss" in record] == [3, 6]
+    visited = pandas.read_parquet(tmp_path / "run" / "pairs.parquet")["row"].tolist()
+    assert len(visited) == 12
+    assert len(set(visited)) == 6
+
+
 def test_losses_without_scores_train_on_data_without_scores(tmp_path):
     rows = [{k: v for k, v in row.items() if not k.startswith("score")} for row in rows_of(4)]
     code, printed = unidpo("train", write_recipe(tmp_path, data=write_rows(tmp_path, rows), loss={"name": "simpo"}))

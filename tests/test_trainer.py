@@ -459,6 +459,27 @@ def test_the_arguments_given_are_left_alone(tmp_path):
     assert args.to_dict() == before
 
 
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_an_image_that_vanishes_during_training(make, tmp_path, caplog, on_bad_row):
+    groups = some_groups()
+    path = tmp_path / "here.png"
+    groups[2].images[0].save(path)
+    groups[2] = replace(groups[2], images=(path,))
+    trainer = make(
+        groups,
+        batch=(1, 2),
+        shuffle=False,
+        on_bad_row=on_bad_row,
+        on_pairs=lambda columns: path.unlink(missing_ok=True),  # after the first step
+    )
+    if on_bad_row == "error":
+        with pytest.raises(DataError, match=r"row 3.*here\.png"):
+            trainer.train()
+    else:
+        assert len(losses(trainer)) == 2
+        assert "row 3" in caplog.text
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from unidpo.errors import DataError, Finding, ImageError, ModelError, UserError, from_findings
-from unidpo.images import cap_pixels, image_size, open_image
+from unidpo.images import cap_pixels, capped_size, image_size, open_image
 from unidpo.pairs import Message, PromptGroup, Response
 
 PositionIds: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Int[Tensor, "axes tokens"]]
@@ -110,6 +110,7 @@ class Encoder:
         self._position_ids = position_ids
         self._template = _template_text(template, processor)
         self._image_tokens: dict[tuple[tuple[int, int], ...], int] = {}
+        self._patches_agree = False
         self._turn_end = self._find_turn_end()
 
     def encode(self, group: PromptGroup, responses: Sequence[int] | None = None) -> EncodedGroup:
@@ -159,12 +160,29 @@ class Encoder:
         text_ids = self.tokenizer(self.prompt_text(group.messages), add_special_tokens=False)["input_ids"]
         if not group.images:
             return len(text_ids)
-        sizes = tuple(image_size(source) for source in group.images)
+        sizes = tuple(capped_size(image_size(source), self.max_pixels) for source in group.images)
         if sizes not in self._image_tokens:
-            blanks = [self._prepare(PIL.Image.new("RGB", size)) for size in sizes]
-            prompt_ids, _, _ = self._tokenize(self.prompt_text(group.messages), blanks)
-            self._image_tokens[sizes] = len(prompt_ids) - len(text_ids)
+            counted = self._patch_tokens(sizes)
+            if counted is None or not self._patches_agree:
+                blanks = [PIL.Image.new("RGB", size) for size in sizes]
+                found = len(self._tokenize(self.prompt_text(group.messages), blanks)[0]) - len(text_ids)
+                # Counting patches is quick and says for nearly every processor what running it on images would say;
+                # the first images show whether this is one of them.
+                self._patches_agree = counted == found
+                counted = found
+            self._image_tokens[sizes] = counted
         return len(text_ids) + self._image_tokens[sizes]
+
+    def _patch_tokens(self, sizes: Sequence[tuple[int, int]]) -> int | None:
+        """Tokens that images of these sizes add to their marks, by the processor's own count of patches."""
+        processor = getattr(self.processor, "image_processor", None)
+        patches, merge = getattr(processor, "get_number_of_image_patches", None), getattr(processor, "merge_size", None)
+        if patches is None or merge is None:
+            return None
+        try:
+            return sum(int(patches(height, width)) // merge**2 - 1 for width, height in sizes)
+        except ValueError as error:
+            raise _refused(sizes, error) from error
 
     def length_findings(self, group: PromptGroup) -> list[Finding]:
         """What `data.max_length` does to a group: a prompt that is skipped, or responses that are cut; all warnings.
@@ -227,10 +245,7 @@ class Encoder:
                 )
             )
         except ValueError as error:
-            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise ImageError(
-                f"the model's processor refuses the images (scaled to {sizes} pixels): {error}; leave the row out"
-            ) from error
+            raise _refused([image.size for image in images], error) from error
         ids = encoded.pop("input_ids")[0]
         encoded.pop("attention_mask", None)
         types = encoded.pop("mm_token_type_ids", None)
@@ -261,6 +276,13 @@ class Encoder:
         turns = [Message("user", ("?",)), Message("assistant", (_PLACEHOLDER,))]
         _, found, end = self._render(turns, add_generation_prompt=False).rpartition(_PLACEHOLDER)
         return end if found and end.strip() else str(self.tokenizer.eos_token or "")
+
+
+def _refused(sizes: Sequence[tuple[int, int]], error: Exception) -> ImageError:
+    listed = ", ".join(f"{width} x {height}" for width, height in sizes)
+    return ImageError(
+        f"the model's processor refuses the images (scaled to {listed} pixels): {error}; leave the row out"
+    )
 
 
 def plain_positions(ids: Tensor, types: Tensor, vision: Mapping[str, Tensor]) -> Int[Tensor, "1 tokens"]:

@@ -79,8 +79,18 @@ def cap_pixels(image: Image.Image, max_pixels: int, min_pixels: int = MIN_PIXELS
     Sides are rounded down after scaling, as in LLaMA-Factory, so a result may miss ``min_pixels`` by a rim; an
     image within the limits is returned as it is. Sides never reach 0, where the reference would crash.
     """
-    size = _capped(*image.size, max_pixels, min_pixels)
+    size = capped_size(image.size, max_pixels, min_pixels)
     return image if size == image.size else image.resize(size)
+
+
+def capped_size(size: tuple[int, int], max_pixels: int, min_pixels: int = MIN_PIXELS) -> tuple[int, int]:
+    """The size `cap_pixels` would give an image of this width and height."""
+    width, height = size
+    if width * height > max_pixels:
+        width, height = _scaled(width, height, max_pixels)
+    if width * height < min_pixels:
+        width, height = _scaled(width, height, min_pixels)
+    return width, height
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
@@ -180,7 +190,7 @@ def _inspected(image: Image.Image, source: ImageSource, max_pixels: int) -> Insp
         odd["transparent-image"] = "has transparent parts; they show the colour stored under them, often black"
     odd |= _odd_size(*size, max_pixels)
     findings = [Finding(kind, f"{_name(source)} {problem}", severity="warning") for kind, problem in odd.items()]
-    width, height = _capped(*size, max_pixels)
+    width, height = capped_size(size, max_pixels)
     if max(width, height) > MAX_ASPECT * min(width, height):
         limit = f"Qwen's processors refuse a side of over {MAX_ASPECT} times the other"
         problem = f"{_name(source)} is {size[0]:,} x {size[1]:,} pixels, and {limit}; crop or split it"
@@ -213,14 +223,6 @@ def _odd_size(width: int, height: int, max_pixels: int) -> dict[str, str]:
         slow = f"it is decoded whole each time, to be scaled to {max_pixels:,} pixels"
         return {"huge-image": f"{size}; {slow}; a smaller file trains faster"}
     return {}
-
-
-def _capped(width: int, height: int, max_pixels: int, min_pixels: int = MIN_PIXELS) -> tuple[int, int]:
-    if width * height > max_pixels:
-        width, height = _scaled(width, height, max_pixels)
-    if width * height < min_pixels:
-        width, height = _scaled(width, height, min_pixels)
-    return width, height
 
 
 def _scaled(width: int, height: int, pixels: int) -> tuple[int, int]:

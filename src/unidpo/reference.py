@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from unidpo.encode import EncodedGroup, Encoder
-from unidpo.errors import UserError
+from unidpo.errors import ImageError, UserError
 from unidpo.images import content_digest
 from unidpo.logps import response_logps
 from unidpo.packs import Layout, to_device
@@ -139,7 +139,10 @@ def response_keys(groups: Iterable[PromptGroup]) -> list[list[bytes]]:
             for part in message.content:
                 _update(prompt, *(("text", part) if isinstance(part, str) else ("mark", "")))
         for source in group.images:
-            _update(prompt, "image", image_digest(source))
+            try:
+                _update(prompt, "image", image_digest(source))
+            except ImageError as error:
+                raise ImageError(f"row {group.pairs[0].row}: {error}", findings=error.findings) from error
         keys.append([])
         for response in group.responses:
             key = prompt.copy()
