@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from unidpo.check import CheckReport, check_data, write_usable
+from unidpo.cli import app
+from unidpo.errors import DataError
 
 ROWS = 2000
 FIRST, APART = 17, 25  # the n-th bad row is row 17 + 25 n
@@ -223,3 +226,26 @@ def test_what_is_left_is_written_untouched_and_checks_clean(report: CheckReport,
 def test_the_report_survives_its_own_data(report: CheckReport) -> None:
     text = json.dumps(report.to_json(), allow_nan=False)
     assert len(json.loads(text)["findings"]) == len(BAD)
+
+
+def test_the_command_exits_with_2_and_what_it_fixes_trains(data: Path, golden: Path, tmp_path: Path) -> None:
+    fixed = data.with_name("fixed-by-command.jsonl")
+    checked = CliRunner().invoke(app, ["data", "check", str(data), "--fix", str(fixed)])
+    assert checked.exit_code == 2
+    assert f"{ROWS - len(BAD)} usable rows written" in checked.output
+
+    recipe = tmp_path / "recipe.yaml"
+    keys = {
+        "output": str(tmp_path / "run"),
+        "model": {"name": str(golden / "model"), "dtype": "float32"},
+        "data": {"path": str(data)},
+        "loss": {"name": "simpo"},  # no reference pass over two thousand rows
+        "train": {"max_steps": 1, "save_strategy": "no"},
+    }
+    recipe.write_text(json.dumps(keys), encoding="utf-8")  # JSON is YAML
+    refused = CliRunner().invoke(app, ["train", str(recipe)])
+    assert isinstance(refused.exception, DataError)
+    trained = CliRunner().invoke(app, ["train", str(recipe), f"data.path={fixed}"])
+    fixed.unlink()
+    assert trained.exit_code == 0, trained.output
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

@@ -176,7 +176,8 @@ class Encoder:
     def _patch_tokens(self, sizes: Sequence[tuple[int, int]]) -> int | None:
         """Tokens that images of these sizes add to their marks, by the processor's own count of patches."""
         processor = getattr(self.processor, "image_processor", None)
-        patches, merge = getattr(processor, "get_number_of_image_patches", None), getattr(processor, "merge_size", None)
+        patches: Any = getattr(processor, "get_number_of_image_patches", None)
+        merge: int | None = getattr(processor, "merge_size", None)
         if patches is None or merge is None:
             return None
         try:
