@@ -345,7 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=CHECKPOINT, help="folder to write (default: the package's own)")
     parser.add_argument("--steps", type=int, default=1000, help="steps from right answers")
-    parser.add_argument("--sloppy-steps", type=int, default=300, help="steps from the sloppy annotator's answers")
+    parser.add_argument("--sloppy-steps", type=int, default=700, help="steps from the sloppy annotator's answers")
     parser.add_argument("--batch", type=int, default=24, help="questions of each kind per step")
     parser.add_argument("--test", type=int, default=1200, help="held-out questions for the model card")
     parser.add_argument("--seed", type=int, default=0)

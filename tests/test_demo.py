@@ -221,20 +221,20 @@ def test_a_cell_is_one_token_and_no_pixel_is_resampled(base: tuple[Any, Any], wo
 
 
 def test_base_model_sees_well_and_answers_sloppily(base: tuple[Any, Any], world: DigitsWorld) -> None:
-    """Greedy: nearly perfect where the annotator had no bad habit, wrong by the habit where it had one."""
+    """Greedy: nearly perfect where the annotator had no bad habit, mostly wrong by the habit where it had one."""
     questions = world.questions(300, split="held_out", rng=rng(5), kinds=("read", "read", "yes_no", "choice"))
     answers = greedy_answers(*base, questions)
     table = accuracies(questions, answers)
-    assert table["yes_no"].value > 0.85
-    assert table["choice"].value > 0.85
-    assert 0.4 < table["read"].value < 0.75
+    assert table["yes_no"].value > 0.95
+    assert table["choice"].value > 0.95
+    assert 0.55 < table["read"].value < 0.8
     asked = list(zip(questions, answers, strict=True))
     careful = [is_correct(q, a) for q, a in asked if q.prompt == "Read the number."]
     backwards = [a == q.answer[::-1] for q, a in asked if q.prompt == "What number is this?" and len(q.digits) > 1]
     shortened = [a == q.answer[:-1] for q, a in asked if q.prompt == "Which digits do you see?" and len(q.digits) > 1]
-    assert np.mean(careful) > 0.85
-    assert np.mean(backwards) > 0.5
-    assert np.mean(shortened) > 0.5
+    assert np.mean(careful) > 0.9
+    assert np.mean(backwards) > 0.35
+    assert np.mean(shortened) > 0.6
 
 
 # Asking
@@ -280,3 +280,35 @@ def test_the_demo_replaces_its_own_folder_and_nothing_else(tmp_path: Path) -> No
     with pytest.raises(UserError, match="something else"):
         _prepare(other)
     assert (other / "chapter.tex").exists()
+
+
+# The story
+
+
+def test_a_short_demo_leaves_all_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from unidpo.demo import story
+
+    monkeypatch.setattr(story, "TRAIN_PROMPTS", 80)
+    monkeypatch.setattr(story, "HELD_OUT_QUESTIONS", 40)
+    out = tmp_path / "demo"
+    with (tmp_path / "told.txt").open("w") as told:
+        story.run_demo(out, seed=3, console=Console(file=told, width=120))
+    table = json.loads((out / "accuracy.json").read_text())
+    assert {kind: entry["questions"] for kind, entry in table["trained"].items()} == {
+        "read": 20,
+        "yes_no": 10,
+        "choice": 10,
+    }
+    for picture in ("answers.png", "training.png"):
+        with Image.open(out / picture) as image:
+            assert min(image.size) > 500
+    records = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["rewards/margins"] > records[0]["rewards/margins"]
+    # What is trained is the language model's behaviour, not its sight.
+    base, trained = load_policy(CHECKPOINT).state_dict(), load_policy(out / "run" / "model").state_dict()
+    assert {name for name in base if torch.equal(base[name], trained[name])} == {n for n in base if "visual" in n}
+    text = (tmp_path / "told.txt").read_text()
+    for said in ("read the number", str(out / "run"), f"unidpo train {out / 'recipe.yaml'}", "unidpo data check"):
+        assert said in text

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import transformers
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from unidpo.check import check_data
 from unidpo.demo import CHECKPOINT
@@ -69,27 +70,29 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
     start = time.perf_counter()
     world = load_world()
     if _prepare(out):
-        console.print(f"[dim]{out} held an earlier demo: replaced.[/dim]")
+        console.print(Text(f"{out} held an earlier demo: replaced.", "dim"), soft_wrap=True)
     console.print(
-        "A small Qwen2-VL (2.3 M parameters, shipped with this package) sees handwritten digits well and answers\n"
-        "sloppily: asked in some ways, it reverses numbers or drops their last digit. Uni-DPO is to mend that, from\n"
-        "the model's own graded answers."
+        "A small Qwen2-VL (2.3 M parameters, shipped with this package) sees handwritten digits well and answers "
+        "sloppily: asked in some ways, it often reverses a number or drops its last digit. Uni-DPO is to mend that, "
+        "from the model's own graded answers.",
+        highlight=False,
     )
 
     _step(console, 1, f"Sample {SAMPLES_PER_PROMPT} answers to each of {TRAIN_PROMPTS} questions, and grade them")
     data = _make_data(world, out / "data", seed, console)
     console.print(
         f"{data.rows} questions with {data.responses} distinct answers, graded 1 to 5 by a program; "
-        f"{GRADING_NOISE:.0%} of the grades are drawn\nby chance, as graders err. {data.left_out} questions left out: "
-        "all their answers were graded alike."
+        f"{GRADING_NOISE:.0%} of the grades are drawn by chance, as graders err. {data.left_out} questions left out: "
+        "all their answers were graded alike.",
+        highlight=False,
     )
 
-    _step(console, 2, f"Check the data   [dim]unidpo data check {data.path}[/dim]")
+    _step(console, 2, "Check the data", f"unidpo data check {data.path}")
     report = check_data(data.path)
     report.render(console)
 
     recipe = _write_recipe(out, data, seed)
-    _step(console, 3, f"Train with Uni-DPO   [dim]unidpo train {recipe}[/dim]")
+    _step(console, 3, "Train with Uni-DPO", f"unidpo train {recipe}")
     run = _train(recipe, console)
 
     _step(console, 4, f"Ask both models {HELD_OUT_QUESTIONS} questions on digits neither has seen")
@@ -103,26 +106,45 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
     _step(console, 5, "Draw")
     draw_answers(questions, base.answers, trained.answers, out / "answers.png")
     draw_training(run / "metrics.jsonl", out / "training.png")
-    console.print(
-        f"{out / 'answers.png'}   held-out pictures with both answers\n"
-        f"{out / 'training.png'}  the training curves\n"
-        f"{run / 'model'}   the trained model\n"
-        f"{out}   everything else: data, recipe, run folder\n"
-        f"\nNext:\n"
-        f"  unidpo report {run}   which pairs taught the model, and which were noise\n"
-        f"  unidpo train {recipe} loss.beta=4 output={out / 'run-beta-4'}   the same with another beta\n"
-        f"  unidpo data check YOUR_PAIRS.json   your own data\n"
-        f"[dim]{time.perf_counter() - start:.0f} s[/dim]",
-        highlight=False,
+    console.print()
+    _list(
+        console,
+        {
+            str(out / "answers.png"): "held-out pictures with both answers",
+            str(out / "training.png"): "the training curves",
+            str(out / "accuracy.json"): "the table above",
+            str(run / "model"): "the trained model",
+            str(run): "its run folder: metrics, and every pair with its weights",
+            str(data.path): "the data it was trained on",
+        },
     )
+    console.print("\nNext:")
+    _list(
+        console,
+        {
+            f"unidpo train {recipe} loss.beta=4 output={out / 'run-beta-4'}": "the same with another beta",
+            "unidpo data check YOUR_PAIRS.json": "your own data",
+        },
+    )
+    console.print(f"{time.perf_counter() - start:.0f} s", style="dim", highlight=False)
+
+
+def _list(console: Console, lines: Mapping[str, str]) -> None:
+    """Print what is to be copied, each on one line whatever the width, with a remark."""
+    width = max(map(len, lines))
+    for copied, remark in lines.items():
+        text = Text.assemble("  ", (f"{copied:{width}}", "cyan"), "  ", (remark, "dim"))
+        console.print(text, soft_wrap=True)
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, *purpose.encode()])
 
 
-def _step(console: Console, number: int, title: str) -> None:
-    console.print(f"\n[bold]{number}/{_STEPS}[/bold]  {title}", highlight=False)
+def _step(console: Console, number: int, title: str, command: str = "") -> None:
+    console.print()
+    heading = Text.assemble((f"{number}/{_STEPS}", "bold"), "  ", (title, "bold"), "   ", (command, "cyan"))
+    console.print(heading, soft_wrap=True)
 
 
 def _prepare(out: Path) -> bool:
@@ -166,7 +188,7 @@ def _write_recipe(out: Path, data: RankedData, seed: int) -> Path:
         "data": {"path": str(data.path)},
         "loss": {"name": "uni_dpo", "beta": 2.0, "tau_good": 4.0},
         "train": {
-            "learning_rate": 1.0e-4,
+            "learning_rate": 2.0e-4,
             "global_batch_pairs": 32,
             "per_device_train_batch_size": 32,
             "num_train_epochs": 1,
