@@ -25,6 +25,7 @@ def checkpoint(run, step):
 def visits(steps):
     """Rows of the ledger, one per step given; `row` numbers them."""
     rows = {column.name: [0.5] * len(steps) for column in LEDGER_COLUMNS}
+    rows["file"] = ["pairs.json"] * len(steps)
     rows |= {name: [1] * len(steps) for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens")}
     return rows | {"step": list(steps), "row": list(range(1, len(steps) + 1))}
 

@@ -49,7 +49,8 @@ def pair_columns(batch: Batch, pairs: PairLogps, terms: LossTerms) -> dict[str, 
         **{field.name: getattr(terms, field.name) for field in fields(terms)},
     }
     count = len(index.rows)
-    return {n: [None] * count if c is None else c.detach().tolist() for n, c in columns.items()}
+    numbers = {n: [None] * count if c is None else c.detach().tolist() for n, c in columns.items()}
+    return {"file": list(index.files)} | numbers
 
 
 class Means:

@@ -82,6 +82,7 @@ class PairIndex:
         chosen, rejected: response of the batch.
         chosen_scores, rejected_scores: float64, as in the data; NaN where it has none.
         rows: row of the data file, from 1.
+        files: the data file of each row, where the reader noted one.
         source_chosen, source_rejected: which response of its own group in the data set each one is.
     """
 
@@ -90,6 +91,7 @@ class PairIndex:
     chosen_scores: Float[Tensor, " pairs"]
     rejected_scores: Float[Tensor, " pairs"]
     rows: Int[Tensor, " pairs"]
+    files: tuple[str | None, ...]
     source_chosen: Int[Tensor, " pairs"]
     source_rejected: Int[Tensor, " pairs"]
 
@@ -171,7 +173,8 @@ def index_pairs(batch: Sequence[tuple[PromptGroup, Sequence[Pair]]]) -> PairInde
             scores.append(tuple(float("nan") if score is None else score for score in both))
     chosen, rejected, rows, source_chosen, source_rejected = torch.tensor(integers).unbind(1)
     chosen_scores, rejected_scores = torch.tensor(scores, dtype=torch.float64).unbind(1)
-    return PairIndex(chosen, rejected, chosen_scores, rejected_scores, rows, source_chosen, source_rejected)
+    files = tuple(None if pair.file is None else str(pair.file) for _, pairs in batch for pair in pairs)
+    return PairIndex(chosen, rejected, chosen_scores, rejected_scores, rows, files, source_chosen, source_rejected)
 
 
 def to_device(batch: T, device: torch.device) -> T:

@@ -197,6 +197,7 @@ class Column(NamedTuple):
 LEDGER_COLUMNS = (
     Column("step", pa.int32(), "optimizer step the visit belongs to, from 1"),
     Column("epoch", pa.float32(), "epochs done before the visit"),
+    Column("file", pa.string(), "data file of the row", nullable=True),
     Column("row", pa.int32(), "row of the data file, from 1"),
     Column("chosen", pa.int16(), "index of the chosen response within its prompt group, from 0"),
     Column("rejected", pa.int16(), "index of the rejected response within its prompt group, from 0"),
