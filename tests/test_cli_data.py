@@ -1,0 +1,137 @@
+"""`unidpo data ...` from outside: what the commands write, print and exit with."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from unidpo import cli
+from unidpo.cli.data import Layout
+from unidpo.errors import DataError
+from unidpo.sources import LAYOUTS, read_groups
+
+
+def unidpo(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in ("data", *arguments)])
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Two rows in the seed's layout whose images lay elsewhere when it was written."""
+    (tmp_path / "here" / "train").mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "here" / "train" / name)
+    rows = [
+        {
+            "instruction": "<image>What is this?",
+            "chosen": "A square.",
+            "rejected": "A circle.",
+            "score_chosen": 4.5,
+            "score_rejected": 2,
+            "images": [f"/data/there/train/{name}"],
+            "note": name,
+        }
+        for name in ("a.png", "b.png")
+    ]
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_the_layouts_offered_are_those_there_are():
+    assert set(get_args(Layout)) == set(LAYOUTS)
+
+
+def test_relocate_then_check(pairs, tmp_path):
+    assert unidpo("check", pairs).exit_code == 2  # the images are not where it says
+    moved = tmp_path / "moved.json"
+    done = unidpo("relocate", pairs, "--images", tmp_path / "here", "--to", moved)
+    assert done.exit_code == 0
+    assert "found 2 of 2 image paths" in done.output
+    assert [row["images"] for row in json.loads(moved.read_text())] == [["here/train/a.png"], ["here/train/b.png"]]
+    assert unidpo("check", moved).exit_code == 0
+
+
+def test_relocate_lists_what_it_did_not_find(pairs, tmp_path):
+    (tmp_path / "here" / "train" / "b.png").unlink()
+    done = unidpo("relocate", pairs, "--images", tmp_path / "here", "--in-place")
+    assert "found 1 of 2 image paths" in done.output
+    assert "row 2" in done.output
+    assert "/data/there/train/b.png" in done.output
+    assert json.loads(pairs.read_text())[1]["images"] == ["/data/there/train/b.png"]
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_convert_there_and_back(pairs, tmp_path, layout, suffix):
+    there, back = tmp_path / f"there{suffix}", tmp_path / "back.json"
+    first = unidpo("convert", pairs, "--to", there, "--layout", layout)
+    assert first.exit_code == 0, first.output
+    assert f"2 rows with 2 pairs in layout {layout}" in first.output
+    second = unidpo("convert", there, "--from", layout, "--to", back, "--layout", "alpaca")
+    assert second.exit_code == 0, second.output
+    assert json.loads(back.read_text()) == json.loads(pairs.read_text())
+
+
+def test_convert_names_what_it_leaves_out(pairs, tmp_path):
+    rows = json.loads(pairs.read_text())
+    rows[1]["chosen"] = ""
+    pairs.write_text(json.dumps(rows))
+    target = tmp_path / "new.jsonl"
+    assert isinstance(unidpo("convert", pairs, "--to", target).exception, DataError)
+    assert not target.exists()
+    done = unidpo("convert", pairs, "--to", target, "--skip-bad-rows", "--drop-extra")
+    assert done.exit_code == 0
+    assert "left out" in done.output
+    assert "row 2" in done.output
+    assert "dropped column note" in done.output
+    assert len(read_groups(target).groups) == 1
+
+
+def test_check_against_a_model(golden, tmp_path):
+    done = unidpo("check", golden / "data" / "golden48.json", "--model", golden / "model", "--max-length", 60, "--json")
+    found = json.loads(done.stdout)
+    kinds = {finding["kind"] for finding in found["findings"]}
+    assert {"prompt-too-long", "response-cut", "tied-scores", "reversed-scores"} <= kinds
+    assert found["epoch_tokens"]["estimated"] is False
+    assert done.exit_code == 0  # all of them are warnings
+
+
+def test_check_without_looking_at_images(pairs):
+    assert unidpo("check", pairs, "--no-scan-images").exit_code == 0
+
+
+def test_scores_of_mm_rlhf(tmp_path):
+    row = {
+        "id": "long_1",
+        "question": "What is this?",
+        "image": "long/1.png",
+        "models_output": ["right", "half right", "wrong"],
+        "helpfulness": [5, 3, 1],
+        "faithfulness": [5, 4, 1],
+        "ethical": [5, 5, 5],
+        "final_ranking": [1, 2, 3],
+    }
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    target = tmp_path / "scored.jsonl"
+    done = unidpo("from-mm-rlhf", tmp_path, "--to", target, "--score", "helpfulness=1")
+    assert done.exit_code == 0, done.output
+    (group,) = read_groups(target).groups
+    assert [response.score for response in group.responses] == [5, 3, 1]
+    assert len(group.pairs) == 3
+    again = unidpo("from-mm-rlhf", tmp_path, "--to", target)
+    assert isinstance(again.exception, DataError)  # never over what is there, unless told to
+    assert unidpo("from-mm-rlhf", tmp_path, "--to", target, "--force").exit_code == 0
+
+
+def test_a_hub_that_cannot_be_reached_is_no_wrong_input(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    done = unidpo("fetch", "uni-dpo", "--to", tmp_path / "data", "--endpoint", "http://127.0.0.1:9")
+    assert done.exit_code == 1
+    assert "Traceback" not in done.output
+    assert "cannot be reached" in done.output
