@@ -10,11 +10,9 @@ images, prints what it took, and adds a record to benchmarks/results/check.json.
 from __future__ import annotations
 
 import argparse
-import datetime
 import io
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -25,8 +23,8 @@ from pathlib import Path
 
 import PIL
 from PIL import Image, ImageFilter
+from records import add_record
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "check.json"
 PAIRS_PER_PROMPT = 4
 ENCODINGS = 50
 SENTENCE = "the image shows a red car beside two people who wait for bus number 42 under an old tree in light rain"
@@ -52,19 +50,7 @@ def main() -> None:
                 "{0}: {rows:,} rows, {images:,} images in {seconds} s, {rows_per_second:,} rows/s, "
                 "peak memory {peak_mib:,} MiB".format(name, **runs[name])
             )
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "processors": os.cpu_count(),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "pillow": PIL.__version__,
-        "load_average_before": load,
-        "runs": runs,
-    }
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    records = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    RESULTS.write_text(json.dumps([*records, record], indent=2) + "\n")
-    print(f"added to {RESULTS}")
+    add_record("check", pillow=PIL.__version__, load_average_before=load, runs=runs)
 
 
 def generate(folder: Path, rows: int) -> Path:
@@ -126,15 +112,6 @@ def measure(data: Path, *, scan_images: bool) -> dict[str, float]:
         "rows_per_second": round(report.rows / seconds),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
-
-
-def processor() -> str:
-    """The processor's name, where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

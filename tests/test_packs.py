@@ -1,12 +1,13 @@
 """Packs against separate passes: log-probabilities, gradients, and how much work is done."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from unidpo.attention import use_pack_attention
+from unidpo.batches import Plan, PlannedBatches
 from unidpo.logps import response_logps, token_logps
 from unidpo.packs import index_pairs, pack, pad, to_device
 from unidpo.pairs import Pair
@@ -184,3 +185,18 @@ def test_to_device_moves_tensors_and_keeps_the_rest():
     assert moved.input_ids.is_meta
     assert all(tensor.is_meta for tensor in moved.vision.values())
     assert moved.segments == packed.segments
+
+
+def test_to_device_moves_all_of_a_step():
+    encoder = tiny_policy()[2]
+    groups = [group(images=1), group(images=0, seed=1)]
+    batches = PlannedBatches(groups, encoder, pack, [torch.zeros(len(one.responses)) for one in groups])
+    batch, _ = batches[Plan(((0, (0,)), (1, (0,))))]
+    moved = to_device(batch, torch.device("meta"))
+    tensors = [
+        *moved.responses.vision.values(),
+        *(getattr(part, field.name) for part in (moved, moved.responses, moved.pairs) for field in fields(part)),
+    ]
+    tensors = [each for each in tensors if isinstance(each, torch.Tensor)]
+    assert len(tensors) == len(moved.responses.vision) + 1 + 6 + 7
+    assert all(each.is_meta for each in tensors)

@@ -493,3 +493,25 @@ def test_held_out_pairs_are_measured_and_not_learned_from(make):
     assert [record["step"] for record in measured] == [0, 1, 2]
     assert measured[2]["eval_rewards/chosen"] != 0
     assert trainer.model.training
+
+
+@pytest.mark.parametrize("reference", ["stored", "live", "other"])
+def test_an_evaluation_outside_training_measures_the_same(make, tmp_path, reference):
+    if reference == "other":
+        other = load_policy(GOLDEN / "model")
+        with torch.no_grad():
+            other.lm_head.weight.mul_(1.5)
+        other.save_pretrained(reference := str(tmp_path / "other"))
+    held_out = [group(responses=(2, 4), seed=20 + i, row=20 + i) for i in range(3)]
+    options = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "per_device_eval_batch_size": 3}
+    trainer = make(loss=DPO(), eval_dataset=held_out, reference=reference, **options)
+    before = trainer.evaluate()
+    trainer.train()
+    start, end = (
+        {key: value for key, value in record.items() if key.startswith("eval_")}
+        for record in trainer.state.log_history
+        if "eval_loss" in record
+    )
+    assert before == pytest.approx(start, abs=1e-6)
+    assert trainer.evaluate() == pytest.approx(end, abs=1e-6)
+    assert attention_of(trainer) != PACK_ATTENTION

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TypeAlias, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -178,14 +178,16 @@ def index_pairs(batch: Sequence[tuple[PromptGroup, Sequence[Pair]]]) -> PairInde
 
 
 def to_device(batch: T, device: torch.device) -> T:
-    """A copy of one of this module's dataclasses with its tensors on `device`."""
-    moved: dict[str, Tensor | dict[str, Tensor]] = {}
+    """A copy of a dataclass with its tensors on `device`, those of dataclasses inside it too."""
+    moved: dict[str, Any] = {}
     for field in fields(batch):  # type: ignore[arg-type]
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
             moved[field.name] = value.to(device, non_blocking=True)
         elif isinstance(value, Mapping):
             moved[field.name] = {name: tensor.to(device, non_blocking=True) for name, tensor in value.items()}
+        elif is_dataclass(value):
+            moved[field.name] = to_device(value, device)
     return replace(batch, **moved)  # type: ignore[type-var]
 
 

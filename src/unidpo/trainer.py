@@ -69,13 +69,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         reference: `"stored"` (before the first step the policy is the reference: its log-probabilities are computed
             once, kept on disk, and found there by the next run), `"live"` (a frozen copy runs along), or another model
             by folder or hub id (its log-probabilities are stored).
-        frozen: parts of the model that do not learn.
+        frozen: parts of the model that do not learn; without effect where an adapter is trained.
         template, max_length, max_pixels: see `Encoder`.
         attention: `"auto"` packs prompts unless a check before the first step finds that the model's own forward pass
             disagrees; `"sdpa"` insists on packs; `"padded"` never packs.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
         on_bad_row: what a row that becomes unreadable during training does: stop the run, or be left out and named.
         cache: folder of stored reference log-probabilities, `default_cache()` where `None`.
+        callbacks: as `Trainer` takes them.
         on_pairs: called once per optimizer step with the step's pairs, see `measures.pair_columns`.
         on_reference_progress: called with responses done and responses to do.
 
@@ -147,6 +148,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._ref_logps: Sequence[Tensor] | None = None
         self._held_out_ref_logps: Sequence[Tensor] | None = None
         self._live_reference: PreTrainedModel | None = None
+        self._prepared = False
         # Until an update has changed the weights, the policy is its own reference: see docs/decisions.
         self._policy_is_reference = reference in ("stored", "live") and _adds_nothing_yet(model)
         self._means = Means()
@@ -168,15 +170,28 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
         The model is left with the attention it came with.
         """
-        try:
-            self._choose_layout()
-            if self.loss.needs_reference:
-                self._prepare_reference()
+        with self._ready():
             if resume_from_checkpoint:
                 self._policy_is_reference = False
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @contextlib.contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Layout and reference, seen to once, and the attention that the layout needs; the model's own afterwards.
+
+        An evaluation within the training finds the training's attention and leaves it.
+        """
+        before = self._plain_model.config.get_text_config()._attn_implementation
+        try:
+            if not self._prepared:
+                self._choose_layout()
+                if self.loss.needs_reference:
+                    self._prepare_reference()
+                self._prepared = True
+            set_text_attention(self._plain_model, PACK_ATTENTION if self.layout is pack else self._own_attention)
+            yield
         finally:
-            set_text_attention(self._plain_model, self._own_attention)
+            set_text_attention(self._plain_model, before)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights of a checkpoint.
@@ -394,6 +409,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         """
         if not self._held_out or eval_dataset is not None:
             raise ValueError("give the held-out groups to the trainer as eval_dataset")
+        with self._ready():
+            found = self._measure_held_out()
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
+        self.log(metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure_held_out(self) -> dict[str, float]:
         sampler = self._sampler(self._held_out, per_pack=self.args.per_device_eval_batch_size, shuffle=False)
         batches = PlannedBatches(self._held_out, self.encoder, self.layout, self._held_out_ref_logps)
         means, losses = Means(), []
@@ -411,11 +434,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self.model.train(was_training)
         if not losses:
             raise DataError("none of the held-out rows can be read any more")
-        found = {"loss": sum(losses) / len(losses)} | means.take()
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
-        self.log(metrics)
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return {"loss": sum(losses) / len(losses)} | means.take()
 
     # --- what is written down ----------------------------------------------------------------------------------------
 
@@ -451,7 +470,7 @@ def _adds_nothing_yet(policy: torch.nn.Module) -> bool:
 
 def _require_scores(groups: Sequence[PromptGroup], loss: PreferenceLoss) -> None:
     findings = [
-        Finding("missing-score", f"{type(loss).__name__} needs a score for both responses", row=pair.row)
+        Finding("missing-score", f"{type(loss).__name__} needs a score for both responses", file=pair.file, row=pair.row)
         for group in groups
         for pair in group.pairs
         if group.score_margin(pair) is None
