@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, create_model
 
@@ -21,6 +21,12 @@ OWNED_BY_RECIPE: Mapping[str, str] = {
     "fp16_full_eval": "is not set here; `model.dtype` decides",
     "label_smoothing_factor": "has no meaning for pairs; use `loss.label_smoothing` with the dpo loss",
     "train_sampling_strategy": "is not set here; `data.shuffle` decides",
+    "auto_find_batch_size": "is not supported; set `train.per_device_train_batch_size`",
+    "dataloader_drop_last": "is not set here; every pair of an epoch is visited",
+    "dataloader_persistent_workers": "is not set here; workers live for an epoch",
+    "dataloader_pin_memory": "is not set here; batches are not pinned",
+    "include_num_input_tokens_seen": "is not supported; the ledger has the tokens of every response",
+    "torch_empty_cache_steps": "is not supported",
     "length_column_name": "has no meaning for prompt groups",
     "remove_unused_columns": "is not set here; the trainer needs every column",
     "label_names": "has no meaning for pairs",
@@ -92,16 +98,35 @@ _PLAIN = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)}
 
 def _type_of(annotation: ast.expr) -> Any:
     """What a field takes from YAML; `Any` where its type has no plain form."""
-    names = {**_PLAIN, **_WORDS, "Any": Any, "Literal": Literal}
-    try:
-        kind = eval(compile(ast.Expression(annotation), "training_args", "eval"), names)
-    except NameError:
+    kinds = [_plain_kind(part) for part in _alternatives(annotation)]
+    if Any in kinds:
         return Any
     # `SchedulerType | str` takes the enumeration's words and no others.
-    alternatives = get_args(kind) if get_origin(kind) is Union else (kind,)
-    if any(word in alternatives for word in _WORDS.values()):
-        kind = Union[tuple(a for a in alternatives if a is not str)]  # noqa: UP007
-    return kind
+    if any(kind in _WORDS.values() for kind in kinds):
+        kinds = [kind for kind in kinds if kind is not str]
+    return Union[tuple(kinds)]  # noqa: UP007
+
+
+def _alternatives(annotation: ast.expr) -> list[ast.expr]:
+    """The parts of `a | b | c`."""
+    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
+        return [*_alternatives(annotation.left), *_alternatives(annotation.right)]
+    return [annotation]
+
+
+def _plain_kind(part: ast.expr) -> Any:
+    match part:
+        case ast.Constant(None):
+            return None
+        case ast.Name(name):
+            return {**_PLAIN, **_WORDS}.get(name, Any)
+        case ast.Subscript(ast.Name("Literal"), ast.Constant(value)):
+            return Literal[value]
+        case ast.Subscript(ast.Name("list"), inside):
+            return list[_type_of(inside)]  # type: ignore[misc]
+        case ast.Subscript(ast.Name("dict"), ast.Tuple([key, value])):
+            return dict[_type_of(key), _type_of(value)]  # type: ignore[misc]
+    return Any
 
 
 def _fields() -> dict[str, Any]:

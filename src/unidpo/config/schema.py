@@ -157,7 +157,7 @@ LOSS_SECTIONS: Mapping[str, type[Section]] = {
 
 
 class LoraSection(Section):
-    """A low-rank adapter on the parts that are not frozen (peft)."""
+    """A low-rank adapter (peft). It alone learns, whatever `model.freeze` says."""
 
     r: int = Field(16, gt=0)
     """Rank."""

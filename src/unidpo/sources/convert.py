@@ -178,7 +178,7 @@ class _Survey:
             except DataError as error:
                 problems.append((min(extra), str(error)))
         for key, problem in problems:
-            remedy = "rename or remove it, or leave out what is extra (`keep_extra=False`)"
+            remedy = "rename or remove it, or leave out what is extra (`--drop-extra`, `keep_extra=False`)"
             row.findings.append(Finding("lost-value", f"{problem}; {remedy}", row.file, row.number, key))
 
 
