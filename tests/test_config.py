@@ -338,3 +338,17 @@ def test_imports_neither_torch_nor_transformers():
     code = "import sys, unidpo.config; print(sorted({'torch', 'transformers', 'datasets'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_override_of_the_loss_needs_no_loss_in_the_file(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output: out\nmodel: {name: m}\ndata: {path: p.json}\n")
+    assert load_recipe(recipe, ["loss.beta=3"]).loss.beta == 3
+    assert load_recipe(recipe, ["loss={name: dpo}"]).loss.name == "dpo"
+
+
+def test_a_run_of_no_steps_is_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("output: out\nmodel: {name: m}\ndata: {path: p.json}\ntrain: {max_steps: 0}\n")
+    with pytest.raises(RecipeError, match="max_steps"):
+        load_recipe(recipe)

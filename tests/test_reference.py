@@ -10,7 +10,7 @@ from PIL import Image
 from unidpo.attention import use_pack_attention
 from unidpo.errors import UserError
 from unidpo.logps import response_logps
-from unidpo.models import load_policy
+from unidpo.models import load_config, load_policy
 from unidpo.packs import pack, pad
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.reference import (
@@ -264,6 +264,15 @@ def test_the_weights_fingerprint_sees_one_changed_weight_and_knows_a_reloaded_mo
     with torch.no_grad():
         model.model.visual.merger.mlp[0].bias[3] += 1e-6
     assert weights_fingerprint(model) != before
+
+
+def test_the_weights_fingerprint_sees_other_rotary_frequencies():
+    """A setting of the configuration, of which no saved weight knows."""
+    model, settings = load_policy(GOLDEN / "model"), load_config(GOLDEN / "model")
+    settings.get_text_config().rope_parameters["rope_theta"] *= 10
+    other = type(model)(settings)
+    other.load_state_dict(model.state_dict())
+    assert weights_fingerprint(other) != weights_fingerprint(model)
 
 
 def test_the_attention_in_use_is_no_part_of_the_weights(policy):

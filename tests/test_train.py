@@ -275,6 +275,21 @@ def test_losses_without_scores_train_on_data_without_scores(tmp_path):
     assert ledger["ref_chosen_logps"].isna().all()
 
 
+@pytest.mark.parametrize("epochs", ["train.max_steps=2", "train.num_train_epochs=0.15"])
+def test_progress_counts_the_pairs_that_are_visited(tmp_path, epochs):
+    code, printed = unidpo("train", write_recipe(tmp_path, loss=LOSSES["simpo"]), epochs)
+    assert code == 0, printed
+    assert "training, pairs: 8/8 in" in printed
+
+
+def test_keys_that_transformers_refuses_together(tmp_path):
+    code, printed = unidpo("train", write_recipe(tmp_path), "train.dataloader_prefetch_factor=2")
+    assert code == 2, printed
+    assert "`train` section" in printed
+    assert "dataloader_num_workers" in printed
+    assert not (tmp_path / "run").exists()
+
+
 # --- interrupted and resumed ------------------------------------------------------------------------------------------
 
 
@@ -330,7 +345,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(tmp_path, uninterrupted, st
         assert torch.equal(ours[name], tensor), name
     assert timeless(metrics_of(run)) == timeless(metrics_of(uninterrupted))
     assert [record["step"] for record in metrics_of(run)] == list(range(1, 13))
-    ledgers = [pandas.read_parquet(each / "pairs.parquet") for each in (run, uninterrupted)]
+    ledgers = [pandas.read_parquet(each / "pairs.parquet").drop(columns="file") for each in (run, uninterrupted)]
     pandas.testing.assert_frame_equal(*ledgers)
     assert sorted(ledgers[0]["row"]) == sorted([*range(1, 13)] * 2)
     assert len(json.loads((run / "environment.json").read_text())["starts"]) == 2

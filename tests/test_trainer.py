@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from unidpo.attention import PACK_ATTENTION
-from unidpo.errors import DataError, ModelError
+from unidpo.errors import DataError, ModelError, TrainingError
 from unidpo.logps import response_logps
 from unidpo.losses import DPO, SimPO, UniDPO
 from unidpo.models import load_policy
@@ -188,10 +188,31 @@ def test_with_an_adapter_stored_and_live_reference_agree(make):
     assert abs(stored[2] - stored[0]) > 1e-4
 
 
+def test_an_adapter_that_fits_nowhere(make):
+    config = lora()
+    config.target_modules = {"no_such_layer"}
+    with pytest.raises(ModelError, match="no_such_layer"):
+        make(peft_config=config)
+
+
 def test_an_adapter_shares_the_reference_of_its_model(make, tmp_path):
     for options in ({}, {"peft_config": lora()}):
         make(model=load_policy(GOLDEN / "model"), cache=tmp_path / "cache", **options).train()
     assert len([*(tmp_path / "cache" / "reference").iterdir()]) == 1
+
+
+def test_weights_in_another_type_have_a_reference_of_their_own(make, tmp_path):
+    """What learns is widened to float32, and the same weights in bfloat16 under an adapter round otherwise."""
+
+    def stored(cache, **options):
+        model = load_policy(GOLDEN / "model", dtype=torch.bfloat16)
+        trainer = make(model=model, bf16=True, max_steps=1, cache=tmp_path / cache, **options)
+        trainer.train()
+        return [value for group_logps in trainer._ref_logps for value in group_logps.tolist()]
+
+    full, adapted = stored("shared"), stored("shared", peft_config=lora())
+    assert adapted == stored("own", peft_config=lora())
+    assert adapted != full
 
 
 @pytest.mark.parametrize("reference", ["stored", "live"])
@@ -507,11 +528,13 @@ def test_an_evaluation_outside_training_measures_the_same(make, tmp_path, refere
     trainer = make(loss=DPO(), eval_dataset=held_out, reference=reference, **options)
     before = trainer.evaluate()
     trainer.train()
-    start, end = (
-        {key: value for key, value in record.items() if key.startswith("eval_")}
-        for record in trainer.state.log_history
-        if "eval_loss" in record
-    )
-    assert before == pytest.approx(start, abs=1e-6)
-    assert trainer.evaluate() == pytest.approx(end, abs=1e-6)
+    start, end = ({**record} for record in trainer.state.log_history if "eval_loss" in record)
+    assert before | {"step": 0} == pytest.approx(start, abs=1e-6)
+    assert trainer.evaluate() | {"step": 2} == pytest.approx(end, abs=1e-6)
     assert attention_of(trainer) != PACK_ATTENTION
+
+
+def test_a_loss_that_is_no_number_stops_the_training_and_names_the_pairs(make):
+    trainer = make(learning_rate=1e30, num_train_epochs=4)
+    with pytest.raises(TrainingError, match=r"row \d+: the loss of this pair is"):
+        trainer.train()

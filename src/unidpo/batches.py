@@ -170,14 +170,21 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
 
 
 class StepLoader(DataLoader[Step]):
-    """A loader whose items are optimizer steps: the batches of one step, read ahead in worker processes."""
+    """A loader whose items are optimizer steps: the batches of one step, read ahead in worker processes.
 
-    def __init__(self, batches: PlannedBatches, sampler: StepSampler, *, workers: int = 0) -> None:
+    Args:
+        prefetch: steps that each worker reads ahead; `None` for torch's default, and where there are no workers.
+    """
+
+    def __init__(
+        self, batches: PlannedBatches, sampler: StepSampler, *, workers: int = 0, prefetch: int | None = None
+    ) -> None:
         super().__init__(
             batches,  # type: ignore[arg-type]
             batch_sampler=sampler,
             collate_fn=_as_step,
             num_workers=workers,
+            prefetch_factor=prefetch,
         )
         self._sampler = sampler
 

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 E = TypeVar("E", bound="UserError")
 Severity = Literal["error", "warning"]
@@ -45,7 +45,9 @@ class Finding:
 
 
 class UserError(Exception):
-    """An input that cannot be used. The command line prints it without a traceback and exits with 2."""
+    """An input that cannot be used. The command line prints it without a traceback and exits with `exit_code`."""
+
+    exit_code: ClassVar[int] = 2
 
     def __init__(self, message: str, *, findings: Sequence[Finding] = ()) -> None:
         super().__init__(message)
@@ -66,6 +68,12 @@ class RecipeError(UserError):
 
 class ModelError(UserError):
     """A model folder or hub id cannot be used for what was asked."""
+
+
+class TrainingError(UserError):
+    """The work failed although nothing in the input was wrong to read: the loss is no number, say."""
+
+    exit_code = 1
 
 
 class RunError(UserError):

@@ -109,9 +109,12 @@ def store_folder(cache: Path, fingerprint: str, encoder: Encoder, *, arithmetic:
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
-    """32 hex digits that name the weights: every parameter and buffer with name, shape, dtype and bytes."""
+    """32 hex digits that name the weights: every parameter and buffer with name, shape, dtype and bytes.
+
+    Buffers that are not saved count too: rotary frequencies change with a setting of the configuration alone.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted((model.state_dict() | dict(model.named_buffers())).items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -14,9 +14,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 
 from unidpo.check import check_data
 from unidpo.config import LoraSection, Recipe
-from unidpo.errors import DataError
+from unidpo.errors import DataError, RecipeError
 from unidpo.losses import PreferenceLoss, make_loss
-from unidpo.models import language_linear_layers, load_policy, load_processor, save_model
+from unidpo.models import language_linear_layers, load_config, load_policy, load_processor, save_model
 from unidpo.pairs import PromptGroup
 from unidpo.progress import Stages
 from unidpo.runs import LEDGER_COLUMNS, Ledger, Metrics, RunFolder
@@ -39,12 +39,15 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     """
     console = console or Console(stderr=True)
     _log_to(console)
+    args = _training_arguments(recipe)
+    for name in (recipe.model.name, *([recipe.reference] if recipe.reference not in ("stored", "live") else [])):
+        load_config(name, trust_remote_code=recipe.model.trust_remote_code)  # before the data is read, image by image
     folder = RunFolder(recipe.output)
     step = folder.create(recipe.resolved(), resume=resume)
     loss: PreferenceLoss = make_loss(**recipe.loss.model_dump())
     with Stages(console) as stages:
         groups, held_out = _training_data(recipe, loss, stages)
-        trainer = _trainer(recipe, loss, groups, held_out, folder, stages, step)
+        trainer = _trainer(recipe, args, loss, groups, held_out, RunRecord(folder, stages, step=step))
         checkpoint = folder.last_checkpoint if resume else None
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     dtype = getattr(torch, recipe.model.dtype)
@@ -82,6 +85,8 @@ def _training_data(recipe: Recipe, loss: PreferenceLoss, stages: Stages) -> tupl
         group_by_prompt=data.group_by_prompt,
     )
     kept, held_out = split_by_prompt(groups, data.eval_fraction, recipe.train.seed)
+    if not kept:
+        raise DataError(f"data.eval_fraction={data.eval_fraction} holds out all {len(groups)} groups; lower it")
     _LOG.info("training on %d pairs of %d groups", sum(len(group.pairs) for group in kept), len(kept))
     if held_out:
         _LOG.info("held out: %d pairs of %d groups", sum(len(group.pairs) for group in held_out), len(held_out))
@@ -90,18 +95,15 @@ def _training_data(recipe: Recipe, loss: PreferenceLoss, stages: Stages) -> tupl
 
 def _trainer(
     recipe: Recipe,
+    args: TrainingArguments,
     loss: PreferenceLoss,
     groups: Sequence[PromptGroup],
     held_out: Sequence[PromptGroup],
-    folder: RunFolder,
-    stages: Stages,
-    step: int,
+    record: RunRecord,
 ) -> PreferenceTrainer:
-    args = _training_arguments(recipe, folder)
     set_seed(args.seed)
     trust = recipe.model.trust_remote_code
     model = load_policy(recipe.model.name, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trust)
-    record = RunRecord(folder, stages, step=step, pairs=sum(len(group.pairs) for group in groups))
     trainer = PreferenceTrainer(
         model,
         loss=loss,
@@ -120,13 +122,14 @@ def _trainer(
         on_bad_row=recipe.data.on_bad_row,
         callbacks=[record],
         on_pairs=record.add_pairs,
-        on_reference_progress=lambda done, total: stages.update("reference, responses", done, total),
+        on_reference_progress=record.show_reference,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
+def _training_arguments(recipe: Recipe) -> TrainingArguments:
+    """What transformers' loop is told. Raises `RecipeError` where it refuses keys that go ill together."""
     values = recipe.train.training_arguments()
     if recipe.train.global_batch_pairs is not None:
         values["gradient_accumulation_steps"] = (
@@ -134,15 +137,18 @@ def _training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         )
     if recipe.data.eval_fraction:
         values = {"eval_strategy": "epoch"} | values
-    return TrainingArguments(
-        output_dir=str(folder.path),
-        bf16=recipe.model.dtype == "bfloat16",
-        fp16=recipe.model.dtype == "float16",
-        disable_tqdm=True,
-        # A loss that is not a number must be seen, not averaged away.
-        logging_nan_inf_filter=False,
-        **{"report_to": "none", "use_cpu": not torch.cuda.is_available()} | values,
-    )
+    try:
+        return TrainingArguments(
+            output_dir=str(recipe.output),
+            bf16=recipe.model.dtype == "bfloat16",
+            fp16=recipe.model.dtype == "float16",
+            disable_tqdm=True,
+            # A loss that is not a number must be seen, not averaged away.
+            logging_nan_inf_filter=False,
+            **{"report_to": "none", "use_cpu": not torch.cuda.is_available()} | values,
+        )
+    except ValueError as error:
+        raise RecipeError(f"transformers refuses the `train` section: {' '.join(str(error).split())}") from error
 
 
 def _lora_config(lora: LoraSection, model: transformers.PreTrainedModel) -> Any:
@@ -165,18 +171,26 @@ def _lora_config(lora: LoraSection, model: transformers.PreTrainedModel) -> Any:
 class RunRecord(TrainerCallback):  # type: ignore[misc]
     """Writes metrics and ledger of a run, and shows how far it is."""
 
-    def __init__(self, folder: RunFolder, stages: Stages, *, step: int, pairs: int) -> None:
+    def __init__(self, folder: RunFolder, stages: Stages, *, step: int) -> None:
         self._metrics = Metrics(folder.metrics, resume_step=step)
         self._ledger = Ledger(folder.ledger, resume_step=step)
         self._stages = stages
-        self._pairs = pairs
+        self._pairs_per_step = 0.0
         self._loss = ""
 
     def add_pairs(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Take the pairs of one optimizer step into the ledger."""
         self._ledger.add({column.name: columns[column.name] for column in LEDGER_COLUMNS})
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def show_reference(self, done: int, total: int) -> None:
+        """Show how far the reference pass is."""
+        self._stages.update("reference, responses", done, total)
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        # On average: the last step of an epoch has what is left.
+        self._pairs_per_step = len(train_dataloader.dataset) / len(train_dataloader)
         self._show(state)
 
     # The ledger must not lag behind the checkpoint a resumed run goes on from. These are the moments after which
@@ -210,8 +224,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._ledger.flush()
 
     def _show(self, state: TrainerState) -> None:
-        total = round(self._pairs * state.num_train_epochs)
-        done = round(total * state.global_step / max(state.max_steps, 1))
+        done, total = (round(self._pairs_per_step * steps) for steps in (state.global_step, state.max_steps))
         self._stages.update("training, pairs", done, total, self._loss)
 
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from unidpo.attention import PACK_ATTENTION, PackAttentionError, set_text_attention
 from unidpo.batches import Batch, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.encode import EncodedGroup, Encoder, fit_to_length, prompt_positions
-from unidpo.errors import DataError, Finding, ModelError, from_findings
+from unidpo.errors import DataError, Finding, ModelError, TrainingError, from_findings
 from unidpo.logps import response_logps
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.measures import Columns, Means, pair_columns
@@ -121,10 +122,16 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         )
         groups = fit_to_length(train_dataset, encoder)
         held_out = fit_to_length(eval_dataset, encoder) if eval_dataset else []
-        # Named before an adapter or a wider type for what learns is laid over the weights, neither of which changes
-        # what the reference says: runs that differ in those share it.
+        mixed_precision = args.bf16 or args.fp16
+        if peft_config is None:
+            freeze(model, frozen)
+            if mixed_precision:
+                keep_trainable_in_float32(model)
+        # After a wider type for what learns, in which the numbers round otherwise; before an adapter, without which
+        # the reference is computed: runs with and without one share it where the weights' types are the same.
         self._fingerprint = weights_fingerprint(model) if loss.needs_reference and reference == "stored" else ""
-        model = _learnable(model, frozen, peft_config, mixed_precision=args.bf16 or args.fp16)
+        if peft_config is not None:
+            model = _with_adapter(model, peft_config, mixed_precision=mixed_precision)
 
         # transformers' loop accumulates over batches of its loader; here one batch is a whole optimizer step.
         args = copy.copy(args)
@@ -152,6 +159,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         # Until an update has changed the weights, the policy is its own reference: see docs/decisions.
         self._policy_is_reference = reference in ("stored", "live") and _adds_nothing_yet(model)
         self._means = Means()
+        self._lost: set[Finding] = set()
         super().__init__(
             model=model,
             args=args,
@@ -310,8 +318,12 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Optimizer steps; see `StepSampler`."""
         sampler = self._sampler(self._groups, per_pack=self._pairs_per_pack, shuffle=self._shuffle)
-        batches = PlannedBatches(self._groups, self.encoder, self.layout, self._ref_logps)
-        return StepLoader(batches, sampler, workers=self.args.dataloader_num_workers)
+        return self._loader(PlannedBatches(self._groups, self.encoder, self.layout, self._ref_logps), sampler)
+
+    def _loader(self, batches: PlannedBatches, sampler: StepSampler) -> StepLoader:
+        args = self.args
+        workers, prefetch = args.dataloader_num_workers, args.dataloader_prefetch_factor
+        return StepLoader(batches, sampler, workers=workers, prefetch=prefetch)
 
     def _sampler(self, groups: Sequence[PromptGroup], *, per_pack: int, shuffle: bool) -> StepSampler:
         return StepSampler(
@@ -333,6 +345,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
         Raises:
             DataError: rows became unreadable since the check, and `on_bad_row` is `"error"`.
+            TrainingError: the loss is not a finite number; names the pairs.
         """
         self._see_lost(inputs.lost)
         model.train()
@@ -347,6 +360,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             total += loss.detach()
             for name, values in pair_columns(batch, pairs, terms).items():
                 columns[name] += values
+        if not torch.isfinite(total):
+            raise _not_a_number(columns)
         if columns:
             self._means.add(columns)
         if columns and self._on_pairs is not None:
@@ -362,7 +377,9 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         if lost and self._on_bad_row == "error":
             raise from_findings(DataError, f"{len(lost)} rows cannot be read any more", lost)
         for finding in lost:
-            _LOG.warning("skipped: %s", finding)
+            if finding not in self._lost:  # once, not in every epoch
+                _LOG.warning("skipped: %s", finding)
+                self._lost.add(finding)
 
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
@@ -422,7 +439,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         means, losses = Means(), []
         was_training = self.model.training
         self.model.eval()
-        for step in StepLoader(batches, sampler, workers=self.args.dataloader_num_workers):
+        for step in self._loader(batches, sampler):
             self._see_lost(step.lost)
             for batch in step.batches:
                 batch = to_device(batch, self.args.device)
@@ -447,17 +464,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         return 0
 
 
-def _learnable(
-    model: PreTrainedModel, frozen: Iterable[Part], peft_config: Any, *, mixed_precision: bool
-) -> torch.nn.Module:
-    """The model with its learning parameters marked, as an adapter where one is asked for."""
-    policy: torch.nn.Module = model
-    if peft_config is not None:
-        from peft import get_peft_model
+def _with_adapter(model: PreTrainedModel, peft_config: Any, *, mixed_precision: bool) -> torch.nn.Module:
+    """The model with an adapter, which alone learns. Raises `ModelError` where it does not fit."""
+    from peft import get_peft_model
 
-        policy = get_peft_model(model, peft_config)
-    else:
-        freeze(model, frozen)
+    try:
+        policy: torch.nn.Module = get_peft_model(model, peft_config)
+    except ValueError as error:
+        raise ModelError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
     if mixed_precision:
         keep_trainable_in_float32(policy)
     return policy
@@ -468,9 +482,20 @@ def _adds_nothing_yet(policy: torch.nn.Module) -> bool:
     return not any(p.any() for name, p in policy.named_parameters() if ".lora_B." in name)
 
 
+def _not_a_number(columns: Columns) -> TrainingError:
+    pairs = zip(columns["loss"], columns["file"], columns["row"], strict=True)
+    findings = [
+        Finding("loss-not-finite", f"the loss of this pair is {loss}", file, row)
+        for loss, file, row in pairs
+        if not math.isfinite(loss)
+    ]
+    title = "the loss is not a finite number any more; a smaller train.learning_rate helps most often"
+    return from_findings(TrainingError, title, findings)
+
+
 def _require_scores(groups: Sequence[PromptGroup], loss: PreferenceLoss) -> None:
     findings = [
-        Finding("missing-score", f"{type(loss).__name__} needs a score for both responses", file=pair.file, row=pair.row)
+        Finding("missing-score", f"{type(loss).__name__} needs a score for both responses", pair.file, pair.row)
         for group in groups
         for pair in group.pairs
         if group.score_margin(pair) is None

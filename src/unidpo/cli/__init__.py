@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import unidpo
-from unidpo.cli.consoles import INPUT_WRONG, INTERRUPTED, WORK_FAILED, messages, results
+from unidpo.cli.consoles import INTERRUPTED, WORK_FAILED, messages, results
 from unidpo.cli.data import data
 from unidpo.errors import UserError
 
@@ -38,7 +38,7 @@ def main() -> None:
         app(prog_name="unidpo", standalone_mode=True)
     except UserError as error:
         messages().print(str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(INPUT_WRONG)
+        sys.exit(error.exit_code)
     except Exception:
         messages().print_exception()
         messages().print("internal error: a bug in unidpo; please report it with the lines above", style="bold red")

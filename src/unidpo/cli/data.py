@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from unidpo.cli.consoles import INPUT_WRONG, WORK_FAILED, messages, results
+from unidpo.cli.consoles import INPUT_WRONG, messages, results
 
 data = typer.Typer(help="Check, convert, move and fetch preference data.", no_args_is_help=True)
 
@@ -117,29 +117,23 @@ def fetch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be downloaded, and stop.")] = False,
 ) -> None:
     """Download a data set and unpack it; goes on where it was broken off."""
-    from unidpo.mm_rlhf import FetchError
     from unidpo.mm_rlhf import fetch as fetch_dataset
     from unidpo.progress import Stages
 
     console = messages()
-    try:
-        with Stages(console) as stages:
-            fetched = fetch_dataset(
-                dataset,
-                to,
-                source=source,
-                subsets=None if subsets is None else _words(subsets),
-                repo=repo,
-                endpoint=endpoint,
-                keep_archives=not delete_archives,
-                dry_run=dry_run,
-                on_plan=lambda plan: plan.render(console),
-                on_progress=stages.update,
-            )
-    except FetchError as error:
-        # The hub failed, not what the user gave.
-        console.print(str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(WORK_FAILED) from error
+    with Stages(console) as stages:
+        fetched = fetch_dataset(
+            dataset,
+            to,
+            source=source,
+            subsets=None if subsets is None else _words(subsets),
+            repo=repo,
+            endpoint=endpoint,
+            keep_archives=not delete_archives,
+            dry_run=dry_run,
+            on_plan=lambda plan: plan.render(console),
+            on_progress=stages.update,
+        )
     fetched.render(results())
 
 

@@ -56,6 +56,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     config = _read(Path(path))
     problems = _Problems(str(path))
+    if "loss" not in config:  # written out, so that an override of one of its keys has a loss to belong to
+        config["loss"] = {"name": "uni_dpo"}
     for override in overrides:
         reason = _apply(config, override)
         if reason:

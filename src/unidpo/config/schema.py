@@ -206,6 +206,12 @@ class TrainSection(HuggingFaceArguments):
     """Source of every random choice of the run."""
 
     @model_validator(mode="after")
+    def _some_steps(self) -> TrainSection:
+        if self.given().get("max_steps") == 0:
+            raise ValueError("`max_steps` of 0 trains nothing; leave it out to go by `num_train_epochs`")
+        return self
+
+    @model_validator(mode="after")
     def _one_batch_size(self) -> TrainSection:
         if self.global_batch_pairs is None:
             return self

@@ -31,6 +31,8 @@ _WORTH_REPEATING = (408, 425, 429, 500, 502, 503, 504)
 class FetchError(UserError):
     """The hub could not be reached, or did not send what it promised. Nothing is wrong with what the user gave."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
