@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from unidpo import cli
 from unidpo.cli.data import Layout
 from unidpo.errors import DataError
+from unidpo.mm_rlhf import FetchError
 from unidpo.sources import LAYOUTS, read_groups
 
 
@@ -132,6 +133,6 @@ def test_a_hub_that_cannot_be_reached_is_no_wrong_input(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     done = unidpo("fetch", "uni-dpo", "--to", tmp_path / "data", "--endpoint", "http://127.0.0.1:9")
-    assert done.exit_code == 1
-    assert "Traceback" not in done.output
-    assert "cannot be reached" in done.output
+    assert isinstance(done.exception, FetchError)
+    assert done.exception.exit_code == 1
+    assert "cannot be reached" in str(done.exception)
