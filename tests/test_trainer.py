@@ -538,3 +538,39 @@ def test_a_loss_that_is_no_number_stops_the_training_and_names_the_pairs(make):
     trainer = make(learning_rate=1e30, num_train_epochs=4)
     with pytest.raises(TrainingError, match=r"row \d+: the loss of this pair is"):
         trainer.train()
+
+
+def with_an_image_that_goes(folder):
+    """Two groups; a callback deletes the image of the second one, row 2, after the first step."""
+    path = folder / "gone.png"
+    groups = some_groups()[:2]
+    picture = group(images=1, seed=9)
+    picture.images[0].save(path)
+    groups[1] = replace(picture, images=(path,), pairs=tuple(replace(pair, row=2) for pair in picture.pairs))
+
+    class Delete(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            path.unlink(missing_ok=True)
+
+    return groups, Delete()
+
+
+def test_a_row_that_goes_bad_in_training_is_left_out_named_and_counted(make, tmp_path, caplog):
+    groups, delete = with_an_image_that_goes(tmp_path)
+    visited = []
+    options = {"num_train_epochs": 3, "max_steps": -1, "batch": (4, 1), "shuffle": False, "callbacks": [delete]}
+    trainer = make(groups, on_bad_row="skip", on_pairs=lambda columns: visited.append(set(columns["row"])), **options)
+    trainer.train()
+    assert 2 in visited[0]
+    assert visited[1:] == [visited[0] - {2}] * 2
+    said = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    assert len(said) == 2  # the row once, though it is met twice, and the count
+    assert "row 2" in said[0]
+    assert said[1].startswith("1 rows")
+
+
+def test_a_row_that_goes_bad_in_training_stops_it_by_default(make, tmp_path):
+    groups, delete = with_an_image_that_goes(tmp_path)
+    trainer = make(groups, num_train_epochs=3, max_steps=-1, batch=(4, 1), shuffle=False, callbacks=[delete])
+    with pytest.raises(DataError, match="row 2"):
+        trainer.train()

@@ -181,7 +181,10 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         with self._ready():
             if resume_from_checkpoint:
                 self._policy_is_reference = False
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self._lost:
+            _LOG.warning("%d rows could not be read any more and were skipped", len(self._lost))
+        return output
 
     @contextlib.contextmanager
     def _ready(self) -> Iterator[None]:
