@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,27 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     loss: PreferenceLoss = make_loss(**recipe.loss.model_dump())
     with Stages(console) as stages:
         groups, held_out = _training_data(recipe, loss, stages)
-        trainer = _trainer(recipe, args, loss, groups, held_out, RunRecord(folder, stages, step=step))
         checkpoint = folder.last_checkpoint if resume else None
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _packages_the_recipe_needs():
+            trainer = _trainer(recipe, args, loss, groups, held_out, RunRecord(folder, stages, step=step))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     dtype = getattr(torch, recipe.model.dtype)
     folder.finish(lambda target: save_model(trainer.model, trainer.processing_class, target, dtype=dtype))
     console.print(f"finished: {folder.model}", markup=False, highlight=False, soft_wrap=True)
     return folder.path
+
+
+@contextlib.contextmanager
+def _packages_the_recipe_needs() -> Iterator[None]:
+    """An optional package that `train` or `lora` asks for and that is not there is the recipe's error."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        # transformers' reporters raise RuntimeError for this, as others do for quite other things.
+        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"this recipe asks for a package that is not installed: {reason}") from error
 
 
 def _training_data(recipe: Recipe, loss: PreferenceLoss, stages: Stages) -> tuple[list[PromptGroup], list[PromptGroup]]:
