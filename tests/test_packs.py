@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-from unidpo.attention import use_pack_attention
+from unidpo.attention import PACK_ATTENTION, set_text_attention
 from unidpo.batches import Plan, PlannedBatches
 from unidpo.logps import response_logps, token_logps
 from unidpo.packs import index_pairs, pack, pad, to_device
@@ -80,7 +80,8 @@ def test_packs_equal_separate_passes_to_1e_9(policy, groups):
     model, processor, encoder = policy
     expected = separate_logps(model, encoder, processor, groups)
     expected_gradients = gradients(model, expected)
-    own = use_pack_attention(model)
+    own = model.config.get_text_config()._attn_implementation
+    set_text_attention(model, PACK_ATTENTION)
     try:
         found = response_logps(model, pack([encoder.encode(one) for one in groups]))
         found_gradients = gradients(model, found)
@@ -107,14 +108,14 @@ def test_a_one_token_response():
     encoded = encoder.encode(group())
     cut = replace(encoded, response_ids=tuple(ids[:1] for ids in encoded.response_ids))
     padded = response_logps(model, pad([cut], pad_token_id=0))
-    use_pack_attention(model)
+    set_text_attention(model, PACK_ATTENTION)
     torch.testing.assert_close(response_logps(model, pack([cut])), padded, rtol=0, atol=1e-9)
 
 
 def test_each_image_and_each_token_once_and_no_logits_at_prompt_positions():
     """The work of a pack: vision tower, language model and head see what they must, and nothing twice."""
     model, _, encoder = tiny_policy()
-    use_pack_attention(model)
+    set_text_attention(model, PACK_ATTENTION)
     groups = [group(images=2, responses=(3, 5, 4), seed=1), group(images=1, responses=(2, 6), seed=2)]
     encoded = [encoder.encode(one) for one in groups]
     patches, tokens, logits = [], [], []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unidpo.attention import use_pack_attention
+from unidpo.attention import PACK_ATTENTION, set_text_attention
 from unidpo.errors import UserError
 from unidpo.logps import response_logps
 from unidpo.models import load_config, load_policy
@@ -29,7 +29,7 @@ from worlds import GOLDEN, group, tiny_policy
 def policy():
     """The golden model with pack attention, and its encoder."""
     model, _, encoder = tiny_policy()
-    use_pack_attention(model)
+    set_text_attention(model, PACK_ATTENTION)
     return model, encoder
 
 

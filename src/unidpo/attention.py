@@ -78,13 +78,6 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
-def use_pack_attention(model: PreTrainedModel) -> str:
-    """Switch the language model to pack attention and return the name of what it used before."""
-    previous: str = model.config.get_text_config()._attn_implementation
-    set_text_attention(model, PACK_ATTENTION)
-    return previous
-
-
 def set_text_attention(model: PreTrainedModel, name: str) -> None:
     """Switch the language model's attention; a vision tower keeps its own."""
     config = model.config

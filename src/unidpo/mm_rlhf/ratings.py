@@ -12,6 +12,7 @@ from typing import Any
 from unidpo.errors import DataError, Finding, Severity, did_you_mean, shown
 from unidpo.pairs import IMAGE, ImageMark, Message, Response
 from unidpo.sources.files import json_type
+from unidpo.sources.rows import encodable
 
 RATINGS = ("helpfulness", "faithfulness", "ethical")
 SUBSETS = ("long", "short", "mcq", "safety", "video")
@@ -158,7 +159,7 @@ class RatedRow:
             self._note("video-row", "video", "the prompt is about a video, and only images are read")
         elif not images:
             self._note("missing-image", "image", "the row names no image")
-        elif not all(isinstance(image, str) and image.strip() and _is_text(image) for image in images):
+        elif not all(isinstance(image, str) and image.strip() and encodable(image) for image in images):
             self._note("wrong-type", "image", f"an image is a path, not {shown(value)}")
         else:
             return tuple(images)
@@ -166,7 +167,7 @@ class RatedRow:
 
     def _question(self, images: int) -> tuple[str, Message]:
         value = self.values.get("question")
-        if not isinstance(value, str) or not _is_text(value) or not plain(value):
+        if not isinstance(value, str) or not encodable(value) or not plain(value):
             self._note("missing-question", "question", "the row has no question, or one that is no text")
             return "", Message("user", ())
         pieces = value.split(IMAGE.value)
@@ -209,7 +210,7 @@ class RatedRow:
 
     def _text(self, output: Any, i: int, before: Sequence[Response]) -> str | None:
         key = f"models_output[{i}]"
-        if not isinstance(output, str) or not output.strip() or not _is_text(output):
+        if not isinstance(output, str) or not output.strip() or not encodable(output):
             self._note("bad-response", key, "the response is empty or no text; it is left out", "warning")
         elif any(output == response.text for response in before):
             self._note("duplicate-response", key, "this text stands in the row before; it is left out", "warning")
@@ -250,11 +251,3 @@ def _number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

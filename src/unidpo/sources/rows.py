@@ -84,7 +84,7 @@ class Row:
             self.error("missing-key", key, "the key is missing or null; a string is expected")
         elif not isinstance(value, str):
             self.error("wrong-type", key, f"a string is expected, not {json_type(value)}")
-        elif not _is_text(value):
+        elif not encodable(value):
             self.error("bad-text", key, "the text holds half a surrogate pair, which is no character; remove it")
         else:
             return value
@@ -290,7 +290,7 @@ class Row:
         elif ADDRESS.match(value):
             problem = 'addresses are not fetched; give a path, or {"bytes": base64}'
             self.error("remote-image", key, f"{shown(value)} is an address; {problem}")
-        elif not _is_text(value):
+        elif not encodable(value):
             self.error("bad-text", key, "the path holds half a surrogate pair, which is no character")
         else:
             return self.root / value
@@ -340,7 +340,8 @@ def texts_of(messages: Sequence[Message]) -> list[str]:
     return [part for m in messages if m.role != "system" for part in joined(m.content) if isinstance(part, str)]
 
 
-def _is_text(value: str) -> bool:
+def encodable(value: str) -> bool:
+    """Whether a string can be written as UTF-8, which one with a lone surrogate cannot."""
     try:
         value.encode()
     except UnicodeEncodeError:
