@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +9,9 @@ from typing import Annotated
 import typer
 
 import unidpo
-from unidpo.cli.consoles import INTERRUPTED, WORK_FAILED, messages, results
+from unidpo.cli.consoles import WORK_FAILED, messages, results
 from unidpo.cli.data import data
+from unidpo.cli.training import Overrides, RecipeFile, train
 from unidpo.errors import UserError
 
 app = typer.Typer(
@@ -24,12 +24,7 @@ app = typer.Typer(
 recipe = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides such as train.seed=1; the last wins.", show_default=False),
-]
+app.command()(train)
 
 
 def main() -> None:
@@ -70,28 +65,6 @@ def demo(
     from unidpo.demo.story import run_demo
 
     run_demo(out, seed=seed, console=results())
-
-
-@app.command()
-def train(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-) -> None:
-    """Train the model of a recipe on its data."""
-    from unidpo.config import load_recipe
-    from unidpo.runs import RunFolder
-
-    resolved = load_recipe(recipe, overrides or ())
-    RunFolder(resolved.output).refuse_unless_free(resume=resume)  # before torch takes its seconds to import
-    from unidpo.train import run
-
-    try:
-        run(resolved, resume=resume, console=messages())
-    except KeyboardInterrupt:
-        command = shlex.join(["unidpo", "train", str(recipe), *(overrides or ()), "--resume"])
-        messages().print(f"interrupted; go on from the last checkpoint with: {command}", markup=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 @recipe.command("check")
