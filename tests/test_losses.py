@@ -1,26 +1,25 @@
 """The losses against the reference's numbers, against the formula retyped with `math`, and by their properties."""
 
 import json
-import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from decimal import Decimal, localcontext
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 
-from unidpo.losses import DPO, LOSSES, PairLogps, SimPO, UniDPO, make_loss
+import unidpo
+from retyped import neg_log_sigmoid, pair_logps, sigmoid
+from unidpo.config import recipe_from
+from unidpo.errors import DataError, RecipeError
+from unidpo.losses import DPO, LOSSES, WPO, PairLogps, SimPO, UniDPO, make_loss
+from unidpo.trainer import PreferenceTrainer
+from worlds import group
 
 CASES = "reference/loss_cases.json"
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
-
-
-def neg_log_sigmoid(x: float) -> float:
-    return math.log1p(math.exp(-x)) if x > 0 else -x + math.log1p(math.exp(x))
 
 
 def retyped_uni_dpo(
@@ -174,19 +173,43 @@ def test_weights_are_monotone(values, more):
     assert weights(values[0] + more, values[4])[1] < performance  # a pair already learned counts less
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 3.0])
-@pytest.mark.parametrize("logratio", [-500.0, -50.0, 0.0, 50.0, 500.0])
+# Hyper-parameters beside the defaults whose gradients could leave the finite numbers.
+FAR_OUT = [(name, {}) for name in LOSSES]
+FAR_OUT += [("uni_dpo", {"perf_gamma": gamma}) for gamma in (0.0, 0.5, 1.0)]
+FAR_OUT += [("rpo", {"distance": distance}) for distance in ("fwd_kl", "sq")]
+FAR_OUT += [("odpo", {"alpha": 0.0}), ("mm_dpo", {"k": 100.0}), ("wpo", {"max_weight": None})]
+
+
+@pytest.mark.parametrize(("name", "hyper"), FAR_OUT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_gradients_are_finite_far_out(gamma, logratio, dtype):
-    chosen = torch.tensor([min(0.0, logratio)], dtype=dtype, requires_grad=True)
-    rejected = torch.tensor([min(0.0, -logratio)], dtype=dtype, requires_grad=True)
-    zero, scores = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
-    terms = UniDPO(perf_gamma=gamma)(PairLogps(chosen, rejected, zero, zero, 5 * scores, scores))
+def test_losses_and_gradients_are_finite_far_out(name, hyper, dtype):
+    rows = [
+        (logratio, margin) for logratio in (-1000.0, -500.0, -50.0, 0.0, 50.0, 500.0, 1000.0) for margin in FAR_MARGINS
+    ]
+    count = len(rows)
+    pairs = pair_logps(
+        dtype=dtype,
+        chosen_logps=[min(0.0, logratio) for logratio, _ in rows],
+        rejected_logps=[min(0.0, -logratio) for logratio, _ in rows],
+        ref_chosen_logps=[0.0] * count,
+        ref_rejected_logps=[0.0] * count,
+        chosen_scores=[5.0 + margin for _, margin in rows],
+        rejected_scores=[5.0] * count,
+        chosen_tokens=[3] * count,
+        rejected_tokens=[40] * count,
+        chosen_collisions=[-11.0] * count,
+        rejected_collisions=[0.0] * count,
+        reward_shift=4.0,
+    )
+    terms = make_loss(name, **hyper)(pairs)
     terms.loss.sum().backward()
     assert terms.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.isfinite(terms.loss).all()
-    assert torch.isfinite(chosen.grad).all()
-    assert torch.isfinite(rejected.grad).all()
+    assert torch.isfinite(pairs.chosen_logps.grad).all()
+    assert torch.isfinite(pairs.rejected_logps.grad).all()
+
+
+FAR_MARGINS = (-1e4, -4.0, 0.0, 1e-3, 4.0, 1e4)
 
 
 def test_nll_gate_is_strict_and_needs_a_good_response():
@@ -215,18 +238,64 @@ def test_what_a_loss_needs_is_an_error_where_it_is_missing():
         UniDPO()(bare)
     with pytest.raises(ValueError, match="reference"):
         DPO()(bare)
-    with pytest.raises(ValueError, match="scores"):
-        UniDPO()(batch([-1.0], [-2.0], [-1.0], [-2.0]))
     SimPO()(bare)
 
 
+@pytest.fixture
+def two_pairs():
+    """With everything that some loss needs."""
+    return pair_logps(
+        chosen_logps=[-1.0, -2.0],
+        rejected_logps=[-1.5, -1.0],
+        ref_chosen_logps=[-1.2, -1.0],
+        ref_rejected_logps=[-1.2, -1.0],
+        chosen_scores=[4.0, 3.0],
+        rejected_scores=[2.0, 3.0],
+        chosen_tokens=[3, 5],
+        rejected_tokens=[4, 2],
+        chosen_collisions=[-0.5, -1.5],
+        rejected_collisions=[-1.0, -0.1],
+        reward_shift=0.2,
+    )
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_only_the_loss_carries_a_gradient_and_every_term_is_there(name):
-    terms = make_loss(name)(batch([-1.0, -2.0], [-1.5, -1.0], [-1.2, -1.0], [-1.2, -1.0], [4.0, 3.0], [2.0, 3.0]))
+def test_only_the_loss_carries_a_gradient_and_every_term_is_there(name, two_pairs):
+    terms = make_loss(name)(two_pairs)
     for field in fields(terms):
         value = getattr(terms, field.name)
         assert value.shape == (2,)
         assert value.requires_grad == (field.name == "loss")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_is_what_its_terms_say(name, two_pairs):
+    """The ledger's columns have the same meaning for every loss."""
+    terms = make_loss(name)(two_pairs)
+    weights = terms.quality_weight * terms.performance_weight
+    torch.testing.assert_close(terms.loss, weights * terms.preference + terms.nll, rtol=1e-12, atol=0)
+    assert (weights > 0).all()
+    assert ((terms.nll > 0) == (terms.nll_gate == 1)).all()
+    if name not in ("uni_dpo", "wpo"):
+        assert (weights == 1).all()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_takes_no_more_than_it_says(name, two_pairs):
+    """What `needs_...` leaves out may be missing: the trainer does not compute it."""
+    loss = make_loss(name)
+    missing = [] if loss.needs_reference else ["ref_chosen_logps", "ref_rejected_logps"]
+    missing += [] if loss.needs_scores else ["chosen_scores", "rejected_scores"]
+    missing += [] if loss.needs_collisions else ["chosen_collisions", "rejected_collisions"]
+    missing += [] if loss.needs_reward_shift else ["reward_shift"]
+    assert missing
+    assert (loss(replace(two_pairs, **dict.fromkeys(missing))).loss == loss(two_pairs).loss).all()
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].needs_scores])
+def test_losses_that_need_scores_say_so(name, two_pairs):
+    with pytest.raises(ValueError, match="scores"):
+        make_loss(name)(replace(two_pairs, chosen_scores=None, rejected_scores=None))
 
 
 def test_a_wrong_shape_fails_instead_of_broadcasting():
@@ -234,3 +303,71 @@ def test_a_wrong_shape_fails_instead_of_broadcasting():
     columns[1] = columns[1][:, None]
     with pytest.raises(Exception, match=r"(?i)type|shape|annotation"):
         UniDPO()(PairLogps(*columns))
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("name", LOSSES)
+    def test_every_loss_is_reached_from_a_recipe(self, name):
+        loss = make_loss(**recipe(name=name).loss.model_dump())
+        assert type(loss) is LOSSES[name]
+        assert loss == LOSSES[name]()
+        assert getattr(unidpo, type(loss).__name__) is type(loss)
+
+    @pytest.mark.parametrize(
+        ("section", "key"),
+        [
+            ({"name": "mm_dpo", "beta": 0}, "beta"),
+            ({"name": "mm_dpo", "w": -0.1}, "w"),
+            ({"name": "mm_dpo", "k": -1}, "k"),
+            ({"name": "odpo", "alpha": -1.0}, "alpha"),
+            ({"name": "odpo", "gamma": 1.0}, "gamma"),
+            ({"name": "rpo", "eta": 0.0}, "eta"),
+            ({"name": "rpo", "distance": "kl"}, "distance"),
+            ({"name": "ipo", "tau": 0}, "tau"),
+            ({"name": "ipo", "beta": 0.1}, "beta"),
+            ({"name": "mpo", "w_g": -1}, "w_g"),
+            ({"name": "wpo", "max_weight": 0.0}, "max_weight"),
+            ({"name": "wpo", "beta": "0.1"}, "beta"),
+        ],
+    )
+    def test_a_wrong_value_is_refused_by_its_key(self, section, key):
+        with pytest.raises(RecipeError) as caught:
+            recipe(**section)
+        assert [finding.key for finding in caught.value.findings] == [f"loss.{key}"]
+
+    def test_no_bound_is_null(self):
+        assert make_loss(**recipe(name="wpo", max_weight=None).loss.model_dump()) == WPO(max_weight=None)
+
+
+def recipe(**loss):
+    return recipe_from({"output": "o", "model": {"name": "m"}, "data": {"path": "p"}, "loss": loss})
+
+
+def test_the_table_of_the_docs_is_true():
+    table = (Path(__file__).parents[1] / "docs" / "loss.md").read_text("utf-8").partition("## Losses\n")[2]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("| `")
+    ]
+    rows = {cells[0].strip("`"): cells[1:] for cells in rows if len(cells) == 7}
+    assert list(rows) == list(LOSSES)
+    for name, (paper, _, scores, reference, logps, besides) in rows.items():
+        loss = make_loss(name)
+        assert paper in type(loss).__doc__
+        assert (scores == "needed") == loss.needs_scores
+        assert (reference == "needed") == loss.needs_reference
+        assert logps.startswith("averaged" if loss.length_normalized else "summed")
+        assert ("mean of the rewards" in besides) == loss.needs_reward_shift
+        assert ("collision" in besides) == loss.needs_collisions
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].needs_scores])
+def test_a_pair_without_scores_stops_before_the_model_is_even_loaded(name, tmp_path):
+    unscored = group(images=0)
+    unscored = replace(unscored, responses=tuple(replace(response, score=None) for response in unscored.responses))
+    with pytest.raises(DataError, match=f"{LOSSES[name].__name__} needs a score for both responses"):
+        PreferenceTrainer(
+            model=str(tmp_path / "nowhere"),
+            loss=make_loss(name),
+            args=TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
+            train_dataset=[group(images=0), unscored],
+        )

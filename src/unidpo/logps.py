@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +18,9 @@ from unidpo.packs import Pack, PaddedRows
 # Bytes of float32 logits held at a time; the head's extra memory is a small multiple of this, whatever the batch.
 LOGITS_CHUNK_BYTES = 256 * 2**20
 
+# Logits (targets, vocab) and targets → what is wanted of each target, (targets,) or (targets, n).
+_OfTargets: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
 
 def response_logps(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Tensor, " responses"]:
     """Log-probability of each response given its prompt and images, summed over its tokens, in nats.
@@ -22,68 +28,141 @@ def response_logps(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Te
     Logits are taken at response positions only and in float32 (float64 in a float64 model). Divide by
     `batch.response_tokens` for nats per token. Gradients flow where the model is trained.
     """
-    return _pack_logps(model, batch) if isinstance(batch, Pack) else _padded_logps(model, batch)
+    return _summed(model, batch, _target_logps)
 
 
-def _pack_logps(model: PreTrainedModel, pack: Pack) -> Float[Tensor, " responses"]:
-    base = model.base_model
-    inputs: dict[str, Any] = {}
-    if pack.vision:
-        inputs["mm_encoder_outputs"] = {"image": base.get_image_features(**pack.vision, return_dict=True)}
-    hidden = base(
+def response_logps_and_collisions(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Tensor, "2 responses"]:
+    """`response_logps`, and beside it `log Σ_v π(v)²` summed over the response's tokens, in nats, without gradient.
+
+    `Σ_v π(v)²` is the probability that two draws from the policy are the same token. Nothing of the size of the
+    vocabulary is held beyond a chunk.
+    """
+    return _summed(model, batch, _target_logps_and_collisions).T
+
+
+def _summed(model: PreTrainedModel, batch: Pack | PaddedRows, of_targets: _OfTargets) -> Tensor:
+    """Sums over each response's tokens, (responses,) or (responses, n)."""
+    return _pack_sums(model, batch, of_targets) if isinstance(batch, Pack) else _padded_sums(model, batch, of_targets)
+
+
+def _pack_sums(model: PreTrainedModel, pack: Pack, of_targets: _OfTargets) -> Tensor:
+    hidden = model.base_model(
         input_ids=pack.input_ids[None],
         # One axis is what plain rotary models take, (1, tokens); M-RoPE models take (3, 1, tokens).
         position_ids=pack.position_ids if len(pack.position_ids) == 1 else pack.position_ids[:, None],
         use_cache=False,
         segments=pack.segments,
-        **inputs,
+        **pack.vision,
     ).last_hidden_state[0]
-    logps = token_logps(hidden[pack.predict_at], model.get_output_embeddings(), pack.targets)
-    return torch.zeros(len(pack.response_tokens), dtype=logps.dtype, device=logps.device).index_add(
-        0, pack.owner, logps
-    )
+    head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
+    values = _in_chunks(hidden[pack.predict_at], head, pack.targets, soft_cap, of_targets)
+    return _sum_by(pack.owner, values, len(pack.response_tokens))
 
 
-def _padded_logps(model: PreTrainedModel, rows: PaddedRows) -> Float[Tensor, " responses"]:
-    # Logits at the columns that predict a target in some row.
-    predict_at = rows.is_target[:, 1:].any(0).nonzero()[:, 0]
-    inputs = dict(rows.vision)
+def _padded_sums(model: PreTrainedModel, rows: PaddedRows, of_targets: _OfTargets) -> Tensor:
+    # Columns that predict a target in some row; prompts are left out where a model must compute its own logits.
+    columns = rows.is_target[:, 1:].any(0).nonzero()[:, 0]
+    is_target, targets = rows.is_target[:, columns + 1], rows.input_ids[:, columns + 1]
+    inputs: dict[str, Any] = {
+        "input_ids": rows.input_ids,
+        "attention_mask": rows.attention_mask,
+        "use_cache": False,
+        **rows.vision,
+    }
     if rows.vision:
-        inputs["mm_token_type_ids"] = rows.mm_token_type_ids
-    logits = model(
-        input_ids=rows.input_ids,
-        attention_mask=rows.attention_mask,
-        logits_to_keep=predict_at,
-        use_cache=False,
-        **inputs,
-    ).logits
-    if logits.shape[1] != len(predict_at):  # a model that knows no `logits_to_keep` gives all of them
-        logits = logits[:, predict_at]
-    is_target = rows.is_target[:, predict_at + 1]
-    targets = rows.input_ids[:, predict_at + 1]
-    logps = _full_precision(logits).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    return (logps * is_target).sum(-1)
+        takes = inspect.signature(type(model.base_model).forward).parameters
+        names = [name for name in ("mm_token_type_ids", "token_type_ids") if name in takes]
+        inputs |= dict.fromkeys(names, rows.mm_token_type_ids)
+    if _head_is_known(model):
+        hidden = model.base_model(**inputs).last_hidden_state[:, columns][is_target]
+        head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
+        values = _in_chunks(hidden, head, targets[is_target], soft_cap, of_targets)
+    else:
+        # The class's forward: on the instance `policy` may have put one that ends here.
+        logits = type(model).forward(model, logits_to_keep=columns, **inputs).logits
+        if logits.shape[1] != len(columns):  # a model that knows no `logits_to_keep` gives all of them
+            logits = logits[:, columns]
+        values = of_targets(logits[is_target], targets[is_target])
+    return _sum_by(is_target.nonzero()[:, 0], values, len(rows.response_tokens))
+
+
+def _sum_by(owner: Tensor, values: Tensor, responses: int) -> Tensor:
+    return values.new_zeros(responses, *values.shape[1:]).index_add(0, owner, values)
+
+
+def _soft_cap(model: PreTrainedModel) -> float | None:
+    """The bound that some models (Gemma 2) put on their logits, by the name transformers gives it."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+_KNOWN_HEADS: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def _head_is_known(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are what its head and soft cap make of its hidden states; tried once on two tokens.
+
+    Some models (Cohere, Granite) scale their logits besides.
+    """
+    if model not in _KNOWN_HEADS:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        head = model.get_output_embeddings()
+        was_training = model.training
+        model.eval()  # without dropout, so that two passes are equal and no random number is drawn
+        with torch.no_grad():
+            own = type(model).forward(model, input_ids=ids, use_cache=False).logits
+            hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
+            ours = None if hidden is None or head is None else _capped(head(hidden), _soft_cap(model))
+        model.train(was_training)
+        _KNOWN_HEADS[model] = ours is not None and bool((ours - own).abs().max() <= 0.01 * own.abs().max())
+    return _KNOWN_HEADS[model]
 
 
 def token_logps(
-    hidden: Float[Tensor, "targets hidden"], head: torch.nn.Module, targets: Int[Tensor, " targets"]
+    hidden: Float[Tensor, "targets hidden"],
+    head: torch.nn.Module,
+    targets: Int[Tensor, " targets"],
+    *,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, " targets"]:
     """Log-probability of each target token, in nats, from the hidden state that predicts it.
 
     The vocabulary is met in chunks of `LOGITS_CHUNK_BYTES`; where there are several, a chunk's logits are computed
     again in the backward pass instead of being kept.
+
+    Args:
+        soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)`, as in Gemma 2 (arXiv:2408.00118 section 2).
     """
+    return _in_chunks(hidden, head, targets, soft_cap, _target_logps)
+
+
+def _in_chunks(
+    hidden: Tensor, head: torch.nn.Module, targets: Tensor, soft_cap: float | None, of_targets: _OfTargets
+) -> Tensor:
+    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        return of_targets(_capped(head(hidden), soft_cap), targets)
+
     weight: Tensor = head.weight  # type: ignore[assignment]
     size = max(1, LOGITS_CHUNK_BYTES // (4 * len(weight)))
     if len(targets) <= size:
-        return _chunk_logps(hidden, head, targets)
+        return of_chunk(hidden, targets)
     chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-    return torch.cat([checkpoint(_chunk_logps, h, head, t, use_reentrant=False) for h, t in chunks])
+    return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in chunks])
 
 
-def _chunk_logps(hidden: Tensor, head: torch.nn.Module, targets: Tensor) -> Tensor:
-    logits = _full_precision(head(hidden))
+def _capped(logits: Tensor, soft_cap: float | None) -> Tensor:
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
+def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = _full_precision(logits)
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _target_logps_and_collisions(logits: Tensor, targets: Tensor) -> Tensor:
+    logits = _full_precision(logits)
+    with torch.no_grad():
+        collisions = (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+    return torch.stack([_target_logps(logits, targets), collisions], dim=1)
 
 
 def _full_precision(logits: Tensor) -> Tensor:
