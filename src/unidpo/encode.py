@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from unidpo.errors import DataError, Finding, ImageError, ModelError, UserError, from_findings
 from unidpo.images import cap_pixels, capped_size, image_size, open_image
-from unidpo.pairs import Message, PromptGroup, Response
+from unidpo.pairs import IMAGE, Message, PromptGroup, Response
 
 PositionIds: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Int[Tensor, "axes tokens"]]
 """(input_ids (tokens,), mm_token_type_ids (tokens,), image tensors) → position ids of the prompt."""
@@ -141,12 +141,23 @@ class Encoder:
         )
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The prompt as the chat template renders it, up to where the assistant begins to speak."""
+        """The prompt as the chat template renders it, up to where the assistant begins to speak.
+
+        Raises:
+            ModelError: the template leaves it empty, or does not mark the images as the model's processor expects.
+        """
         text = self._render(messages, add_generation_prompt=True)
         if not text.strip():
             raise ModelError(
                 "the chat template renders this prompt to nothing; set data.template=chatml (or a Jinja file), "
                 "or use the Instruct version of the model"
+            )
+        images = sum(part is IMAGE for message in messages for part in message.content)
+        mark = getattr(self.processor, "image_token", None)
+        if images and mark is not None and text.count(mark) != images:
+            raise ModelError(
+                f"the rendered prompt has {text.count(mark)} of this model's image marks ({mark}) for {images} images; "
+                "set data.template to a template that writes them, and leave them out of the text"
             )
         return text
 
@@ -219,8 +230,7 @@ class Encoder:
         tokenizer |= {"padding": None, "truncation": None}
         described = {
             "tokenizer": tokenizer,
-            "images": self.processor.image_processor.to_dict() if self.sees_images else None,
-            "processor": type(self.processor).__name__,
+            "processor": self.processor.to_dict() | {"video_processor": None} if self.sees_images else None,
             "template": self._template,
             "turn_end": self._turn_end,
             "max_length": self.max_length,
@@ -242,21 +252,27 @@ class Encoder:
         try:
             encoded = dict(
                 self.processor(
-                    text=[text], images=list(images), return_tensors="pt", text_kwargs={"add_special_tokens": False}
+                    text=[text],
+                    # One list per prompt, as chat templates pass them: some models tile only images that are alone.
+                    images=[list(images)],
+                    return_tensors="pt",
+                    return_mm_token_type_ids=True,
+                    text_kwargs={"add_special_tokens": False},
                 )
             )
         except ValueError as error:
             raise _refused([image.size for image in images], error) from error
         ids = encoded.pop("input_ids")[0]
         encoded.pop("attention_mask", None)
-        types = encoded.pop("mm_token_type_ids", None)
-        types = (ids == self.processor.image_token_id).long()[None] if types is None else types
-        return ids, types[0], encoded
+        # Gemma 3 calls them `token_type_ids`; under that name other tokenizers number sentences.
+        types = [encoded.pop(name, None) for name in ("mm_token_type_ids", "token_type_ids")]
+        return ids, next(found for found in types if found is not None)[0], encoded
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         conversation = [{"role": m.role, "content": self._content(m)} for m in messages]
         try:
-            text: str = self.processor.apply_chat_template(
+            # The tokenizer's, which renders as the processor's does; some of those reach for a video processor first.
+            text: str = self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self._template
             )
         except jinja2.TemplateError as error:

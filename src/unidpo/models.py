@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
+import inspect
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -19,6 +24,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,32 +32,80 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
 
-from unidpo.errors import ModelError
+from unidpo.errors import ModelError, RecipeError
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """What turns a prompt into tensors: a processor for vision-language models, a tokenizer for text models."""
 Part: TypeAlias = Literal["vision", "projector", "language"]
+Quantization: TypeAlias = Literal["nf4", "int8"]
 _LOG = logging.getLogger(__name__)
 
 
 def load_policy(
-    name: str | Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model to train, from a folder or hub id, as a vision-language model where it is one, else a language model.
 
     A folder that holds an adapter, such as the `model/` of a run with one, gives its model with the adapter merged in.
 
+    Args:
+        dtype: of the weights; of the arithmetic alone where they are quantized.
+        quantize: hold the linear layers of the language model in 4 bits (`"nf4"`) or 8 bits (`"int8"`) per weight, to
+            train an adapter on. Vision tower, projector and head, in which rounding hurts most, stay as they are.
+
     Raises:
-        ModelError: there is no model at `name`, or transformers cannot load it.
+        ModelError: there is no model at `name`, or transformers cannot load it, or not quantized.
+        RecipeError: `quantize` is given and bitsandbytes is not installed.
     """
     base = _base_of_adapter(name)
+    if base is not None and quantize is not None:
+        raise ModelError(
+            f"{name}: model.quantize={quantize} needs whole weights, and this is an adapter of {base}; save the merged "
+            "model first, `load_policy(...).save_pretrained(...)` with its processor beside it, and name that"
+        )
     if base is not None:
         return _with_adapter(load_policy(base, dtype=dtype, trust_remote_code=trust_remote_code), name)
     config = load_config(name, trust_remote_code=trust_remote_code)
     vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    return load_weights(auto, name, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if quantize is None:
+        return load_weights(auto, name, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    with _as_model_error(name, "the model"), init_empty_weights():
+        plan = auto.from_config(config, trust_remote_code=trust_remote_code)
+    quantization = _quantization(plan, quantize, dtype=dtype)
+    return load_weights(
+        auto, name, config=config, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization
+    )
+
+
+def _quantization(plan: PreTrainedModel, kind: Quantization, *, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What bitsandbytes is told: quantize the linear layers of the language model and nothing else.
+
+    Args:
+        plan: the model without its weights.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"model.quantize={kind} needs the package bitsandbytes; install it with `pip install 'unidpo[quantize]'`"
+        )
+    inside = set(language_linear_layers(plan))
+    # Given here, these replace the names of transformers' own guess, which differs between model families.
+    skip = [name for name, m in plan.named_modules() if isinstance(m, torch.nn.Linear) and name not in inside]
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
 
 
 def load_weights(loader: Any, name: str | Path, **options: Any) -> PreTrainedModel:
@@ -77,9 +131,20 @@ def _base_of_adapter(name: str | Path) -> str | None:
 
 def _with_adapter(model: PreTrainedModel, name: str | Path) -> PreTrainedModel:
     from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embeddings.weight is head.weight
     with _as_model_error(name, "the adapter"):
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(name)).merge_and_unload()
+        with quiet_peft():
+            adapted = PeftModel.from_pretrained(model, str(name))
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
+            raise ModelError(
+                f"{name}: this adapter changes the embeddings or the head of a model in which the two share their "
+                "weights; it cannot be merged into one without changing the other: load it with peft"
+            )
+        merged: PreTrainedModel = adapted.merge_and_unload()
     # An adapter trained on top of this one must name it as its model.
     merged.name_or_path = str(name)
     return merged
@@ -115,15 +180,15 @@ def load_processor(name: str | Path, *, trust_remote_code: bool = False) -> Proc
     with _as_model_error(name, "the processor"):
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return _usable(name, AutoTokenizer.from_pretrained(str(name), **load))
-        try:
-            processor: ProcessorMixin = AutoProcessor.from_pretrained(str(name), **load)
-        except ImportError as error:
-            if "torchvision" not in str(error).lower() or type(config) not in PROCESSOR_MAPPING:
-                raise
+        cls = PROCESSOR_MAPPING.get(type(config), None)
+        processor: ProcessorMixin
+        if cls is not None and "video_processor" in cls.get_attributes() and not is_torchvision_available():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name), **load)
-            processor = compose_processor(
-                PROCESSOR_MAPPING[type(config)], AutoImageProcessor.from_pretrained(str(name), **load), tokenizer
-            )
+            image_processor = AutoImageProcessor.from_pretrained(str(name), **load)
+            settings, _ = cls.get_processor_dict(str(name))
+            processor = compose_processor(cls, image_processor, tokenizer, settings=settings)
+        else:
+            processor = AutoProcessor.from_pretrained(str(name), **load)
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"{name}: this vision-language model comes without an image processor")
     _usable(name, processor.tokenizer)
@@ -138,21 +203,33 @@ def _usable(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedT
 
 
 def compose_processor(
-    cls: type[ProcessorMixin], image_processor: Any, tokenizer: PreTrainedTokenizerBase
+    cls: type[ProcessorMixin],
+    image_processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> ProcessorMixin:
     """A processor of class `cls` for images and text only.
 
-    transformers reads a processor's parts off the signature of `__init__`; one without `video_processor` is a
-    processor that needs none. The name stays, so that `save_pretrained` writes what any other machine can load.
+    transformers reads a processor's parts and what it saves off the signature of `__init__`; one without
+    `video_processor` is a processor that needs none. The name stays, so that `save_pretrained` writes what any other
+    machine can load.
+
+    Args:
+        settings: what else `cls` takes, such as the number of tokens per image; other keys are passed over.
     """
+    signature = inspect.signature(cls.__init__)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "video_processor"]
 
-    def init(
-        self: ProcessorMixin, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
-    ) -> None:
-        cls.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
+    def init(self: ProcessorMixin, **options: Any) -> None:
+        cls.__init__(self, video_processor=None, **options)
 
+    init.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
     without_video = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__, "__doc__": cls.__doc__})
-    composed: ProcessorMixin = without_video(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    held = {"image_processor": image_processor, "tokenizer": tokenizer}
+    own = {p.name for p in kept if p.kind is not inspect.Parameter.VAR_KEYWORD} - {"self", *held}
+    options = {"chat_template": tokenizer.chat_template} | {n: v for n, v in settings.items() if n in own}
+    composed: ProcessorMixin = without_video(**held, **options)
     return composed
 
 
@@ -161,33 +238,58 @@ def parts(model: PreTrainedModel) -> Mapping[Part, list[tuple[str, torch.nn.Para
 
     The language model is transformers' `get_decoder()` with the embeddings and the head, the vision tower its
     `get_encoder(modality="image")`; the projector is what is in neither, and the `merger` modules that the Qwen-VL
-    family keeps inside its vision tower. Each parameter is in exactly one part.
+    family keeps inside its vision tower. Each parameter is in exactly one part; in a text model all are language.
+
+    Raises:
+        ModelError: the model takes images, and transformers does not tell its vision tower or its language model.
     """
-    decoder, encoder = model.get_decoder(), model.get_encoder(modality="image")
-    has_vision = encoder is not model and encoder is not model.base_model and encoder is not decoder
+    decoder, encoder = _decoder(model), model.get_encoder(modality="image")
+    if encoder is model or encoder is model.base_model or encoder is decoder:
+        if "image" in model.input_modalities:
+            raise _unknown("vision tower", model)
+        encoder = torch.nn.Module()
+        decoder = model
     language_modules = [decoder, model.get_input_embeddings(), model.get_output_embeddings()]
     language = {id(p) for module in language_modules if module is not None for p in module.parameters()}
-    vision = {id(p) for n, p in encoder.named_parameters() if "merger" not in n} if has_vision else set()
+    vision = {id(p) for n, p in encoder.named_parameters() if "merger" not in n}
     found: dict[Part, list[tuple[str, torch.nn.Parameter]]] = {"vision": [], "projector": [], "language": []}
     for name, parameter in model.named_parameters():
         part: Part = "vision" if id(parameter) in vision else "projector"
-        if id(parameter) in language or not has_vision:
-            part = "language"
-        found[part].append((name, parameter))
+        found["language" if id(parameter) in language else part].append((name, parameter))
     return found
+
+
+def _decoder(model: PreTrainedModel) -> torch.nn.Module:
+    decoder: torch.nn.Module = model.get_decoder()
+    if "image" in model.input_modalities and (decoder is model or decoder is model.base_model):
+        raise _unknown("language model", model)
+    return decoder
+
+
+def _unknown(what: str, model: PreTrainedModel) -> ModelError:
+    modules = ", ".join(name for name, _ in model.base_model.named_children())
+    return ModelError(
+        f"cannot tell which part of {type(model).__name__} is its {what} (its modules are {modules}); "
+        "set model.freeze=none to train all of it, or train an adapter and name its lora.target_modules"
+    )
 
 
 def freeze(model: PreTrainedModel, frozen: Iterable[Part]) -> None:
     """Freeze the named parts and let everything else learn.
 
+    An output head that shares its weight with the embeddings is frozen and learns with them, as language.
+
     Raises:
-        ModelError: nothing would be left to learn.
+        ModelError: nothing would be left to learn, or the model's parts are unknown, see `parts`.
     """
-    by_part = parts(model)
     frozen = set(frozen)
-    for part, parameters in by_part.items():
-        for _, parameter in parameters:
-            parameter.requires_grad_(part not in frozen)
+    model.requires_grad_(True)
+    if not frozen:
+        return
+    by_part = parts(model)
+    for part in frozen:
+        for _, parameter in by_part[part]:
+            parameter.requires_grad_(False)
     missing = sorted(part for part in frozen if not by_part[part])
     if missing:
         _LOG.info("nothing to freeze: this model has no %s", " and no ".join(missing))
@@ -196,9 +298,12 @@ def freeze(model: PreTrainedModel, frozen: Iterable[Part]) -> None:
 
 
 def language_linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers of the language model, without its head: where an adapter goes by default."""
-    decoder = model.get_decoder()
-    inside = {id(module) for module in decoder.modules()}
+    """Full names of the linear layers of the language model, without its head: where an adapter goes by default.
+
+    Raises:
+        ModelError: the model takes images, and transformers does not tell its language model.
+    """
+    inside = {id(module) for module in _decoder(model).modules()}
     return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside]
 
 
@@ -213,10 +318,22 @@ def keep_trainable_in_float32(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def save_model(model: PreTrainedModel, processor: Processor, folder: Path, *, dtype: torch.dtype) -> None:
-    """Write weights (safetensors, in `dtype`) and processor, so that `from_pretrained(folder)` loads both."""
+def save_model(
+    model: PreTrainedModel,
+    processor: Processor,
+    folder: Path,
+    state: Mapping[str, torch.Tensor] | None = None,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Write weights (safetensors, in `dtype`) and processor, so that `from_pretrained(folder)` loads both.
+
+    Args:
+        state: the model's state, where it is not in the model: brought together from several processes.
+    """
     state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in (model.state_dict() if state is None else state).items()
     }
     model.save_pretrained(folder, state_dict=state)
     if isinstance(model, PreTrainedModel):
@@ -228,6 +345,14 @@ def save_model(model: PreTrainedModel, processor: Processor, folder: Path, *, dt
     if isinstance(processor, ProcessorMixin) and "video_processor" not in processor.get_attributes():
         # A machine with torchvision looks for a video processor's settings; the older layout has them all in this file.
         processor.image_processor.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that peft asks transformers by a name on its way out; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
 
 
 @contextlib.contextmanager

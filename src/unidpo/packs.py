@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -171,8 +172,10 @@ def index_pairs(batch: Sequence[tuple[PromptGroup, Sequence[Pair]]]) -> PairInde
             integers.append((at[pair.chosen], at[pair.rejected], pair.row, pair.chosen, pair.rejected))
             both = (group.responses[pair.chosen].score, group.responses[pair.rejected].score)
             scores.append(tuple(float("nan") if score is None else score for score in both))
-    chosen, rejected, rows, source_chosen, source_rejected = torch.tensor(integers).unbind(1)
-    chosen_scores, rejected_scores = torch.tensor(scores, dtype=torch.float64).unbind(1)
+    chosen, rejected, rows, source_chosen, source_rejected = (
+        torch.tensor(integers, dtype=torch.long).view(-1, 5).unbind(1)
+    )
+    chosen_scores, rejected_scores = torch.tensor(scores, dtype=torch.float64).view(-1, 2).unbind(1)
     files = tuple(None if pair.file is None else str(pair.file) for _, pairs in batch for pair in pairs)
     return PairIndex(chosen, rejected, chosen_scores, rejected_scores, rows, files, source_chosen, source_rejected)
 
@@ -192,8 +195,22 @@ def to_device(batch: T, device: torch.device) -> T:
 
 
 def _concatenate(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    names = {name for tensors in vision for name in tensors}
-    return {name: torch.cat([tensors[name] for tensors in vision if name in tensors]) for name in sorted(names)}
+    """Image tensors one after another.
+
+    Where groups differ beyond the first axis (tiles per image, images per prompt, height and width), zeros fill up to
+    the largest, as image processors do within a batch; the models leave such padding out.
+    """
+    names = sorted({name for tensors in vision for name in tensors})
+    return {name: _concatenate_padded([tensors[name] for tensors in vision if name in tensors]) for name in names}
+
+
+def _concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [most - size for most, size in zip(largest, tensor.shape[1:], strict=True)]
+        padded.append(F.pad(tensor, [side for count in reversed(missing) for side in (0, count)]))
+    return torch.cat(padded)
 
 
 def _pad_right(rows: Sequence[Tensor], value: int) -> Tensor:
