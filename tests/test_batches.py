@@ -9,16 +9,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unidpo.attention import PACK_ATTENTION, set_text_attention
 from unidpo.batches import Plan, PlannedBatches, StepLoader, StepSampler
-from unidpo.packs import pack
-from worlds import group, tiny_policy
+from unidpo.logps import response_logps
+from worlds import GOLDEN, group, tiny_policy
 
 counts = st.lists(st.integers(1, 12), min_size=1, max_size=20)
 sizes = st.tuples(st.integers(1, 16), st.integers(1, 6))
 
 
-def sampler(pair_counts, *, step=4, per_pack=2, shuffle=True, seed=3, epoch=0):
-    made = StepSampler(pair_counts, pairs_per_step=step, pairs_per_pack=per_pack, shuffle=shuffle, seed=seed)
+def sampler(pair_counts, *, step=4, per_pack=2, shuffle=True, seed=3, epoch=0, rank=0, world_size=1):
+    made = StepSampler(
+        pair_counts,
+        pairs_per_step=step,
+        pairs_per_pack=per_pack,
+        shuffle=shuffle,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
     made.set_epoch(epoch)
     return made
 
@@ -91,6 +100,35 @@ def test_drawing_the_order_leaves_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@given(counts, sizes, st.booleans(), st.integers(1, 5))
+def test_over_all_processes_every_pair_is_visited_once(pair_counts, size, shuffle, processes):
+    dealt = [
+        sampler(pair_counts, step=size[0], per_pack=size[1], shuffle=shuffle, rank=rank, world_size=processes)
+        for rank in range(processes)
+    ]
+    visited = Counter(pair for made in dealt for step in made for pair in pairs_of(step))
+    assert visited == Counter((i, pair) for i, count in enumerate(pair_counts) for pair in range(count))
+    assert {len(made) for made in dealt} == {len(sampler(pair_counts, step=size[0], per_pack=size[1]))}
+
+
+@given(counts, sizes, st.booleans(), st.integers(1, 5))
+def test_the_passes_of_a_step_are_dealt_out_in_turn(pair_counts, size, shuffle, processes):
+    """Equally many to each process; the last ones may be empty."""
+    options = {"step": size[0], "per_pack": size[1], "shuffle": shuffle}
+    alone = sampler(pair_counts, **options)
+    dealt = [sampler(pair_counts, **options, rank=rank, world_size=processes) for rank in range(processes)]
+    for whole, *parts in zip(alone, *dealt, strict=True):
+        together = [plan for turn in zip(*parts, strict=True) for plan in turn]
+        assert together[: len(whole)] == whole
+        assert together[len(whole) :] == [Plan(())] * (-len(whole) % processes)
+
+
+# --- what a batch holds ----------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def encoder():
     return tiny_policy()[2]
@@ -100,7 +138,9 @@ def test_a_batch_holds_only_the_responses_its_pairs_name(encoder):
     groups = [group(images=0, responses=(2, 3, 4, 5), seed=1, row=1), group(images=0, seed=2, row=2)]
     stored = [torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-5.0, -6.0])]
     chosen = groups[0].pairs.index(next(p for p in groups[0].pairs if (p.chosen, p.rejected) == (1, 3)))
-    batch, lost = PlannedBatches(groups, encoder, pack, stored)[Plan(((0, (chosen,)), (1, (0,))))]
+    batches = PlannedBatches(groups, encoder)
+    batches.ref_logps = stored
+    batch, lost = batches[Plan(((0, (chosen,)), (1, (0,))))]
     assert lost == []
     lengths = [len(encoder.response_ids(groups[0].responses[i])) for i in (1, 3)]
     assert batch.responses.response_tokens.tolist()[:2] == lengths
@@ -110,7 +150,7 @@ def test_a_batch_holds_only_the_responses_its_pairs_name(encoder):
 
 
 def test_without_stored_numbers_a_batch_has_none(encoder):
-    batch, _ = PlannedBatches([group(images=0)], encoder, pack, None)[Plan(((0, (0,)),))]
+    batch, _ = PlannedBatches([group(images=0)], encoder)[Plan(((0, (0,)),))]
     assert batch.ref_logps is None
 
 
@@ -118,7 +158,7 @@ def test_without_stored_numbers_a_batch_has_none(encoder):
 def test_the_loader_gives_a_step_at_a_time(encoder, workers):
     groups = [group(images=0, seed=i, row=i + 1) for i in range(5)]
     made = sampler([1] * 5, step=3, per_pack=2, shuffle=True)
-    loader = StepLoader(PlannedBatches(groups, encoder, pack, None), made, workers=workers)
+    loader = StepLoader(PlannedBatches(groups, encoder), made, workers=workers)
     loader.set_epoch(1)
     rows = [[row for batch in step.batches for row in batch.pairs.rows.tolist()] for step in loader]
     assert [len(step) for step in rows] == [3, 2]
@@ -132,8 +172,79 @@ def test_the_loader_gives_a_step_at_a_time(encoder, workers):
 def test_a_row_that_went_bad_is_left_out_and_named(encoder, tmp_path, workers):
     groups = [group(images=1, seed=i, row=i + 1) for i in range(3)]
     groups[1] = replace(groups[1], images=(tmp_path / "gone.png",))
-    loader = StepLoader(PlannedBatches(groups, encoder, pack, None), sampler([1] * 3, step=3), workers=workers)
+    loader = StepLoader(PlannedBatches(groups, encoder), sampler([1] * 3, step=3), workers=workers)
     (step,) = loader
     assert step.pairs == 2
     assert [row for batch in step.batches for row in batch.pairs.rows.tolist()] == [1, 3]
     assert [(finding.row, "gone.png" in finding.message) for finding in step.lost] == [(2, True)]
+
+
+def test_stored_numbers_stay_with_their_responses_where_rows_are_left_out(encoder, tmp_path):
+    groups = [group(images=i % 2, seed=i, row=i + 1) for i in range(4)]
+    groups[1] = replace(groups[1], images=(tmp_path / "gone.png",))
+    batches = PlannedBatches(groups, encoder)
+    batches.ref_logps = [torch.tensor([-2.0 * i - 1, -2.0 * i - 2]) for i in range(4)]
+    batches.ref_logps[2][1] = float("nan")  # there was nothing to compute it from
+    batch, lost = batches[Plan(tuple((index, (0,)) for index in range(4)))]
+    assert batch.pairs.rows.tolist() == [1, 4]
+    assert batch.ref_logps.tolist() == [-1.0, -2.0, -7.0, -8.0]
+    assert [finding.row for finding in lost] == [2, 3]
+
+
+# --- a stand-in ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(encoder):
+    """Batches of a group with an image, one without, and one whose image is gone; with a stand-in."""
+    groups = [group(images=i % 2, seed=i, row=i + 1) for i in range(3)] + [group(images=1, seed=3, row=4)]
+    groups[3] = replace(groups[3], images=(GOLDEN / "gone.png",))
+    batches = PlannedBatches(groups, encoder)
+    batches.ref_logps = [torch.tensor([-1.0 - i, -2.0 - i], dtype=torch.float64) for i in range(4)]
+    batches.stand_in = encoder.encode(group(images=1, responses=(1, 1, 1), seed=9))
+    return batches
+
+
+def test_a_stand_in_joins_a_batch_without_an_image_and_no_pair_refers_to_it(mixed):
+    batch, lost = mixed[Plan(((0, (0,)), (2, (0,))))]
+    assert lost == []
+    assert len(batch.responses.response_tokens) == 4 + 3
+    assert len(batch.responses.vision["pixel_values"]) == len(mixed.stand_in.vision["pixel_values"])
+    assert batch.pairs.rows.tolist() == [1, 3]
+    assert {*batch.pairs.chosen.tolist(), *batch.pairs.rejected.tolist()} == {0, 1, 2, 3}
+    assert batch.ref_logps.tolist() == [-1.0, -2.0, -3.0, -4.0, 0.0, 0.0, 0.0]
+
+
+def test_a_stand_in_stays_away_where_there_is_an_image(mixed):
+    batch, _ = mixed[Plan(((0, (0,)), (1, (0,))))]
+    assert len(batch.responses.response_tokens) == len(batch.ref_logps) == 4
+
+
+@pytest.mark.parametrize("shares", [(), ((3, (0,)),)], ids=["an empty plan", "a plan whose rows are lost"])
+def test_a_stand_in_makes_up_for_nothing(mixed, shares):
+    batch, lost = mixed[Plan(shares)]
+    assert [finding.row for finding in lost] == [4] * len(shares)
+    assert len(batch.responses.response_tokens) == len(batch.ref_logps) == 3
+    assert len(batch.pairs.rows) == len(batch.pairs.chosen) == len(batch.pairs.files) == 0
+    mixed.stand_in = None
+    assert mixed[Plan(shares)] == (None, lost)
+
+
+def test_a_stand_in_changes_neither_numbers_nor_gradients_of_the_others(mixed):
+    model = tiny_policy(torch.float64)[0]
+    set_text_attention(model, PACK_ATTENTION)
+
+    def margins_and_gradients():
+        batch, _ = mixed[Plan(((0, (0,)), (2, (0,))))]
+        logps = response_logps(model, batch.responses)
+        margins = logps[batch.pairs.chosen] - logps[batch.pairs.rejected]
+        model.zero_grad()
+        margins.square().sum().backward()
+        return margins, [p.grad for p in model.model.language_model.parameters()]
+
+    joined, gradients = margins_and_gradients()
+    mixed.stand_in = None
+    alone, expected = margins_and_gradients()
+    # transformers computes this model's norms in float32 whatever its dtype.
+    torch.testing.assert_close(joined, alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-6)

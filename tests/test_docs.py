@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,16 @@ from typer.testing import CliRunner
 import unidpo
 from unidpo import cli
 from unidpo.check import check_data
-from unidpo.config import DataSection, LoraSection, ModelSection, Recipe, TrainSection, load_recipe
+from unidpo.config import (
+    DataSection,
+    LoraSection,
+    ModelSection,
+    Recipe,
+    TrainSection,
+    is_sweep,
+    load_recipe,
+    load_sweep,
+)
 from unidpo.config.schema import LOSS_SECTIONS, SourceSection
 from unidpo.measures import LOGGED
 from unidpo.runs import LEDGER_COLUMNS, MAY_CHANGE_ON_RESUME
@@ -234,13 +243,18 @@ def test_ranked_example_makes_the_pairs_it_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["README.md", "README_zh.md", "docs/recipes.md"])
-def test_recipes_in_the_docs_load(tmp_path: Path, name: str) -> None:
+def test_recipes_in_the_docs_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(ROOT)  # where a sweep's recipes lie
     recipes = blocks(name, "yaml")
     assert recipes
     for number, block in enumerate(recipes):
         path = tmp_path / f"{number}.yaml"
         path.write_text(block, "utf-8")
-        load_recipe(path)
+        load_either(path)
+
+
+def load_either(path: Path, overrides: Sequence[str] = ()) -> None:
+    (load_sweep if is_sweep(path) else load_recipe)(path, overrides)
 
 
 def test_the_quick_start_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,8 +272,9 @@ def test_the_quick_start_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(folder.glob("pairs.parquet/*.parquet"))
 
 
-def test_commands_in_the_docs_exist() -> None:
+def test_commands_in_the_docs_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each `unidpo` command with its own options and, where it names a recipe of ours, overrides that are valid."""
+    monkeypatch.chdir(ROOT)
     commands = [
         shlex.split(line, comments=True)
         for path in DOCS
@@ -276,7 +291,7 @@ def test_commands_in_the_docs_exist() -> None:
         words = words[: words.index(">")] if ">" in words else words
         arguments = command.make_context("unidpo", list(words)).params
         if "recipe" in arguments and (ROOT / arguments["recipe"]).is_file():
-            load_recipe(ROOT / arguments["recipe"], arguments["overrides"] or ())
+            load_either(ROOT / arguments["recipe"], arguments["overrides"] or ())
 
 
 def test_both_readmes_have_the_same_headings_and_code() -> None:

@@ -179,6 +179,17 @@ def test_pairs_index_the_responses_they_use():
     assert index.rejected_scores.tolist() == [3.0, 4.0]
 
 
+def test_no_pairs_have_an_index_too():
+    """For a pass in which a process has nothing to learn from."""
+    none, some = index_pairs([]), index_pairs([(group(), group().pairs)])
+    names = [field.name for field in fields(some) if isinstance(getattr(some, field.name), torch.Tensor)]
+    assert len(names) == 7
+    for name in names:
+        assert getattr(none, name).shape == (0,)
+        assert getattr(none, name).dtype == getattr(some, name).dtype
+    assert none.files == ()
+
+
 def test_to_device_moves_tensors_and_keeps_the_rest():
     _, _, encoder = tiny_policy()
     packed = pack([encoder.encode(group())])
@@ -191,7 +202,8 @@ def test_to_device_moves_tensors_and_keeps_the_rest():
 def test_to_device_moves_all_of_a_step():
     encoder = tiny_policy()[2]
     groups = [group(images=1), group(images=0, seed=1)]
-    batches = PlannedBatches(groups, encoder, pack, [torch.zeros(len(one.responses)) for one in groups])
+    batches = PlannedBatches(groups, encoder)
+    batches.ref_logps = [torch.zeros(len(one.responses)) for one in groups]
     batch, _ = batches[Plan(((0, (0,)), (1, (0,))))]
     moved = to_device(batch, torch.device("meta"))
     tensors = [

@@ -1,6 +1,6 @@
 """The stored reference: what is computed, what is found again, and what a key is made of."""
 
-import contextlib
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,9 @@ from unidpo.logps import response_logps
 from unidpo.models import load_config, load_policy
 from unidpo.packs import pack, pad
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.policy import Policy
 from unidpo.reference import (
+    UNREADABLE,
     LogpStore,
     ReferencePass,
     default_cache,
@@ -47,10 +49,17 @@ def groups():
     return [group(images=i % 2, responses=(2, 3), seed=i, row=i + 1) for i in range(10)]
 
 
-def fill(policy, store, groups, **options):
+def keys_of(groups):
+    keys, lost = response_keys(groups)
+    assert lost == []
+    return keys
+
+
+def fill(policy, store, groups, *, layout=pack, keys=None, **options):
     model, encoder = policy
-    keys = response_keys(groups)
-    return ReferencePass(model, encoder, pack, store, contextlib.nullcontext, **options).run(groups, keys)
+    keys = keys or keys_of(groups)
+    reference_pass = ReferencePass(Policy(model, model), encoder, layout, store, torch.device("cpu"), **options)
+    return reference_pass.run(groups, keys)
 
 
 @pytest.fixture
@@ -67,8 +76,7 @@ def test_a_second_pass_finds_everything_and_runs_nothing(policy, groups, filled,
     assert (counts.found, counts.computed) == (20, 0)
     assert forwards == []
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(lookup(again, response_keys(groups)), lookup(filled, response_keys(groups)), strict=True)
+        torch.equal(a, b) for a, b in zip(lookup(again, keys_of(groups)), lookup(filled, keys_of(groups)), strict=True)
     )
 
 
@@ -87,7 +95,7 @@ def test_a_new_response_to_a_known_prompt_is_computed_alone(policy, groups, fill
     model, encoder = policy
     with torch.no_grad():
         live = response_logps(model, pack([encoder.encode(longer)]))
-    torch.testing.assert_close(lookup(store, response_keys([longer]))[0].float(), live, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lookup(store, keys_of([longer]))[0].float(), live, rtol=0, atol=1e-5)
 
 
 def test_an_interrupted_pass_keeps_what_it_had_and_goes_on(policy, groups, tmp_path, monkeypatch, forwards):
@@ -108,8 +116,9 @@ def test_an_interrupted_pass_keeps_what_it_had_and_goes_on(policy, groups, tmp_p
 
 def test_an_interrupted_pass_leaves_the_model_in_its_mode(policy, groups, tmp_path):
     def interrupt(done, total):
-        assert not policy[0].training
-        raise KeyboardInterrupt
+        if done:
+            assert not policy[0].training
+            raise KeyboardInterrupt
 
     policy[0].train()
     try:
@@ -134,7 +143,7 @@ def test_stored_equals_live(policy, groups, tmp_path, monkeypatch, pass_tokens):
     model, encoder = policy
     store = LogpStore(tmp_path)
     fill(policy, store, groups)
-    for one, stored in zip(groups, lookup(LogpStore(tmp_path), response_keys(groups)), strict=True):
+    for one, stored in zip(groups, lookup(LogpStore(tmp_path), keys_of(groups)), strict=True):
         with torch.no_grad():
             batch = pack([encoder.encode(one)])
             live = response_logps(model, batch) / batch.response_tokens
@@ -143,9 +152,9 @@ def test_stored_equals_live(policy, groups, tmp_path, monkeypatch, pass_tokens):
 
 def test_the_padded_path_stores_the_same_numbers(groups, filled, tmp_path):
     model, _, encoder = tiny_policy()
-    keys = response_keys(groups)
+    keys = keys_of(groups)
     store = LogpStore(tmp_path / "padded")
-    ReferencePass(model, encoder, lambda g: pad(g, pad_token_id=0), store, contextlib.nullcontext).run(groups, keys)
+    fill((model, encoder), store, groups, layout=lambda g: pad(g, pad_token_id=0))
     for ours, theirs in zip(lookup(store, keys), lookup(filled, keys), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
@@ -183,9 +192,43 @@ def test_a_damaged_part_is_named(filled):
         LogpStore(filled.folder)
 
 
-def test_a_number_that_is_missing_is_an_error(filled):
-    with pytest.raises(KeyError):
-        lookup(filled, [[b"0" * 16]])
+def test_a_number_that_is_missing_is_none(groups, filled):
+    (known, unknown), (unreadable,) = lookup(filled, [[keys_of(groups)[0][0], b"0" * 16], [UNREADABLE]])
+    assert math.isfinite(known)
+    assert math.isnan(unknown)
+    assert math.isnan(unreadable)
+
+
+def test_a_stand_in_changes_no_number_and_has_none(policy, groups, filled, tmp_path):
+    store = LogpStore(tmp_path / "joined")
+    stand_in = policy[1].encode(group(images=1, responses=(1, 1, 1), seed=77))
+    text = groups[0::2]
+    assert not any(one.images for one in text)
+    assert fill(policy, store, text, stand_in=stand_in).computed == 10
+    assert len(store) == 10
+    for ours, theirs in zip(lookup(store, keys_of(text)), lookup(filled, keys_of(text)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+
+
+def test_a_shared_store_holds_what_is_asked_for(groups, filled):
+    keys = keys_of(groups[2:5])
+    store = LogpStore.shared(filled.folder, [*keys, [b"0" * 16, UNREADABLE]])
+    assert len(store) == 6
+    assert all(torch.equal(a, b) for a, b in zip(lookup(store, keys), lookup(filled, keys), strict=True))
+
+
+def test_a_row_that_goes_bad_before_its_turn_is_told_and_the_others_are_computed(policy, tmp_path):
+    groups = [group(images=1, seed=i, row=i + 1) for i in range(3)]
+    groups[1].images[0].save(path := tmp_path / "here.png")
+    groups[1] = replace(groups[1], images=(path,))
+    keys, told = keys_of(groups), []
+    path.unlink()
+    store = LogpStore(tmp_path / "store")
+    assert fill(policy, store, groups, keys=keys, on_lost=told.append).computed == 4
+    ((lost,),) = told
+    assert lost.row == 2
+    assert "here.png" in lost.message
+    assert [bool(logps.isnan().any()) for logps in lookup(store, keys)] == [False, True, False]
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -197,7 +240,7 @@ def ask(*messages, images=(), answers=("yes", "no")):
 
 
 def key(*args, **options):
-    return response_keys([ask(*args, **options)])[0][0]
+    return keys_of([ask(*args, **options)])[0][0]
 
 
 def test_keys_change_with_what_the_number_depends_on(tmp_path):
@@ -237,12 +280,12 @@ def test_what_is_hashed_cannot_pass_for_something_else():
 def test_keys_do_not_depend_on_scores_rows_or_the_order_of_groups():
     groups = [group(images=i % 2, responses=(2, 3), seed=i) for i in range(4)]
     rescored = [replace(g, responses=tuple(replace(r, score=9.0) for r in g.responses)) for g in groups]
-    assert response_keys(groups) == response_keys(rescored)
-    assert response_keys(groups[::-1]) == response_keys(groups)[::-1]
+    assert keys_of(groups) == keys_of(rescored)
+    assert keys_of(groups[::-1]) == keys_of(groups)[::-1]
 
 
 def test_equal_responses_of_one_group_have_one_key():
-    (keys,) = response_keys([ask(Message("user", ("q",)), answers=("same", "same"))])
+    (keys,) = keys_of([ask(Message("user", ("q",)), answers=("same", "same"))])
     assert keys[0] == keys[1]
 
 
@@ -251,6 +294,16 @@ def test_a_file_is_known_by_its_content(tmp_path):
         Image.new("RGB", (60, 60), color).save(tmp_path / f"{name}.png")
     a, copy, b = (key(Message("user", (IMAGE,)), images=[tmp_path / f"{name}.png"]) for name in ("a", "copy", "b"))
     assert a == copy != b
+
+
+def test_a_prompt_whose_image_is_gone_has_no_keys_and_its_rows_are_named(tmp_path):
+    whole, gone = (group(images=2, responses=(2, 3), seed=seed, row=seed) for seed in (1, 2))
+    pairs = (Pair(0, 1, 2, tmp_path / "pairs.json"), Pair(1, 0, 3, tmp_path / "pairs.json"))
+    gone = replace(gone, images=(gone.images[0], tmp_path / "gone.png"), pairs=pairs)
+    keys, lost = response_keys([gone, whole, gone])
+    assert keys == [[UNREADABLE] * 2, *keys_of([whole]), [UNREADABLE] * 2]
+    assert [finding.row for finding in lost] == [2, 3] * 2
+    assert all("gone.png" in finding.message and finding.file == tmp_path / "pairs.json" for finding in lost)
 
 
 # --- where the numbers belong ----------------------------------------------------------------------------------------

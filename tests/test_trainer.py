@@ -1,19 +1,22 @@
 """The trainer's wiring: references, adapters, layouts, fallbacks, and what it reports."""
 
+import functools
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import TrainerCallback, TrainingArguments
 
+from trainers import arguments, lora, some_groups, trainer_of
 from unidpo.attention import PACK_ATTENTION
+from unidpo.batches import Batch
 from unidpo.errors import DataError, ModelError, TrainingError
 from unidpo.logps import response_logps
 from unidpo.losses import DPO, SimPO, UniDPO
+from unidpo.measures import pair_columns
 from unidpo.models import load_policy
-from unidpo.packs import Pack, pad
+from unidpo.packs import Pack, index_pairs, pack, pad
 from unidpo.pairs import Pair, Response, merge_by_prompt
 from unidpo.runs import LEDGER_COLUMNS
 from unidpo.trainer import PreferenceTrainer
@@ -24,35 +27,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 LN2 = 0.6931471805599453
 
 
-def arguments(folder, batch=(2, 2), **more):
-    plain = {
-        "learning_rate": 1e-4,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    sizes = dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), batch, strict=True))
-    return TrainingArguments(str(folder), **plain | sizes | more)
-
-
 @pytest.fixture
 def make(tmp_path):
-    """A trainer of the golden model on a few small groups; keywords that `TrainingArguments` knows go there."""
-
-    def make(groups=None, model=GOLDEN / "model", loss=None, *, batch=(2, 2), **options):
-        known = TrainingArguments.__dataclass_fields__.keys() & options.keys()
-        args = arguments(tmp_path / "out", batch, **{name: options.pop(name) for name in known})
-        groups = some_groups() if groups is None else groups
-        return PreferenceTrainer(model, loss=loss or UniDPO(), args=args, train_dataset=groups, **options)
-
-    return make
-
-
-def some_groups(count=4, *, images=lambda i: 1):
-    return [group(images=images(i), responses=(3, 5), seed=i, row=i + 1) for i in range(count)]
+    return functools.partial(trainer_of, tmp_path / "out")
 
 
 def records(trainer):
@@ -65,7 +42,7 @@ def losses(trainer):
 
 
 def attention_of(trainer):
-    return trainer._plain_model.config.get_text_config()._attn_implementation
+    return trainer.policy.attention
 
 
 # --- policy and reference ---------------------------------------------------------------------------------------------
@@ -149,13 +126,6 @@ def test_simpo_makes_no_reference_pass(make, tmp_path):
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def lora(**options):
-    from peft import LoraConfig
-
-    torch.manual_seed(0)
-    return LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
-
-
 def test_an_adapter_learns_and_the_weights_stay(make):
     model = load_policy(GOLDEN / "model")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -208,7 +178,7 @@ def test_weights_in_another_type_have_a_reference_of_their_own(make, tmp_path):
         model = load_policy(GOLDEN / "model", dtype=torch.bfloat16)
         trainer = make(model=model, bf16=True, max_steps=1, cache=tmp_path / cache, **options)
         trainer.train()
-        return [value for group_logps in trainer._ref_logps for value in group_logps.tolist()]
+        return [value for group_logps in trainer._batches.ref_logps for value in group_logps.tolist()]
 
     full, adapted = stored("shared"), stored("shared", peft_config=lora())
     assert adapted == stored("own", peft_config=lora())
@@ -288,7 +258,7 @@ def test_packs_that_disagree_are_not_used(make, monkeypatch, caplog):
     def wrong(model, batch):
         return response_logps(model, batch) + (0.01 if isinstance(batch, Pack) else 0.0)
 
-    monkeypatch.setattr("unidpo.trainer.response_logps", wrong)
+    monkeypatch.setattr("unidpo.policy.response_logps", wrong)
     trainer = make(max_steps=1)
     trainer.train()
     assert "differ by" in caplog.text
@@ -313,10 +283,19 @@ def test_the_model_keeps_its_own_attention(make, tmp_path, gemma2):
     assert attention_of(text) == before
 
 
-def test_a_checkpoint_does_not_ask_for_pack_attention(make, tmp_path):
-    make(max_steps=1, save_strategy="steps", save_steps=1).train()
-    saved = (tmp_path / "out" / "checkpoint-1" / "config.json").read_text()
-    assert PACK_ATTENTION not in saved
+@pytest.mark.parametrize("loss", [UniDPO(nll_weight=0.1), DPO(), SimPO()], ids=["uni_dpo", "dpo", "simpo"])
+def test_a_pass_without_pairs_gives_every_weight_that_learns_a_gradient_of_0(make, loss):
+    """Wrappers wait for the gradient of each; an optimizer passes over weights that have none."""
+    trainer = make(loss=loss)
+    trainer.policy.set_attention(PACK_ATTENTION)
+    batch = Batch(pack([trainer.encoder.encode(group(seed=9))]), index_pairs([]), None)
+    pairs, terms = trainer.evaluate_pairs(batch)
+    total = terms.loss.sum()
+    assert total.item() == 0
+    total.backward()
+    learning = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all(gradient is not None and not gradient.any() for gradient in learning.values())
+    assert {len(column) for column in pair_columns(batch, pairs, terms).values()} == {0}
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -328,7 +307,7 @@ def test_gradient_checkpointing_changes_no_step(make, options):
         peft = {"peft_config": lora()} if "peft" in options else options
         trainer = make(model=load_policy(GOLDEN / "model"), max_steps=2, reference="live", **peft, **more)
         passes = []
-        layer = trainer._plain_model.model.language_model.layers[1]
+        layer = trainer.policy.plain.model.language_model.layers[1]
         layer.self_attn.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
         return records(trainer), sum(passes)
 
@@ -337,6 +316,21 @@ def test_gradient_checkpointing_changes_no_step(make, options):
     for plain, checkpointed in zip(off, on, strict=True):
         assert checkpointed["loss"] == pytest.approx(plain["loss"], abs=1e-6)
         assert checkpointed["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+
+
+def test_bf16_computes_in_bfloat16_and_stays_near_float32(make):
+    def train(**options):
+        model = load_policy(GOLDEN / "model")
+        types = set()
+        model.model.language_model.layers[1].mlp.down_proj.register_forward_hook(lambda m, i, out: types.add(out.dtype))
+        return losses(make(model=model, **options)), types
+
+    full, in_full = train()
+    mixed, in_mixed = train(bf16=True)
+    # In the reference pass as in the steps.
+    assert (in_full, in_mixed) == ({torch.float32}, {torch.bfloat16})
+    assert mixed == pytest.approx(full, abs=0.02)
+    assert mixed[1] != full[1]
 
 
 def test_bfloat16_keeps_what_learns_in_float32(make):
@@ -351,54 +345,6 @@ def test_bfloat16_keeps_what_learns_in_float32(make):
     full = []
     make(max_steps=1, on_pairs=full.append).train()
     assert seen[0]["chosen_logps"] == pytest.approx(full[0]["chosen_logps"], abs=0.1)
-
-
-@pytest.mark.parametrize("how", ["full", "adapter", "bfloat16"])
-def test_a_resumed_training_ends_as_the_uninterrupted_one(make, tmp_path, how):
-    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
-
-    def trained(**options):
-        model = load_policy(GOLDEN / "model", dtype=dtype)
-        options |= {"peft_config": lora()} if how == "adapter" else {}
-        trainer = make(model=model, bf16=how == "bfloat16", save_strategy="steps", save_steps=1, max_steps=3, **options)
-        return trainer, trainer.model
-
-    whole, expected = trained()
-    whole.train()
-    resumed, found = trained()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    for (name, ours), theirs in zip(found.named_parameters(), expected.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-    assert resumed.state.log_history[-2]["loss"] == whole.state.log_history[-2]["loss"]
-
-
-def test_a_checkpoint_that_lacks_weights_is_not_resumed(make, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    make(save_strategy="steps", save_steps=1).train()
-    weights = tmp_path / "out" / "checkpoint-1" / "model.safetensors"
-    state = load_file(weights)
-    del state["visual.merger.mlp.0.bias"]
-    save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"checkpoint-1.*merger"):
-        make().train(resume_from_checkpoint=str(weights.parent))
-
-
-def test_the_best_checkpoint_is_loaded_at_the_end(make):
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    held_out = [replace(one, pairs=(Pair(1, 0, one.pairs[0].row),)) for one in some_groups()]  # the other way round
-    trainer = make(loss=DPO(), eval_dataset=held_out, load_best_model_at_end=True, **options)
-    after = []
-
-    class Keep(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            after.append(trainer.model.lm_head.weight.clone())
-
-    trainer.add_callback(Keep())
-    trainer.train()
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
-    assert torch.equal(trainer.model.lm_head.weight, after[0])
-    assert not torch.equal(after[0], after[1])
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -480,27 +426,6 @@ def test_the_arguments_given_are_left_alone(tmp_path):
     assert args.to_dict() == before
 
 
-@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
-def test_an_image_that_vanishes_during_training(make, tmp_path, caplog, on_bad_row):
-    groups = some_groups()
-    path = tmp_path / "here.png"
-    groups[2].images[0].save(path)
-    groups[2] = replace(groups[2], images=(path,))
-    trainer = make(
-        groups,
-        batch=(1, 2),
-        shuffle=False,
-        on_bad_row=on_bad_row,
-        on_pairs=lambda columns: path.unlink(missing_ok=True),  # after the first step
-    )
-    if on_bad_row == "error":
-        with pytest.raises(DataError, match=r"row 3.*here\.png"):
-            trainer.train()
-    else:
-        assert len(losses(trainer)) == 2
-        assert "row 3" in caplog.text
-
-
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
@@ -537,40 +462,4 @@ def test_an_evaluation_outside_training_measures_the_same(make, tmp_path, refere
 def test_a_loss_that_is_no_number_stops_the_training_and_names_the_pairs(make):
     trainer = make(learning_rate=1e30, num_train_epochs=4)
     with pytest.raises(TrainingError, match=r"row \d+: the loss of this pair is"):
-        trainer.train()
-
-
-def with_an_image_that_goes(folder):
-    """Two groups; a callback deletes the image of the second one, row 2, after the first step."""
-    path = folder / "gone.png"
-    groups = some_groups()[:2]
-    picture = group(images=1, seed=9)
-    picture.images[0].save(path)
-    groups[1] = replace(picture, images=(path,), pairs=tuple(replace(pair, row=2) for pair in picture.pairs))
-
-    class Delete(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            path.unlink(missing_ok=True)
-
-    return groups, Delete()
-
-
-def test_a_row_that_goes_bad_in_training_is_left_out_named_and_counted(make, tmp_path, caplog):
-    groups, delete = with_an_image_that_goes(tmp_path)
-    visited = []
-    options = {"num_train_epochs": 3, "max_steps": -1, "batch": (4, 1), "shuffle": False, "callbacks": [delete]}
-    trainer = make(groups, on_bad_row="skip", on_pairs=lambda columns: visited.append(set(columns["row"])), **options)
-    trainer.train()
-    assert 2 in visited[0]
-    assert visited[1:] == [visited[0] - {2}] * 2
-    said = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert len(said) == 2  # the row once, though it is met twice, and the count
-    assert "row 2" in said[0]
-    assert said[1].startswith("1 rows")
-
-
-def test_a_row_that_goes_bad_in_training_stops_it_by_default(make, tmp_path):
-    groups, delete = with_an_image_that_goes(tmp_path)
-    trainer = make(groups, num_train_epochs=3, max_steps=-1, batch=(4, 1), shuffle=False, callbacks=[delete])
-    with pytest.raises(DataError, match="row 2"):
         trainer.train()

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from unidpo.losses import DPO, SimPO, UniDPO
+    from unidpo.losses import DPO, IPO, MMDPO, MPO, ODPO, RPO, WPO, SimPO, UniDPO
     from unidpo.pairs import Message, Pair, PromptGroup, Response
     from unidpo.sources import load_pairs
     from unidpo.trainer import PreferenceTrainer
 
 _HOMES = {
-    "DPO": "losses",
-    "SimPO": "losses",
-    "UniDPO": "losses",
+    **dict.fromkeys(["DPO", "IPO", "MMDPO", "MPO", "ODPO", "RPO", "WPO", "SimPO", "UniDPO"], "losses"),
     "Message": "pairs",
     "Pair": "pairs",
     "PromptGroup": "pairs",
@@ -27,7 +25,23 @@ _HOMES = {
     "load_pairs": "sources",
     "PreferenceTrainer": "trainer",
 }
-__all__ = ["DPO", "Message", "Pair", "PreferenceTrainer", "PromptGroup", "Response", "SimPO", "UniDPO", "load_pairs"]
+__all__ = [
+    "DPO",
+    "IPO",
+    "MMDPO",
+    "MPO",
+    "ODPO",
+    "RPO",
+    "WPO",
+    "Message",
+    "Pair",
+    "PreferenceTrainer",
+    "PromptGroup",
+    "Response",
+    "SimPO",
+    "UniDPO",
+    "load_pairs",
+]
 
 
 def __getattr__(name: str) -> Any:

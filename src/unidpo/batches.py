@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unidpo.encode import EncodedGroup, Encoder
-from unidpo.errors import Finding, UserError
-from unidpo.packs import Layout, Pack, PaddedRows, PairIndex, index_pairs, used_responses
+from unidpo.errors import Finding, ImageError, UserError
+from unidpo.packs import Layout, Pack, PaddedRows, PairIndex, index_pairs, pack, used_responses
 from unidpo.pairs import Pair, PromptGroup
 
 
@@ -56,7 +56,7 @@ class Step:
 
     @property
     def pairs(self) -> int:
-        """Pairs in all batches, by which the sum of their losses is divided."""
+        """Pairs in all batches of this process."""
         return sum(len(batch.pairs.rows) for batch in self.batches)
 
 
@@ -67,18 +67,33 @@ class StepSampler(Sampler[list[Plan]]):
     fit into a step goes on in the next one. Within a step whole groups share a forward pass while they have at most
     `pairs_per_pack` pairs together; the pairs of one prompt are never spread over several passes of a step.
 
+    With several processes the passes of a step are dealt out in turn. Every process makes equally many, because their
+    wrappers wait for each other in each of them: who has fewer gets empty plans.
+
     Args:
         pair_counts: pairs of each group.
+        pairs_per_step: over all processes.
+        rank, world_size: which of how many processes this is.
     """
 
     def __init__(
-        self, pair_counts: Sequence[int], *, pairs_per_step: int, pairs_per_pack: int, shuffle: bool, seed: int
+        self,
+        pair_counts: Sequence[int],
+        *,
+        pairs_per_step: int,
+        pairs_per_pack: int,
+        shuffle: bool,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._pair_counts = list(pair_counts)
         self._pairs_per_step = pairs_per_step
         self._pairs_per_pack = pairs_per_pack
         self._shuffle = shuffle
         self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -116,7 +131,8 @@ class StepSampler(Sampler[list[Plan]]):
                 room = self._pairs_per_pack
             packs[-1].append(share)
             room -= len(share[1])
-        return [Plan(tuple(shares)) for shares in packs]
+        packs += [[]] * (-len(packs) % self._world_size)
+        return [Plan(tuple(shares)) for shares in packs[self._rank :: self._world_size]]
 
 
 class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
@@ -125,21 +141,23 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
     What cannot be read comes out as findings beside the batch, which is `None` where nothing is left of it; an
     exception would lose its findings on the way out of a worker.
 
-    Args:
-        ref_logps: for each group the stored log-probabilities of its responses, in nats, or `None`.
+    The attributes may be set until the first batch is drawn.
+
+    Attributes:
+        layout: how groups become a batch.
+        ref_logps: for each group the stored log-probabilities of its responses, in nats, NaN where there is none; or
+            `None`.
+        stand_in: a small group, with an image where the data has any, that joins batches without an image and makes up
+            those without anything; no pair refers to it. Processes that train together all go through the same
+            modules in each pass then. `None` for a process on its own.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[PromptGroup],
-        encoder: Encoder,
-        layout: Layout,
-        ref_logps: Sequence[Float[Tensor, " _"]] | None,
-    ) -> None:
+    def __init__(self, groups: Sequence[PromptGroup], encoder: Encoder) -> None:
         self._groups = groups
         self._encoder = encoder
-        self._layout = layout
-        self._ref_logps = ref_logps
+        self.stand_in: EncodedGroup | None = None
+        self.layout: Layout = pack
+        self.ref_logps: Sequence[Float[Tensor, " _"]] | None = None
 
     def __len__(self) -> int:
         """Pairs in the data set, which is what transformers reports speed in."""
@@ -155,18 +173,31 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
             pairs = [group.pairs[place] for place in places]
             used = used_responses(pairs)
             try:
+                if self.ref_logps is not None:
+                    found = self.ref_logps[index][used]
+                    if found.isnan().any():
+                        raise ImageError("it could not be read when the reference was computed")
+                    ref_logps.append(found)
                 encoded.append(self._encoder.encode(group, used))
             except UserError as error:
-                rows = sorted({(pair.row, pair.file) for pair in pairs}, key=str)
-                lost += [Finding("lost-row", str(error), file=file, row=row) for row, file in rows]
+                del ref_logps[len(encoded) :]
+                lost += lost_rows(pairs, error)
                 continue
             shares.append((group, pairs))
-            if self._ref_logps is not None:
-                ref_logps.append(self._ref_logps[index][used])
-        if not shares:
+        if self.stand_in is not None and not any(group.vision for group in encoded):
+            encoded.append(self.stand_in)
+            if self.ref_logps is not None:
+                ref_logps.append(torch.zeros(len(self.stand_in.response_ids), dtype=torch.float64))
+        if not encoded:
             return None, lost
         stored = torch.cat(ref_logps) if ref_logps else None
-        return Batch(self._layout(encoded), index_pairs(shares), stored), lost
+        return Batch(self.layout(encoded), index_pairs(shares), stored), lost
+
+
+def lost_rows(pairs: Sequence[Pair], error: UserError) -> list[Finding]:
+    """The rows of some pairs as findings that say why they cannot be used any more."""
+    rows = sorted({(pair.row, pair.file) for pair in pairs}, key=str)
+    return [Finding("lost-row", str(error), file=file, row=row) for row, file in rows]
 
 
 class StepLoader(DataLoader[Step]):

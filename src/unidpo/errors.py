@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Literal, TypeVar
 
 E = TypeVar("E", bound="UserError")
 Severity = Literal["error", "warning"]
@@ -47,7 +47,7 @@ class Finding:
 class UserError(Exception):
     """An input that cannot be used. The command line prints it without a traceback and exits with `exit_code`."""
 
-    exit_code: ClassVar[int] = 2
+    exit_code: int = 2
 
     def __init__(self, message: str, *, findings: Sequence[Finding] = ()) -> None:
         super().__init__(message)
@@ -74,6 +74,18 @@ class TrainingError(UserError):
     """The work failed although nothing in the input was wrong to read: the loss is no number, say."""
 
     exit_code = 1
+
+
+class Interrupted(UserError):
+    """The work was asked to stop by a signal, did so in good order, and can go on later.
+
+    Args:
+        exit_code: 128 and the signal's number; SIGTERM's where it is not given.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 143) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class RunError(UserError):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from unidpo.batches import Batch
-from unidpo.losses import LossTerms, PairLogps
+from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 
 Columns: TypeAlias = Mapping[str, Sequence[Any]]
 """Plain numbers (or `None` where a loss has no such value) by name, one entry per pair."""
@@ -29,6 +29,12 @@ LOGGED: Mapping[str, str] = {
     "preference/loss": "preference",
 }
 """Logged key, as TRL names it where TRL has it → column of the pair log it is the mean of."""
+
+
+def held_out_keys(loss: PreferenceLoss) -> list[str]:
+    """What an evaluation measures, without the `eval_` before it."""
+    logged = [key for key in LOGGED if loss.needs_reference or not key.startswith("logps/ref_")]
+    return ["loss", *logged, "rewards/margins", "rewards/accuracies"]
 
 
 def pair_columns(batch: Batch, pairs: PairLogps, terms: LossTerms) -> dict[str, list[Any]]:
@@ -76,3 +82,21 @@ class Means:
         self._sums.clear()
         self._pairs = 0
         return means
+
+
+@dataclass
+class RewardShift:
+    """The mean implicit reward of all responses of all pairs seen so far, which some losses measure rewards from."""
+
+    total: float = 0.0
+    responses: int = 0
+
+    def add(self, columns: Columns) -> None:
+        """Take in the pairs of a step, see `pair_columns`."""
+        self.total += sum(columns["chosen_reward"]) + sum(columns["rejected_reward"])
+        self.responses += 2 * len(columns["chosen_reward"])
+
+    @property
+    def value(self) -> float:
+        """0 before the first pair."""
+        return self.total / self.responses if self.responses else 0.0

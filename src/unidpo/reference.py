@@ -3,16 +3,18 @@
 A store is a folder of Parquet parts, named by what the numbers depend on besides the response itself: the model's
 weights and arithmetic, the processor, the template and the limits. Parts are written whole and renamed into place,
 so a pass that is interrupted goes on where it stopped, and several writers do not meet.
+
+Where several processes train together, the main one alone reads and writes the store; each computes its share.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,18 +24,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
+from unidpo.batches import lost_rows
 from unidpo.encode import EncodedGroup, Encoder
-from unidpo.errors import ImageError, UserError
+from unidpo.errors import Finding, ImageError, UserError
 from unidpo.images import content_digest
-from unidpo.logps import response_logps
 from unidpo.packs import Layout, to_device
 from unidpo.pairs import ImageSource, PromptGroup
+from unidpo.policy import Policy
+from unidpo.ranks import gather, is_main, on_main, rank, whole, world_size
 
 FLUSH_SECONDS = 30.0
 PASS_TOKENS = 8192
 """Tokens in one forward of the reference pass; without gradients this is small beside a training step."""
+UNREADABLE = b""
+"""Stands for the key of a response whose prompt cannot be read any more."""
 
 _SCHEMA = pa.schema([("key", pa.binary(16)), ("logp", pa.float64()), ("tokens", pa.int32())])
 
@@ -47,13 +52,28 @@ class LogpStore:
     """Log-probabilities (nats, summed over the response's tokens) by response key, in a folder.
 
     Numbers are added in memory and reach the disk with `flush`.
+
+    Args:
+        folder: where the parts lie.
+        logps: what is in it; read from the disk where `None`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, logps: Mapping[bytes, float] | None = None) -> None:
         self.folder = folder
-        self._logps: dict[bytes, float] = {}
+        self._logps: dict[bytes, float] = dict(logps or {})
         self._new: dict[bytes, tuple[float, int]] = {}
-        self.reload()
+        if logps is None:
+            self.reload()
+
+    @classmethod
+    def shared(cls, folder: Path, keys: Sequence[Sequence[bytes]]) -> LogpStore:
+        """In each process a store with what the main one finds under these keys. Raises `UserError` in all."""
+
+        def found() -> dict[bytes, float]:
+            store = cls(folder)
+            return {key: store[key] for group in keys for key in group if key in store}
+
+        return cls(folder, on_main(found))
 
     def reload(self) -> None:
         """Take in what is on disk; parts that other writers added included.
@@ -77,6 +97,10 @@ class LogpStore:
 
     def __getitem__(self, key: bytes) -> float:
         return self._logps[key]
+
+    def get(self, key: bytes) -> float:
+        """The log-probability, or NaN."""
+        return self._logps.get(key, math.nan)
 
     def __len__(self) -> int:
         return len(self._logps)
@@ -111,19 +135,22 @@ def store_folder(cache: Path, fingerprint: str, encoder: Encoder, *, arithmetic:
 def weights_fingerprint(model: torch.nn.Module) -> str:
     """32 hex digits that name the weights: every parameter and buffer with name, shape, dtype and bytes.
 
-    Buffers that are not saved count too: rotary frequencies change with a setting of the configuration alone.
+    Buffers that are not saved count too: rotary frequencies change with a setting of the configuration alone. Weights
+    that ZeRO-3 has spread over processes are brought together one by one; every process must call it then.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted((model.state_dict() | dict(model.named_buffers())).items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, tensor in sorted((model.state_dict(keep_vars=True) | dict(model.named_buffers())).items()):
+        with whole(tensor):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def response_keys(groups: Iterable[PromptGroup]) -> list[list[bytes]]:
+def response_keys(groups: Iterable[PromptGroup]) -> tuple[list[list[bytes]], list[Finding]]:
     """For each group the 16-byte keys of its responses, made of prompt, image contents and response text.
 
-    Each distinct image file is read once. Raises `ImageError` where one cannot be read.
+    Each distinct image file is read once. Groups of which an image cannot be read any more have empty keys, and their
+    rows are among the findings.
     """
     digests: dict[Path | bytes, bytes] = {}
 
@@ -135,23 +162,26 @@ def response_keys(groups: Iterable[PromptGroup]) -> list[list[bytes]]:
         return digests[source]
 
     keys: list[list[bytes]] = []
+    lost: list[Finding] = []
     for group in groups:
         prompt = hashlib.blake2b(digest_size=16)
         for message in group.messages:
             _update(prompt, "role", message.role)
             for part in message.content:
                 _update(prompt, *(("text", part) if isinstance(part, str) else ("mark", "")))
-        for source in group.images:
-            try:
+        try:
+            for source in group.images:
                 _update(prompt, "image", image_digest(source))
-            except ImageError as error:
-                raise ImageError(f"row {group.pairs[0].row}: {error}", findings=error.findings) from error
+        except ImageError as error:
+            lost += lost_rows(group.pairs, error)
+            keys.append([UNREADABLE] * len(group.responses))
+            continue
         keys.append([])
         for response in group.responses:
             key = prompt.copy()
             _update(key, "response", response.text)
             keys[-1].append(key.digest())
-    return keys
+    return keys, lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,29 +201,51 @@ class _Missing:
     keys: list[bytes]
 
 
+@dataclass(slots=True)
+class _PassBatch:
+    """Groups of one forward pass, the keys of their responses, and the rows that were to be in it and are lost."""
+
+    groups: list[EncodedGroup] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    lost: list[Finding] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """What a pass gave: key, log-probability and tokens of each response."""
+
+    entries: list[tuple[bytes, float, int]]
+    lost: list[Finding]
+
+
 @dataclass
 class ReferencePass:
     """Fill a store with the log-probabilities of all responses it does not hold yet.
 
     Attributes:
-        model: the reference; run in eval mode without gradients and put back into the mode it was in.
+        policy: the reference; put into eval mode meanwhile.
         layout: how encoded groups become a batch, `packs.pack` or the padded path.
-        autocast: a fresh context for each forward.
+        device: where batches go.
+        stand_in: as in `batches.PlannedBatches`.
         workers: processes that decode images and tokenize ahead of the model.
+        on_lost: told of rows that cannot be read any more; may raise.
+        on_progress: told responses done and responses to do, over all processes.
     """
 
-    model: PreTrainedModel
+    policy: Policy
     encoder: Encoder
     layout: Layout
     store: LogpStore
-    autocast: Callable[[], AbstractContextManager[object]]
+    device: torch.device
+    stand_in: EncodedGroup | None = None
     workers: int = 0
+    on_lost: Callable[[list[Finding]], None] = field(default=lambda findings: None)
     on_progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
     def run(self, groups: Sequence[PromptGroup], keys: Sequence[Sequence[bytes]]) -> PassCounts:
         """Compute what is missing. What was computed before an interruption is kept."""
         todo: list[_Missing] = []
-        seen: set[bytes] = set()
+        seen: set[bytes] = {UNREADABLE}
         for group, group_keys in zip(groups, keys, strict=True):
             missing = []
             for i, key in enumerate(group_keys):
@@ -203,60 +255,84 @@ class ReferencePass:
             if missing:
                 todo.append(_Missing(group, missing, [group_keys[i] for i in missing]))
         total = sum(len(missing.keys) for missing in todo)
-        if total:
-            self._compute(todo, total)
-        return PassCounts(found=len(seen) - total, computed=total)
+        computed = self._compute(todo, total) if total else 0
+        return PassCounts(found=len(seen) - 1 - total, computed=computed)
 
-    def _compute(self, todo: Sequence[_Missing], total: int) -> None:
-        was_training = self.model.training
-        self.model.eval()
+    def _compute(self, todo: Sequence[_Missing], total: int) -> int:
         done, flushed = 0, time.monotonic()
+        mine = self._batches(todo[rank() :: world_size()])
         try:
             self.on_progress(0, total)
-            for groups, group_keys in self._batches(todo):
-                batch = to_device(self.layout(groups), self.model.device)
-                with torch.no_grad(), self.autocast():
-                    logps = response_logps(self.model, batch)
-                tokens = batch.response_tokens.tolist()
-                for key, logp, count in zip(group_keys, logps.tolist(), tokens, strict=True):
-                    self.store.add(key, logp, count)
-                done += len(group_keys)
-                self.on_progress(done, total)
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    self.store.flush()
-                    flushed = time.monotonic()
+            with self.policy.measuring():
+                # Processes whose share is done go on with the others, whose passes need them.
+                while any(shares := gather([self._score(next(mine, None))])):
+                    for share in filter(None, shares):
+                        if share.lost:
+                            self.on_lost(share.lost)
+                        for entry in share.entries:
+                            self.store.add(*entry)
+                        done += len(share.entries)
+                    self.on_progress(done, total)
+                    if time.monotonic() - flushed > FLUSH_SECONDS:
+                        self._flush()
+                        flushed = time.monotonic()
         finally:
+            self._flush()
+        return done
+
+    def _flush(self) -> None:
+        if is_main():
             self.store.flush()
-            self.model.train(was_training)
 
-    def _encode(self, missing: _Missing) -> EncodedGroup:
-        return self.encoder.encode(missing.group, missing.responses)
+    def _score(self, batch: _PassBatch | None) -> _Scored | None:
+        if batch is None and world_size() == 1:
+            return None
+        groups = [] if batch is None else batch.groups
+        if self.stand_in is not None and not any(group.vision for group in groups):
+            groups = [*groups, self.stand_in]
+        entries: list[tuple[bytes, float, int]] = []
+        if groups:
+            responses = to_device(self.layout(groups), self.device)
+            logps = self.policy.response_logps(responses).tolist()
+            # The stand-in's are behind those that have keys.
+            keys = [] if batch is None else batch.keys
+            entries = list(zip(keys, logps, responses.response_tokens.tolist(), strict=False))
+        return None if batch is None else _Scored(entries, batch.lost)
 
-    def _batches(self, todo: Sequence[_Missing]) -> Iterator[tuple[list[EncodedGroup], list[bytes]]]:
+    def _encode(self, missing: _Missing) -> EncodedGroup | UserError:
+        # An exception would lose its findings on the way out of a worker.
+        try:
+            return self.encoder.encode(missing.group, missing.responses)
+        except UserError as error:
+            return error
+
+    def _batches(self, todo: Sequence[_Missing]) -> Iterator[_PassBatch]:
         """Encoded groups up to `PASS_TOKENS` together (at least one), with the keys of their responses."""
-        loader: DataLoader[EncodedGroup] = DataLoader(
+        loader: DataLoader[EncodedGroup | UserError] = DataLoader(
             todo,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=self._encode,  # type: ignore[arg-type]
             num_workers=self.workers,
         )
-        groups: list[EncodedGroup] = []
-        keys: list[bytes] = []
-        tokens = 0
+        batch, tokens = _PassBatch(), 0
         for encoded, missing in zip(loader, todo, strict=True):
+            if isinstance(encoded, UserError):
+                batch.lost += lost_rows(missing.group.pairs, encoded)
+                continue
             size = len(encoded.prompt_ids) + sum(map(len, encoded.response_ids))
-            if groups and tokens + size > PASS_TOKENS:
-                yield groups, keys
-                groups, keys, tokens = [], [], 0
-            groups.append(encoded)
-            keys += missing.keys
+            if batch.groups and tokens + size > PASS_TOKENS:
+                yield batch
+                batch, tokens = _PassBatch(), 0
+            batch.groups.append(encoded)
+            batch.keys += missing.keys
             tokens += size
-        yield groups, keys
+        if batch.groups or batch.lost:
+            yield batch
 
 
 def lookup(store: LogpStore, keys: Sequence[Sequence[bytes]]) -> list[Float[Tensor, " responses"]]:
-    """The stored log-probabilities of each group's responses, in nats. Raises `KeyError` if one is missing."""
-    return [torch.tensor([store[key] for key in group], dtype=torch.float64) for group in keys]
+    """The stored log-probabilities of each group's responses, in nats; NaN for those it does not hold."""
+    return [torch.tensor([store.get(key) for key in group], dtype=torch.float64) for group in keys]
 
 
 def _update(digest: hashlib.blake2b, kind: str, part: str | bytes) -> None:

@@ -38,6 +38,8 @@ MAY_CHANGE_ON_RESUME = frozenset(
     }
 )
 """Recipe keys that do not change what is learned; every other one must be as the run began."""
+UNFINISHED_CHECKPOINT = ".checkpoint-unfinished"
+"""Folder in which a checkpoint is written before it appears."""
 _PACKAGES = ("unidpo", "torch", "transformers", "accelerate", "peft", "datasets", "pillow", "pyarrow", "numpy")
 
 
@@ -99,7 +101,7 @@ class RunFolder:
         """
         self.refuse_unless_free(resume=resume)
         if resume:
-            self._refuse_other_config(config)
+            self.refuse_other_config(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             starts = json.loads(self.environment.read_text("utf-8"))["starts"] if self.environment.is_file() else []
@@ -123,7 +125,8 @@ class RunFolder:
     def _has_metrics(self) -> bool:
         return self.metrics.is_file() and self.metrics.stat().st_size > 0
 
-    def _refuse_other_config(self, config: Mapping[str, Any]) -> None:
+    def refuse_other_config(self, config: Mapping[str, Any]) -> None:
+        """Raise `RunError` where the folder's run began with another recipe."""
         try:
             before = _flat(json.loads(self.config.read_text("utf-8")))
         except ValueError as error:
@@ -210,9 +213,9 @@ LEDGER_COLUMNS = (
     Column("chosen_tokens", pa.int32(), "tokens of the chosen response after truncation, closing tokens included"),
     Column("rejected_tokens", pa.int32(), "as chosen_tokens"),
     Column("quality_weight", pa.float32(), "in (0, 1); 1 for losses without"),
-    Column("performance_weight", pa.float32(), "in (0, 1); 1 for losses without"),
+    Column("performance_weight", pa.float32(), "> 0; 1 for losses without"),
     Column("nll_gate", pa.float32(), "1 where the NLL term is on, else 0"),
-    Column("preference", pa.float32(), "-log sigmoid term before any weight"),
+    Column("preference", pa.float32(), "preference term before any weight, -log sigmoid in most losses"),
     Column("nll", pa.float32(), "NLL term as added to the loss"),
     Column("loss", pa.float32(), "the pair's loss; the training loss is the mean over pairs"),
 )

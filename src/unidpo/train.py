@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
+import signal
+import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,13 +19,17 @@ import transformers
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from unidpo.adapters import lora_config
+from unidpo.card import write_card
 from unidpo.check import check_data
-from unidpo.config import LoraSection, Recipe
-from unidpo.errors import DataError, RecipeError
+from unidpo.config import Recipe
+from unidpo.errors import DataError, Interrupted, RecipeError, did_you_mean
 from unidpo.losses import PreferenceLoss, make_loss
-from unidpo.models import language_linear_layers, load_config, load_policy, load_processor, save_model
+from unidpo.measures import held_out_keys
+from unidpo.models import load_config, load_policy, load_processor, save_model
 from unidpo.pairs import PromptGroup
 from unidpo.progress import Stages
+from unidpo.ranks import is_main, on_main, wait_for_all
 from unidpo.runs import LEDGER_COLUMNS, Ledger, Metrics, RunFolder
 from unidpo.sources import mix, select_pairs, split_by_prompt
 from unidpo.trainer import PreferenceTrainer
@@ -38,24 +48,81 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     Raises:
         UserError: something in the recipe, the data, the model or the run folder cannot be used.
     """
-    console = console or Console(stderr=True)
+    args = _training_arguments(recipe)  # which joins the processes, where there are several
+    console = (console or Console(stderr=True)) if is_main() else Console(quiet=True)
     _log_to(console)
-    args = _training_arguments(recipe)
     for name in (recipe.model.name, *([recipe.reference] if recipe.reference not in ("stored", "live") else [])):
         load_config(name, trust_remote_code=recipe.model.trust_remote_code)  # before the data is read, image by image
-    folder = RunFolder(recipe.output)
-    step = folder.create(recipe.resolved(), resume=resume)
     loss: PreferenceLoss = make_loss(**recipe.loss.model_dump())
+    _require_metric(args, loss)
+    folder = RunFolder(recipe.output)
+    step = on_main(lambda: folder.create(recipe.resolved(), resume=resume))
+    checkpoint = folder.last_checkpoint if resume else None
     with Stages(console) as stages:
-        groups, held_out = _training_data(recipe, loss, stages)
-        checkpoint = folder.last_checkpoint if resume else None
+        groups, held_out = on_main(lambda: _training_data(recipe, loss, stages))
         with _packages_the_recipe_needs():
-            trainer = _trainer(recipe, args, loss, groups, held_out, RunRecord(folder, stages, step=step))
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    dtype = getattr(torch, recipe.model.dtype)
-    folder.finish(lambda target: save_model(trainer.model, trainer.processing_class, target, dtype=dtype))
+            record = RunRecord(folder, stages, step=step) if is_main() else None
+            trainer = _trainer(recipe, args, loss, groups, held_out, record)
+            with _stopped_by_signals(trainer):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _finish(folder, trainer, getattr(torch, recipe.model.dtype))
     console.print(f"finished: {folder.model}", markup=False, highlight=False, soft_wrap=True)
     return folder.path
+
+
+def _finish(folder: RunFolder, trainer: PreferenceTrainer, dtype: torch.dtype) -> None:
+    # Weights that are spread over processes come together here, so every process must take part.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+
+    def save(target: Path) -> None:
+        save_model(trainer.model, trainer.processing_class, target, state, dtype=dtype)
+        try:
+            write_card(folder, target)
+        except Exception:  # a bug in the card must not cost the model
+            _LOG.warning("the model card could not be written", exc_info=True)
+
+    if is_main():
+        folder.finish(save)
+    wait_for_all()
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(trainer: PreferenceTrainer) -> Iterator[None]:
+    """SIGTERM, and the first Ctrl-C, let the step at hand end and save it; the second Ctrl-C stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if number == signal.SIGINT and received.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+        trainer.request_stop()
+        _LOG.warning("%s: this step is finished and saved first", signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except Interrupted as stopped:
+        # Another process may be the one that was told.
+        number = received[0] if received else signal.SIGTERM
+        raise Interrupted(str(stopped), exit_code=128 + number) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _require_metric(args: TrainingArguments, loss: PreferenceLoss) -> None:
+    """Raise `RecipeError` where the best model is to be known by something that no evaluation measures."""
+    known, wanted = held_out_keys(loss), args.metric_for_best_model
+    if wanted is None and args.save_strategy == "best":
+        raise RecipeError(f"train.save_strategy=best needs train.metric_for_best_model: one of {', '.join(known)}")
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise RecipeError(
+            f"train.metric_for_best_model={wanted}: is not measured on held-out pairs; there are {', '.join(known)}"
+            f"{did_you_mean(wanted.removeprefix('eval_'), known)}"
+        )
 
 
 @contextlib.contextmanager
@@ -63,12 +130,19 @@ def _packages_the_recipe_needs() -> Iterator[None]:
     """An optional package that `train` or `lora` asks for and that is not there is the recipe's error."""
     try:
         yield
-    except (ImportError, RuntimeError) as error:
-        # transformers' reporters raise RuntimeError for this, as others do for quite other things.
-        if isinstance(error, RuntimeError) and "to be installed" not in str(error):
-            raise
+    except (ImportError, RuntimeError, ValueError) as error:
+        # transformers' optimizers and reporters raise these, as others do for quite other things.
         reason = " ".join(str(error).split())
-        raise RecipeError(f"this recipe asks for a package that is not installed: {reason}") from error
+        if isinstance(error, ImportError) or re.search("to be installed|[Pp]lease install|failed to import", reason):
+            raise RecipeError(f"this recipe asks for a package that is not installed: {reason}") from error
+        if "CPU-only version of bitsandbytes" in reason or "optim_target_modules" in reason:
+            raise RecipeError(f"this recipe asks for an optimizer that cannot be used: {reason}") from error
+        if "swanlab.init" in reason:
+            raise RecipeError(
+                "train.report_to=swanlab: this version of swanlab does not go with this transformers; install "
+                "`pip install 'unidpo[watch]'`"
+            ) from error
+        raise
 
 
 def _training_data(recipe: Recipe, loss: PreferenceLoss, stages: Stages) -> tuple[list[PromptGroup], list[PromptGroup]]:
@@ -114,11 +188,12 @@ def _trainer(
     loss: PreferenceLoss,
     groups: Sequence[PromptGroup],
     held_out: Sequence[PromptGroup],
-    record: RunRecord,
+    record: RunRecord | None,
 ) -> PreferenceTrainer:
     set_seed(args.seed)
     trust = recipe.model.trust_remote_code
-    model = load_policy(recipe.model.name, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trust)
+    dtype, quantize = getattr(torch, recipe.model.dtype), recipe.model.quantize
+    model = load_policy(recipe.model.name, dtype=dtype, quantize=quantize, trust_remote_code=trust)
     trainer = PreferenceTrainer(
         model,
         loss=loss,
@@ -126,18 +201,19 @@ def _trainer(
         train_dataset=groups,
         eval_dataset=held_out,
         processing_class=load_processor(recipe.model.name, trust_remote_code=trust),
-        peft_config=None if recipe.lora is None else _lora_config(recipe.lora, model),
+        peft_config=None if recipe.lora is None else lora_config(recipe.lora, model),
         reference=recipe.reference,
         frozen=recipe.model.freeze,
         template=recipe.data.template,
         max_length=recipe.data.max_length,
         max_pixels=recipe.data.max_pixels,
+        global_batch_pairs=recipe.train.global_batch_pairs,
         attention=recipe.model.attention,
         shuffle=recipe.data.shuffle,
         on_bad_row=recipe.data.on_bad_row,
-        callbacks=[record],
-        on_pairs=record.add_pairs,
-        on_reference_progress=record.show_reference,
+        callbacks=[record] if record else [],
+        on_pairs=record.add_pairs if record else None,
+        on_reference_progress=record.show_reference if record else None,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -146,41 +222,32 @@ def _trainer(
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
     """What transformers' loop is told. Raises `RecipeError` where it refuses keys that go ill together."""
     values = recipe.train.training_arguments()
-    if recipe.train.global_batch_pairs is not None:
-        values["gradient_accumulation_steps"] = (
-            recipe.train.global_batch_pairs // recipe.train.per_device_train_batch_size
-        )
     if recipe.data.eval_fraction:
         values = {"eval_strategy": "epoch"} | values
+    if not torch.cuda.is_available():
+        values.setdefault("use_cpu", True)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, else looks for others
+    if {"vision", "projector"} <= set(recipe.model.freeze):
+        # Batches without an image get one, so that every weight that learns takes part in every pass.
+        values.setdefault("ddp_find_unused_parameters", False)
     try:
-        return TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(recipe.output),
             bf16=recipe.model.dtype == "bfloat16",
             fp16=recipe.model.dtype == "float16",
             disable_tqdm=True,
             # A loss that is not a number must be seen, not averaged away.
             logging_nan_inf_filter=False,
-            **{"report_to": "none", "use_cpu": not torch.cuda.is_available()} | values,
+            **{"report_to": "none"} | values,
         )
     except ValueError as error:
         raise RecipeError(f"transformers refuses the `train` section: {' '.join(str(error).split())}") from error
+    if args.deepspeed is not None and args.world_size > 1:
+        import deepspeed
 
-
-def _lora_config(lora: LoraSection, model: transformers.PreTrainedModel) -> Any:
-    from peft import LoraConfig
-
-    targets = lora.target_modules
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=language_linear_layers(model)
-        if targets is None
-        else targets
-        if isinstance(targets, str)
-        else list(targets),
-        task_type="CAUSAL_LM",
-    )
+        # On a CPU transformers leaves this out, and ZeRO-3 asks while the model is loaded.
+        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None, auto_mpi_discovery=False)
+    return args
 
 
 class RunRecord(TrainerCallback):  # type: ignore[misc]
@@ -260,5 +327,7 @@ def _log_to(console: Console) -> None:
     _LOG.handlers = [_ConsoleLog(console)]
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's, once per step
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of each rounding
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

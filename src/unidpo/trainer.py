@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import itertools
+import json
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint
 
-from unidpo.attention import PACK_ATTENTION, PackAttentionError, set_text_attention
+from unidpo.adapters import adds_nothing_yet, with_adapter
+from unidpo.attention import PACK_ATTENTION
 from unidpo.batches import Batch, PlannedBatches, Step, StepLoader, StepSampler
-from unidpo.encode import EncodedGroup, Encoder, fit_to_length, prompt_positions
-from unidpo.errors import DataError, Finding, ModelError, TrainingError, from_findings
-from unidpo.logps import response_logps
+from unidpo.checkpoints import published, writing_errors
+from unidpo.encode import Encoder, fit_to_length, prompt_positions
+from unidpo.errors import DataError, Finding, Interrupted, TrainingError, from_findings
+from unidpo.layouts import Attention, choose_layout, smallest
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
-from unidpo.measures import Columns, Means, pair_columns
+from unidpo.measures import Columns, Means, RewardShift, pair_columns
 from unidpo.models import (
     Part,
     Processor,
@@ -34,8 +39,10 @@ from unidpo.models import (
     load_processor,
     load_weights,
 )
-from unidpo.packs import Layout, pack, pad, to_device
+from unidpo.packs import Layout, pack, to_device
 from unidpo.pairs import PromptGroup
+from unidpo.policy import Policy
+from unidpo.ranks import gather, is_main, on_main, rank, world_size
 from unidpo.reference import (
     LogpStore,
     ReferencePass,
@@ -47,17 +54,16 @@ from unidpo.reference import (
 )
 
 _LOG = logging.getLogger(__name__)
-Attention = Literal["auto", "sdpa", "padded"]
-# Largest difference between the two paths, in nats per token, that rounding explains, by the type of the arithmetic.
-_PATH_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+_REWARD_SHIFT = "reward_shift.json"
 
 
 class PreferenceTrainer(Trainer):  # type: ignore[misc]
     """Train a policy on pairs of responses.
 
-    The global batch is `per_device_train_batch_size * gradient_accumulation_steps` **pairs** and the loss is the mean
-    over them, however they fall into forward passes: transformers' loop sees one batch per optimizer step, and
-    `training_step` runs its passes. Everything else (optimizer, schedule, checkpoints, callbacks) is `Trainer`'s.
+    The global batch is `per_device_train_batch_size * gradient_accumulation_steps * processes` **pairs** and the loss
+    is the mean over them, however they fall into forward passes and processes: transformers' loop sees one batch per
+    optimizer step, and `training_step` runs its passes. Everything else (optimizer, schedule, wrapping in DDP, FSDP or
+    DeepSpeed, callbacks) is `Trainer`'s; a checkpoint is written beside its place and appears whole.
 
     Args:
         model: a loaded model, or a folder or hub id.
@@ -72,14 +78,16 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             by folder or hub id (its log-probabilities are stored).
         frozen: parts of the model that do not learn; without effect where an adapter is trained.
         template, max_length, max_pixels: see `Encoder`.
+        global_batch_pairs: the global batch where it is no multiple of the number of processes.
         attention: `"auto"` packs prompts unless a check before the first step finds that the model's own forward pass
             disagrees; `"sdpa"` insists on packs; `"padded"` never packs.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
         on_bad_row: what a row that becomes unreadable during training does: stop the run, or be left out and named.
         cache: folder of stored reference log-probabilities, `default_cache()` where `None`.
         callbacks: as `Trainer` takes them.
-        on_pairs: called once per optimizer step with the step's pairs, see `measures.pair_columns`.
-        on_reference_progress: called with responses done and responses to do.
+        on_pairs: called in the main process once per optimizer step with the step's pairs, see
+            `measures.pair_columns`.
+        on_reference_progress: called in the main process with responses done and responses to do.
 
     Raises:
         DataError: the loss needs scores and some are missing; no prompt fits `max_length`.
@@ -101,6 +109,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         template: str | None = None,
         max_length: int = 4096,
         max_pixels: int = 768 * 768,
+        global_batch_pairs: int | None = None,
         attention: Attention = "auto",
         shuffle: bool = True,
         on_bad_row: Literal["error", "skip"] = "error",
@@ -111,8 +120,6 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         if loss.needs_scores:
             _require_scores([*train_dataset, *(eval_dataset or ())], loss)
-        if args.world_size > 1:
-            raise ModelError("training on several processes is not supported yet; start one process")
         name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
         if not isinstance(model, PreTrainedModel):
             model = load_policy(model)
@@ -125,18 +132,24 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         mixed_precision = args.bf16 or args.fp16
         if peft_config is None:
             freeze(model, frozen)
-            if mixed_precision:
+            if mixed_precision and not is_deepspeed_zero3_enabled():  # whose optimizer holds them so
                 keep_trainable_in_float32(model)
         # After a wider type for what learns, in which the numbers round otherwise; before an adapter, without which
         # the reference is computed: runs with and without one share it where the weights' types are the same.
         self._fingerprint = weights_fingerprint(model) if loss.needs_reference and reference == "stored" else ""
         if peft_config is not None:
-            model = _with_adapter(model, peft_config, mixed_precision=mixed_precision)
+            own_reference = loss.needs_reference and reference in ("stored", "live")
+            model = with_adapter(model, peft_config, own_reference=own_reference, mixed_precision=mixed_precision)
+            if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+                # Such a checkpoint passes no gradient on unless one of its inputs asks for it.
+                model.enable_input_require_grads()  # type: ignore[operator]
 
         # transformers' loop accumulates over batches of its loader; here one batch is a whole optimizer step.
         args = copy.copy(args)
         self._pairs_per_pack = args.per_device_train_batch_size
-        self._pairs_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        self._pairs_per_step = global_batch_pairs or (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
         args.gradient_accumulation_steps = 1
         args.remove_unused_columns = False
 
@@ -152,57 +165,162 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._cache = cache or default_cache()
         self._on_pairs = on_pairs
         self._on_reference_progress = on_reference_progress or (lambda done, total: None)
-        self._ref_logps: Sequence[Tensor] | None = None
-        self._held_out_ref_logps: Sequence[Tensor] | None = None
-        self._live_reference: PreTrainedModel | None = None
+        self._batches = PlannedBatches(groups, encoder)
+        self._held_out_batches = PlannedBatches(held_out, encoder)
+        self._live_reference: Policy | None = None
         self._prepared = False
+        self._stop_requested = False
+        self._stopping = False
         # Until an update has changed the weights, the policy is its own reference: see docs/decisions.
-        self._policy_is_reference = reference in ("stored", "live") and _adds_nothing_yet(model)
+        self._policy_is_reference = reference in ("stored", "live") and adds_nothing_yet(model)
         self._means = Means()
-        self._lost: set[Finding] = set()
+        self._reward_shift = RewardShift()
+        self._lost: set[tuple[str | Path | None, int | None]] = set()  # file and row
         super().__init__(
             model=model,
             args=args,
             train_dataset=groups,
             eval_dataset=held_out or None,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[_BeforeFirstStep(self._prepare), *(callbacks or [])],
         )
-        self._own_attention: str = self._plain_model.config.get_text_config()._attn_implementation
+        self._own_attention = self.policy.attention
         self.model_accepts_loss_kwargs = False
+
+    @property
+    def policy(self) -> Policy:
+        """The model that learns, in the wrapper it learns in."""
+        return Policy(self.model, self.model_wrapped, self.accelerator.autocast)
 
     # --- before the first step -------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Check the paths against each other, see to the reference, then train as `Trainer.train` does.
+        """Train as `Trainer.train` does. Before the first step, see to the layout and the reference.
 
         The model is left with the attention it came with.
+
+        Raises:
+            Interrupted: `request_stop` was called; there is a checkpoint of the last step.
         """
-        with self._ready():
-            if resume_from_checkpoint:
-                self._policy_is_reference = False
+        if resume_from_checkpoint:
+            self._policy_is_reference = False
+            kept = Path(get_last_checkpoint(self.args.output_dir) or "") if resume_from_checkpoint is True else None
+            kept = kept or Path(resume_from_checkpoint)  # type: ignore[arg-type]
+            if (kept / _REWARD_SHIFT).is_file():
+                self._reward_shift = RewardShift(**json.loads((kept / _REWARD_SHIFT).read_text("utf-8")))
+        with self._attention_restored():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._lost:
             _LOG.warning("%d rows could not be read any more and were skipped", len(self._lost))
+        if self._stopping:
+            raise Interrupted(f"stopped after step {self.state.global_step}, of which there is a checkpoint")
         return output
 
-    @contextlib.contextmanager
-    def _ready(self) -> Iterator[None]:
-        """Layout and reference, seen to once, and the attention that the layout needs; the model's own afterwards.
+    def request_stop(self) -> None:
+        """Let the training end after the step at hand or the next, with a checkpoint; any process may be asked.
 
-        An evaluation within the training finds the training's attention and leaves it.
+        A training whose last step is done ends as ever.
         """
-        before = self._plain_model.config.get_text_config()._attn_implementation
+        self._stop_requested = True
+
+    @contextlib.contextmanager
+    def _attention_restored(self) -> Iterator[None]:
+        before = self.policy.attention
         try:
-            if not self._prepared:
-                self._choose_layout()
-                if self.loss.needs_reference:
-                    self._prepare_reference()
-                self._prepared = True
-            set_text_attention(self._plain_model, PACK_ATTENTION if self.layout is pack else self._own_attention)
             yield
         finally:
-            set_text_attention(self._plain_model, before)
+            self.policy.set_attention(before)
+
+    def _prepare(self) -> None:
+        """Choose the layout and see to the reference, once, and give the model the attention that the layout needs.
+
+        Called when the model is in its wrapper and, at the latest, before a checkpoint's weights take the place of
+        those it came with, which may be the reference.
+        """
+        if not self._prepared:
+            stand_in = smallest(self._groups, self.encoder)
+            for batches in (self._batches, self._held_out_batches):
+                batches.stand_in = stand_in if world_size() > 1 else None
+            self.layout = choose_layout(
+                self.policy,
+                self.encoder,
+                stand_in,
+                attention=self._attention,
+                arithmetic=self._arithmetic,
+                device=self.args.device,
+            )
+            self._batches.layout = self._held_out_batches.layout = self.layout
+            if self.loss.needs_reference:
+                self._prepare_reference()
+            self._prepared = True
+        self.policy.set_attention(PACK_ATTENTION if self.layout is pack else self._own_attention)
+
+    @property
+    def _arithmetic(self) -> torch.dtype:
+        if self.args.bf16:
+            return torch.bfloat16
+        return torch.float16 if self.args.fp16 else self.policy.plain.dtype
+
+    def _prepare_reference(self) -> None:
+        policy, fingerprint = self.policy, self._fingerprint
+        if self.layout is pack:
+            policy.set_attention(PACK_ATTENTION)
+        if self.reference == "live":
+            if not policy.has_adapter:
+                self._live_reference = self._beside(copy.deepcopy(policy.plain))
+            return
+        if self.reference != "stored":
+            model = load_policy(self.reference, dtype=policy.plain.dtype)
+            fingerprint = weights_fingerprint(model)
+            policy = self._beside(model)
+        arithmetic = str(self._arithmetic).removeprefix("torch.")
+        groups = [*self._groups, *self._held_out]
+        keys, lost = on_main(lambda: response_keys(groups))
+        self._see_lost(lost)
+        folder = store_folder(self._cache, fingerprint, self.encoder, arithmetic=arithmetic)
+        store = LogpStore.shared(folder, keys)
+        reference_pass = ReferencePass(
+            policy=policy,
+            encoder=self.encoder,
+            layout=self.layout,
+            store=store,
+            device=self.args.device,
+            stand_in=self._batches.stand_in,
+            workers=self.args.dataloader_num_workers,
+            on_lost=self._see_lost,
+            on_progress=self._reference_progress,
+        )
+        with self.policy.without_adapter():
+            counts = reference_pass.run(groups, keys)
+        if is_main():
+            _LOG.info("reference: %d responses found in %s, %d computed", counts.found, folder, counts.computed)
+        logps = lookup(store, keys)
+        self._batches.ref_logps, self._held_out_batches.ref_logps = (
+            logps[: len(self._groups)],
+            logps[len(self._groups) :],
+        )
+
+    def _beside(self, model: PreTrainedModel) -> Policy:
+        """A frozen model beside the policy, whole in every process."""
+        model = model.to(self.args.device).requires_grad_(False).eval()
+        beside = Policy(model, model, self.accelerator.autocast)
+        beside.set_attention(self.policy.attention)
+        return beside
+
+    def _reference_progress(self, done: int, total: int) -> None:
+        if any(gather([self._stop_requested])):
+            raise Interrupted("stopped in the reference pass; what is computed is kept")
+        if is_main():
+            self._on_reference_progress(done, total)
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output = Path(self.args.output_dir)
+        with writing_errors(self.state.global_step, output), published(self.args, self.state) as folder:
+            super()._save_checkpoint(model, trial)
+            if is_main():
+                (folder / _REWARD_SHIFT).write_text(json.dumps(asdict(self._reward_shift)), "utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The weights of a checkpoint.
@@ -211,6 +329,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         writes the names of the hub, which for many vision-language models are not those in memory, and nothing would
         be loaded at all (huggingface/transformers#43701). `from_pretrained` knows both.
         """
+        self._prepare()
         if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -219,109 +338,17 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self.model.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
-
-    @property
-    def _plain_model(self) -> PreTrainedModel:
-        """The policy without adapter wrapper; its layers still hold the adapter."""
-        model = self.model
-        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
-
-    def _without_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """The model as it was loaded, where an adapter is trained."""
-        return contextlib.nullcontext() if isinstance(self.model, PreTrainedModel) else self.model.disable_adapter()
-
-    def _choose_layout(self) -> None:
-        """Run both paths on one small group and keep packs if they agree."""
-        padded = functools.partial(pad, pad_token_id=self.encoder.tokenizer.pad_token_id or 0)
-        if self._attention == "padded":
-            self.layout = padded
-            return
-        group = self.encoder.encode(min(self._groups, key=_size_of_check))
-        try:
-            difference = self._path_difference(group, padded)
-            tolerance = _PATH_TOLERANCE[self._arithmetic]
-            problem = (
-                None if difference <= tolerance else f"log-probabilities differ by {difference:.2g} nats per token"
-            )
-        except Exception as error:
-            # Whatever a foreign model does not understand about packs, the padded path is the answer.
-            problem = str(error) or type(error).__name__
-            _LOG.debug("packs failed", exc_info=True)
-        if problem is None:
-            self.layout = pack
-            return
-        if self._attention != "auto":
-            raise ModelError(
-                f"model.attention={self._attention}: packs do not work with this model ({problem}); "
-                "set model.attention=padded"
-            )
-        _LOG.warning("packs do not work with this model (%s); using the slower padded path", problem)
-        set_text_attention(self._plain_model, self._own_attention)
-        self.layout = padded
-
-    def _path_difference(self, group: EncodedGroup, padded: Layout) -> float:
-        """Largest difference between the two paths over a group's responses, in nats per token."""
-        config = self._plain_model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise PackAttentionError(f"its attention layers are {', '.join(sorted(kinds))}")
-        was_training = self.model.training
-        self.model.eval()
-        means = []
-        for layout, attention in ((padded, self._own_attention), (pack, PACK_ATTENTION)):
-            set_text_attention(self._plain_model, attention)
-            batch = to_device(layout([group]), self.args.device)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                means.append(response_logps(self._plain_model, batch) / batch.response_tokens)
-        self.model.train(was_training)
-        return float((means[0] - means[1]).abs().max())
-
-    @property
-    def _arithmetic(self) -> torch.dtype:
-        if self.args.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.args.fp16 else self._plain_model.dtype
-
-    def _prepare_reference(self) -> None:
-        if self.reference == "live":
-            if isinstance(self.model, PreTrainedModel):
-                self._live_reference = copy.deepcopy(self.model).requires_grad_(False).eval()
-            return
-        model, fingerprint = self._plain_model, self._fingerprint
-        if self.reference != "stored":
-            model = load_policy(self.reference, dtype=self._plain_model.dtype)
-            fingerprint = weights_fingerprint(model)
-            model.to(self.args.device)
-            if self.layout is pack:
-                set_text_attention(model, PACK_ATTENTION)
-        arithmetic = str(self._arithmetic).removeprefix("torch.")
-        store = LogpStore(store_folder(self._cache, fingerprint, self.encoder, arithmetic=arithmetic))
-        keys = response_keys([*self._groups, *self._held_out])
-        reference_pass = ReferencePass(
-            model=model,
-            encoder=self.encoder,
-            layout=self.layout,
-            store=store,
-            autocast=self.compute_loss_context_manager,
-            workers=self.args.dataloader_num_workers,
-            on_progress=self._on_reference_progress,
-        )
-        with self._without_adapter():
-            counts = reference_pass.run([*self._groups, *self._held_out], keys)
-        _LOG.info("reference: %d responses found in %s, %d computed", counts.found, store.folder, counts.computed)
-        logps = lookup(store, keys)
-        self._ref_logps, self._held_out_ref_logps = logps[: len(self._groups)], logps[len(self._groups) :]
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Optimizer steps; see `StepSampler`."""
         sampler = self._sampler(self._groups, per_pack=self._pairs_per_pack, shuffle=self._shuffle)
-        return self._loader(PlannedBatches(self._groups, self.encoder, self.layout, self._ref_logps), sampler)
+        return self._loader(self._batches, sampler)
 
     def _loader(self, batches: PlannedBatches, sampler: StepSampler) -> StepLoader:
         args = self.args
@@ -335,6 +362,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             pairs_per_pack=per_pack,
             shuffle=shuffle,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            rank=rank(),
+            world_size=world_size(),
         )
 
     def get_batch_samples(
@@ -350,48 +379,72 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             DataError: rows became unreadable since the check, and `on_bad_row` is `"error"`.
             TrainingError: the loss is not a finite number; names the pairs.
         """
-        self._see_lost(inputs.lost)
+        reports = gather([_Report(inputs.pairs, inputs.lost, self._stop_requested)])
+        self._see_lost([finding for report in reports for finding in report.lost])
+        if any(report.stop for report in reports):
+            self._stopping = True
+            self.control.should_save = self.control.should_training_stop = True
         model.train()
         total = torch.zeros((), device=self.args.device)
-        columns: dict[str, list[Any]] = defaultdict(list)
-        for batch in inputs.batches:
+        # Wrappers average gradients over processes; the mean is over pairs, of which processes have unequal numbers.
+        share = world_size() / max(1, sum(report.pairs for report in reports))
+        engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        columns: dict[str, list[Any]] = {}
+        for place, batch in enumerate(inputs.batches, start=1):
             batch = to_device(batch, self.args.device)
-            with self.compute_loss_context_manager():
+            last = place == len(inputs.batches)
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with contextlib.nullcontext() if last or engine else self.accelerator.no_sync(model):
                 pairs, terms = self.evaluate_pairs(batch)
-                loss = terms.loss.sum() / inputs.pairs
-            self.accelerator.backward(loss)
+                loss = terms.loss.sum() * share
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if engine else {}))
             total += loss.detach()
-            for name, values in pair_columns(batch, pairs, terms).items():
-                columns[name] += values
-        if not torch.isfinite(total):
-            raise _not_a_number(columns)
-        if columns:
-            self._means.add(columns)
-        if columns and self._on_pairs is not None:
-            length = len(columns["row"])
-            visit = {"step": [self.state.global_step + 1] * length, "epoch": [self.state.epoch or 0.0] * length}
-            self._on_pairs(visit | columns)
+            _extend(columns, pair_columns(batch, pairs, terms))
+        self._record(_joined(gather([columns])))
         # A warm-up's first update may be made with learning rate 0 and change nothing.
         if any(group["lr"] > 0 for group in self.optimizer.param_groups):
             self._policy_is_reference = False
         return total
 
+    def _record(self, columns: Columns) -> None:
+        """Take in the pairs of a step, of all processes. Raises `TrainingError` where a loss is not finite."""
+        if not columns:
+            return
+        if not all(map(math.isfinite, columns["loss"])):
+            raise _not_a_number(columns)
+        self._means.add(columns)
+        self._reward_shift.add(columns)
+        if self._on_pairs is not None and is_main():
+            length = len(columns["row"])
+            visit = {"step": [self.state.global_step + 1] * length, "epoch": [self.state.epoch or 0.0] * length}
+            self._on_pairs({**visit, **columns})
+
     def _see_lost(self, lost: Sequence[Finding]) -> None:
         if lost and self._on_bad_row == "error":
             raise from_findings(DataError, f"{len(lost)} rows cannot be read any more", lost)
         for finding in lost:
-            if finding not in self._lost:  # once, not in every epoch
-                _LOG.warning("skipped: %s", finding)
-                self._lost.add(finding)
+            place = (finding.file, finding.row)
+            if place not in self._lost:  # once, not in every epoch
+                if is_main():
+                    _LOG.warning("skipped: %s", finding)
+                self._lost.add(place)
 
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
-        pairs = batch.pairs
-        logps = response_logps(self._plain_model, batch.responses)
-        ref_logps = self._reference_logps(batch, logps) if self.loss.needs_reference else None
+        pairs, tokens = batch.pairs, batch.responses.response_tokens
+        # Before the policy's own forward: wrappers do not expect another one between that and its backward.
+        ref_logps = self._reference_logps(batch) if self.loss.needs_reference else None
+        collisions = None
+        if self.loss.needs_collisions:
+            logps, collisions = self.policy.response_logps_and_collisions(batch.responses)
+            collisions = collisions / tokens
+        else:
+            logps = self.policy.response_logps(batch.responses)
+        if self.loss.needs_reference and self._policy_is_reference:
+            ref_logps = logps.detach()
         if self.loss.length_normalized:
-            logps = logps / batch.responses.response_tokens
-            ref_logps = None if ref_logps is None else ref_logps / batch.responses.response_tokens
+            logps = logps / tokens
+            ref_logps = None if ref_logps is None else ref_logps / tokens
         seen = PairLogps(
             chosen_logps=logps[pairs.chosen],
             rejected_logps=logps[pairs.rejected],
@@ -399,23 +452,24 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             ref_rejected_logps=None if ref_logps is None else ref_logps[pairs.rejected],
             chosen_scores=pairs.chosen_scores,
             rejected_scores=pairs.rejected_scores,
+            chosen_tokens=tokens[pairs.chosen],
+            rejected_tokens=tokens[pairs.rejected],
+            chosen_collisions=None if collisions is None else collisions[pairs.chosen],
+            rejected_collisions=None if collisions is None else collisions[pairs.rejected],
+            reward_shift=logps.new_tensor(self._reward_shift.value) if self.loss.needs_reward_shift else None,
         )
         return seen, self.loss(seen)
 
-    def _reference_logps(self, batch: Batch, policy_logps: Tensor) -> Tensor:
+    def _reference_logps(self, batch: Batch) -> Tensor | None:
+        """`None` while the policy is its own reference."""
         if self._policy_is_reference:
-            return policy_logps.detach()
+            return None
         if batch.ref_logps is not None:
             return batch.ref_logps
-        with torch.no_grad():
-            if self._live_reference is not None:
-                return response_logps(self._live_reference, batch.responses)
-            was_training = self.model.training
-            self.model.eval()
-            with self._without_adapter():
-                logps = response_logps(self._plain_model, batch.responses)
-            self.model.train(was_training)
-            return logps
+        reference = self._live_reference or self.policy
+        with self.policy.without_adapter(), reference.measuring():
+            ref_logps: Tensor = reference.response_logps(batch.responses)
+        return ref_logps
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -429,7 +483,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         """
         if not self._held_out or eval_dataset is not None:
             raise ValueError("give the held-out groups to the trainer as eval_dataset")
-        with self._ready():
+        with contextlib.nullcontext() if self.is_in_train else self._attention_restored():
+            self._prepare()
             found = self._measure_held_out()
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         self.log(metrics)
@@ -438,23 +493,20 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
     def _measure_held_out(self) -> dict[str, float]:
         sampler = self._sampler(self._held_out, per_pack=self.args.per_device_eval_batch_size, shuffle=False)
-        batches = PlannedBatches(self._held_out, self.encoder, self.layout, self._held_out_ref_logps)
-        means, losses = Means(), []
-        was_training = self.model.training
-        self.model.eval()
-        for step in self._loader(batches, sampler):
-            self._see_lost(step.lost)
+        columns: dict[str, list[Any]] = {}
+        for step in self._loader(self._held_out_batches, sampler):
+            self._see_lost([finding for lost in gather([step.lost]) for finding in lost])
             for batch in step.batches:
                 batch = to_device(batch, self.args.device)
-                with torch.no_grad(), self.compute_loss_context_manager():
+                with self.policy.measuring():
                     pairs, terms = self.evaluate_pairs(batch)
-                columns = pair_columns(batch, pairs, terms)
-                means.add(columns)
-                losses += columns["loss"]
-        self.model.train(was_training)
-        if not losses:
+                _extend(columns, pair_columns(batch, pairs, terms))
+        seen = _joined(gather([columns]))
+        if not seen:
             raise DataError("none of the held-out rows can be read any more")
-        return {"loss": sum(losses) / len(losses)} | means.take()
+        means = Means()
+        means.add(seen)
+        return {"loss": sum(seen["loss"]) / len(seen["loss"])} | means.take()
 
     # --- what is written down ----------------------------------------------------------------------------------------
 
@@ -465,24 +517,6 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     def floating_point_ops(self, inputs: Any) -> int:
         """0: transformers estimates this from padded token counts, which packs do not have."""
         return 0
-
-
-def _with_adapter(model: PreTrainedModel, peft_config: Any, *, mixed_precision: bool) -> torch.nn.Module:
-    """The model with an adapter, which alone learns. Raises `ModelError` where it does not fit."""
-    from peft import get_peft_model
-
-    try:
-        policy: torch.nn.Module = get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ModelError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
-    if mixed_precision:
-        keep_trainable_in_float32(policy)
-    return policy
-
-
-def _adds_nothing_yet(policy: torch.nn.Module) -> bool:
-    """Whether an adapter, where there is one, leaves the model's output as it was: LoRA begins with B = 0."""
-    return not any(p.any() for name, p in policy.named_parameters() if ".lora_B." in name)
 
 
 def _not_a_number(columns: Columns) -> TrainingError:
@@ -507,7 +541,33 @@ def _require_scores(groups: Sequence[PromptGroup], loss: PreferenceLoss) -> None
         raise from_findings(DataError, f"{len(findings)} pairs have no scores; add them, or use DPO or SimPO", findings)
 
 
-def _size_of_check(group: PromptGroup) -> tuple[bool, int]:
-    """Sorts the group for the check to the front: one with an image, then the least text."""
-    text = [message.text for message in group.messages] + [response.text for response in group.responses]
-    return not group.images, sum(map(len, text))
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What each process tells the others before a step: its pairs, rows it lost, and whether it was asked to stop."""
+
+    pairs: int
+    lost: list[Finding]
+    stop: bool
+
+
+class _BeforeFirstStep(TrainerCallback):  # type: ignore[misc]
+    """Calls back when the model is in its wrapper."""
+
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._prepare()
+
+
+def _extend(columns: dict[str, list[Any]], more: Columns) -> None:
+    for name, values in more.items():
+        columns.setdefault(name, []).extend(values)
+
+
+def _joined(parts: Iterable[Columns]) -> dict[str, list[Any]]:
+    """The columns of several processes as one; empty where no process has a pair."""
+    joined: dict[str, list[Any]] = {}
+    for part in parts:
+        _extend(joined, part)
+    return joined if joined and joined["row"] else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 import unidpo
 from unidpo.cli.consoles import WORK_FAILED, messages, results
 from unidpo.cli.data import data
+from unidpo.cli.evaluation import evaluation
 from unidpo.cli.training import Overrides, RecipeFile, train
 from unidpo.errors import UserError
 
@@ -25,6 +27,7 @@ recipe = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 app.command()(train)
+app.command("eval")(evaluation)
 
 
 def main() -> None:
@@ -32,12 +35,18 @@ def main() -> None:
     try:
         app(prog_name="unidpo", standalone_mode=True)
     except UserError as error:
-        messages().print(str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
+        messages().print(_speaker() + str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except Exception:
         messages().print_exception()
         messages().print("internal error: a bug in unidpo; please report it with the lines above", style="bold red")
         sys.exit(WORK_FAILED)
+
+
+def _speaker() -> str:
+    """Which process speaks, where it is not the first of several."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"process {rank}: "
 
 
 def _version(wanted: bool) -> bool:
@@ -69,9 +78,13 @@ def demo(
 
 @recipe.command("check")
 def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Report every problem of a recipe and its overrides."""
-    from unidpo.config import load_recipe
+    """Report every problem of a recipe, or of a sweep, and its overrides."""
+    from unidpo.config import is_sweep, load_recipe, load_sweep
 
+    if is_sweep(recipe):
+        runs = load_sweep(recipe, overrides or ()).runs
+        typer.echo(f"{recipe}: a valid sweep of {len(runs)} runs: {', '.join(run.name for run in runs)}")
+        return
     resolved = load_recipe(recipe, overrides or ())
     typer.echo(f"{recipe}: a valid recipe, {resolved.loss.name} on {resolved.model.name}")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from unidpo.cli.consoles import INTERRUPTED, messages
+from unidpo.errors import Interrupted, TrainingError
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -21,18 +23,79 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    nproc: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Processes on this machine, one per GPU.", show_default=True)
+    ] = 1,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="REPO_ID", help="Upload the finished model to this hub repository.", show_default=False),
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="RECIPE is a sweep file: train all its runs that are not finished.")
+    ] = False,
 ) -> None:
     """Train the model of a recipe on its data."""
+    if sweep:
+        if push_to_hub is not None:
+            raise typer.BadParameter("a sweep trains many models; push the one you choose", param_hint="--push-to-hub")
+        _sweep(recipe, overrides or (), ["--nproc", str(nproc)] if nproc > 1 else [])
+        return
     from unidpo.config import load_recipe
     from unidpo.runs import RunFolder
 
     resolved = load_recipe(recipe, overrides or ())
     RunFolder(resolved.output).refuse_unless_free(resume=resume)  # before torch takes its seconds to import
+    if push_to_hub is not None:
+        from unidpo.hub import check_hub_repository
+
+        check_hub_repository(push_to_hub)
+    command = ["train", str(recipe), *(overrides or ())]
+    push = ["--push-to-hub", push_to_hub] if push_to_hub is not None else []
+    again = shlex.join(["unidpo", *command, "--resume", *push, *(["--nproc", str(nproc)] if nproc > 1 else [])])
+    if nproc > 1:
+        from unidpo.launch import launch
+
+        try:
+            code = launch([*command, *push, *(["--resume"] if resume else [])], nproc)
+        except TrainingError as error:
+            raise TrainingError(f"{error}\ngo on from the last checkpoint with: {again}") from error
+        raise typer.Exit(code)
     from unidpo.train import run
 
     try:
         run(resolved, resume=resume, console=messages())
+    except Interrupted as stopped:
+        raise Interrupted(f"{stopped}; go on with: {again}", exit_code=stopped.exit_code) from None
     except KeyboardInterrupt:
-        command = shlex.join(["unidpo", "train", str(recipe), *(overrides or ()), "--resume"])
-        messages().print(f"interrupted; go on from the last checkpoint with: {command}", markup=False, soft_wrap=True)
+        messages().print(f"interrupted; go on from the last checkpoint with: {again}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
+    if push_to_hub is not None:
+        _push(RunFolder(resolved.output).model, push_to_hub)
+
+
+def _push(model: Path, repo_id: str) -> None:
+    from unidpo.hub import push, push_command
+    from unidpo.ranks import is_main
+
+    if not is_main():
+        return
+    messages().print(f"pushing {model} to {repo_id}", markup=False, soft_wrap=True)
+    try:
+        address = push(model, repo_id)
+    except KeyboardInterrupt:
+        command = push_command(model, repo_id)
+        messages().print(f"interrupted; the run is finished, push it with: {command}", markup=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    messages().print(f"pushed: {address}", markup=False, soft_wrap=True)
+
+
+def _sweep(file: Path, overrides: Sequence[str], options: Sequence[str]) -> None:
+    from unidpo.config import load_sweep
+    from unidpo.sweep import run_sweep
+
+    sweep = load_sweep(file, overrides)
+    try:
+        run_sweep(sweep, options=options, console=messages())
+    except Interrupted as stopped:
+        again = shlex.join(["unidpo", "train", "--sweep", str(file), *overrides, *options])
+        raise Interrupted(f"{stopped}; go on with: {again}", exit_code=stopped.exit_code) from None

@@ -13,6 +13,7 @@ from unidpo.config.schema import (
     TrainSection,
     UniDPOSection,
 )
+from unidpo.config.sweep import Sweep, SweepRun, is_sweep, load_sweep
 
 __all__ = [
     "DPOSection",
@@ -23,8 +24,12 @@ __all__ = [
     "ModelSection",
     "Recipe",
     "SimPOSection",
+    "Sweep",
+    "SweepRun",
     "TrainSection",
     "UniDPOSection",
+    "is_sweep",
     "load_recipe",
+    "load_sweep",
     "recipe_from",
 ]

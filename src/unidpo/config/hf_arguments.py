@@ -38,8 +38,15 @@ OWNED_BY_RECIPE: Mapping[str, str] = {
     "logging_nan_inf_filter": "is not set here; a loss that is not a number is never averaged away",
     "hub_token": "does not belong in a file; log in with `hf auth login` or set HF_TOKEN",
     "local_rank": "is not set here; the launcher sets it",
+    "enable_jit_checkpoint": "is not needed; SIGTERM always ends the step at hand and saves it",
 }
 """Keys of `TrainingArguments` that a recipe may not set, each with the reason and the place to go."""
+
+RENAMED: Mapping[str, str] = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Arguments that people know by one name and transformers, from some version on, by another; a recipe takes both."""
 
 
 def _classes(module: str, named: str) -> dict[str, ast.ClassDef]:

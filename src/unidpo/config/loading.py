@@ -54,7 +54,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, or something in it or in an override is wrong; all problems at once.
     """
-    config = _read(Path(path))
+    config = read_yaml(Path(path))
     problems = _Problems(str(path))
     if "loss" not in config:  # written out, so that an override of one of its keys has a loss to belong to
         config["loss"] = {"name": "uni_dpo"}
@@ -94,11 +94,12 @@ class _Problems:
         self.found.append(Finding(kind, message, file=self.file, key=key or None))
 
 
-def _read(path: Path) -> DictConfig:
+def read_yaml(path: Path, *, what: str = "recipe") -> DictConfig:
+    """The mapping in a YAML file, nothing resolved. Raises `RecipeError`, which calls the file `what`."""
     if not path.is_file():
         near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
-        what = "this is a folder, not a recipe" if path.is_dir() else f"there is no such recipe{near}"
-        raise _unreadable(path, "missing-file", what)
+        reason = f"this is a folder, not a {what}" if path.is_dir() else f"there is no such {what}{near}"
+        raise _unreadable(path, "missing-file", reason)
     try:
         config = OmegaConf.create(path.read_text("utf-8-sig"))
     except OSError as error:
@@ -112,7 +113,8 @@ def _read(path: Path) -> DictConfig:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise _unreadable(path, "broken-yaml", f"is not valid YAML: {_first_line(error)}") from error
     if not isinstance(config, DictConfig):
-        raise _unreadable(path, "broken-yaml", "a recipe is a mapping of sections (`model:`, `data:`, `loss:`, ...)")
+        keys = "`output:`, `methods:`" if what == "sweep" else "`model:`, `data:`, `loss:`, ..."
+        raise _unreadable(path, "broken-yaml", f"a {what} is a mapping of sections ({keys})")
     return config
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from unidpo.config.hf_arguments import SCHEDULERS, model_of_arguments, one_of
+from unidpo.config.hf_arguments import RENAMED, SCHEDULERS, model_of_arguments, one_of
 
 ModelPart: TypeAlias = Literal["vision", "projector", "language"]
 
@@ -51,6 +51,8 @@ class ModelSection(Section):
     """Parts that do not learn, or `none`."""
     attention: Literal["auto", "padded", "sdpa"] = "auto"
     """`sdpa` demands packs, `padded` one row per response; `auto` takes packs where the self-check agrees."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """How the language model's weights are held under an adapter: in 4 or 8 bits (bitsandbytes); null for as loaded."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
 
@@ -149,10 +151,86 @@ class SimPOSection(Section):
     """Target reward margin; the margin in nats per token is `gamma / beta`."""
 
 
-LossSection: TypeAlias = Annotated[UniDPOSection | DPOSection | SimPOSection, Field(discriminator="name")]
+class MMDPOSection(Section):
+    """MM-DPO, arXiv:2502.10391: DPO whose β grows with the score margin."""
+
+    name: Literal["mm_dpo"]
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-ratios at a tie, β₀."""
+    w: float = Field(0.5, ge=0)
+    """Share by which β grows at most; 0 gives DPO."""
+    k: float = Field(0.5, ge=0)
+    """How fast β grows, per unit of score margin."""
+
+
+class ODPOSection(Section):
+    """DPO with an offset, arXiv:2402.10571."""
+
+    name: Literal["odpo"]
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-ratios."""
+    alpha: float = Field(1.0, ge=0)
+    """The reward margin asked for is `alpha` times the logarithm of the score margin; 0 gives DPO."""
+
+
+class RPOSection(Section):
+    """Reward-aware preference optimization, arXiv:2502.00203."""
+
+    name: Literal["rpo"]
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-ratios."""
+    eta: float = Field(1.0, gt=0)
+    """The reward margin aimed at, per unit of score margin."""
+    distance: Literal["bwd_kl", "fwd_kl", "sq"] = "bwd_kl"
+    """Between the two margins: Bernoulli KL with the scores' in front, with the policy's in front, or the square."""
+
+
+class IPOSection(Section):
+    """IPO, arXiv:2310.12036."""
+
+    name: Literal["ipo"]
+    tau: float = Field(0.1, gt=0)
+    """Regularization: the margin aimed at is `1 / (2 tau)` nats per token."""
+
+
+class MPOSection(Section):
+    """Mixed preference optimization, arXiv:2411.10442."""
+
+    name: Literal["mpo"]
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-ratios."""
+    w_p: float = Field(0.8, ge=0)
+    """Weight of the preference term, DPO."""
+    w_q: float = Field(0.2, ge=0)
+    """Weight of the quality term, BCO."""
+    w_g: float = Field(1.0, ge=0)
+    """Weight of the generation term, the chosen response's NLL per token."""
+
+
+class WPOSection(Section):
+    """Weighted preference optimization, arXiv:2406.11827."""
+
+    name: Literal["wpo"]
+    beta: float = Field(0.1, gt=0)
+    """Scale of the log-ratios."""
+    max_weight: float | None = Field(1.0, gt=0)
+    """Bound of a pair's weight; null for none."""
+
+
+LossSection: TypeAlias = Annotated[
+    UniDPOSection
+    | MMDPOSection
+    | ODPOSection
+    | RPOSection
+    | DPOSection
+    | SimPOSection
+    | IPOSection
+    | MPOSection
+    | WPOSection,
+    Field(discriminator="name"),
+]
 LOSS_SECTIONS: Mapping[str, type[Section]] = {
-    get_args(section.model_fields["name"].annotation)[0]: section
-    for section in (UniDPOSection, DPOSection, SimPOSection)
+    get_args(section.model_fields["name"].annotation)[0]: section for section in get_args(get_args(LossSection)[0])
 }
 
 
@@ -163,10 +241,15 @@ class LoraSection(Section):
     """Rank."""
     alpha: float = Field(32, gt=0)
     """Scale: the adapter's output is multiplied by `alpha / r`."""
+    rslora: bool = False
+    """Whether the scale is `alpha / sqrt(r)`, which keeps large ranks learning (arXiv:2312.03732)."""
+    dora: bool = False
+    """Whether the length of each weight column is learned apart from its direction (DoRA, arXiv:2402.09353)."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Dropout on the adapter's input."""
     target_modules: Annotated[tuple[str, ...] | str | None, BeforeValidator(_as_tuple)] = None
-    """Names (or a regular expression) of the layers that get one; null for every linear layer of the language model."""
+    """Names (or a regular expression) of the layers that get one; `all-linear` for every linear layer but the head,
+    vision tower and projector included; null for those of the language model."""
 
 
 if TYPE_CHECKING:
@@ -204,6 +287,8 @@ class TrainSection(HuggingFaceArguments):
     """Checkpoints kept, the newest ones."""
     seed: int = Field(42, ge=0)
     """Source of every random choice of the run."""
+    fsdp: bool | None = None
+    """Whether weights are spread over the processes by FSDP2; `fsdp_config` tunes it."""
 
     @model_validator(mode="after")
     def _some_steps(self) -> TrainSection:
@@ -224,9 +309,18 @@ class TrainSection(HuggingFaceArguments):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_name_each(self) -> TrainSection:
+        for old, new in RENAMED.items():
+            if {old, new} <= self.model_fields_set:
+                raise ValueError(f"give `{new}` or `{old}`, two names of one thing, not both")
+        return self
+
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `transformers.TrainingArguments`: what the recipe set, and our defaults."""
-        return {name: value for name, value in self.given().items() if name != "global_batch_pairs"}
+        values = {name: value for name, value in self.given().items() if name != "global_batch_pairs"}
+        renamed = {old: new for old, new in RENAMED.items() if old in values and new in type(self).model_fields}
+        return {renamed.get(name, name): value for name, value in values.items()}
 
     def given(self) -> dict[str, Any]:
         """This section without the keys that are left to transformers' own defaults."""
@@ -255,6 +349,15 @@ class Recipe(Section):
     def _something_learns(self) -> Recipe:
         if self.lora is None and set(self.model.freeze) == set(get_args(ModelPart)):
             raise ValueError("`model.freeze` names every part and there is no `lora`: nothing would be trained")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_need_an_adapter(self) -> Recipe:
+        if self.model.quantize is not None and self.lora is None:
+            raise ValueError("`model.quantize` holds weights that cannot learn: add a `lora` section, or leave it out")
+        if self.model.quantize == "int8" and self.lora is not None and self.lora.dora:
+            # peft reads the lengths of the columns from bitsandbytes' 8-bit layers, which do not survive it.
+            raise ValueError("`lora.dora` does not work over `model.quantize: int8`; use nf4, or plain LoRA")
         return self
 
     @model_validator(mode="after")

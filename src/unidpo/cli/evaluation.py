@@ -1,0 +1,100 @@
+"""`unidpo eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from unidpo.cli.consoles import INTERRUPTED, WORK_FAILED, messages, results
+
+
+def _batch_size(text: str) -> int | None:
+    """A whole number from 1; `None` for "auto"."""
+    if text == "auto":
+        return None
+    if text.isascii() and text.isdecimal() and int(text):
+        return int(text)
+    raise typer.BadParameter(f"a whole number from 1, or auto, not {text!r}", param_hint="--batch-size")
+
+
+def evaluation(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL...", help="Run folder, model folder, adapter or hub id.", show_default=False),
+    ] = None,
+    benchmarks: Annotated[
+        str | None, typer.Option(help="paper, names or .yaml files, with commas.", show_default="paper, the nine")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration of VLMEvalKit: models and benchmarks.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="evals/MODEL")] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask about so many questions of each benchmark.", min=1)] = None,
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Questions answered together.")] = "auto",
+    prompt_style: Annotated[
+        Literal["auto", "chat", "plain"], typer.Option(help="The model's chat template, or the bare question.")
+    ] = "auto",
+    backend: Annotated[Literal["hf", "vllm"], typer.Option(help="What generates the answers.")] = "hf",
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="Server for --backend vllm.", show_default="vLLM in this process")
+    ] = None,
+    nproc: Annotated[int, typer.Option(help="Processes, each with the model on a GPU of its own.", min=1)] = 1,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights.", show_default="bfloat16 on a GPU, float32 on a CPU"),
+    ] = "auto",
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of VLMEvalKit's files.", show_default="$LMUData or ~/LMUData")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch files of benchmarks that are missing.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Put benchmarks to models, and score and compare their answers. Exits with 1 where a benchmark failed."""
+    from unidpo.evaluate.selection import fetch, read_config, select
+    from unidpo.evaluate.vlmeval import Worker, data_folder
+    from unidpo.progress import Stages
+
+    size = _batch_size(batch_size)
+    kit = None if config is None else read_config(config)
+    for sentence in kit.ignored if kit is not None else ():
+        messages().print(f"{config}: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    given = models or list(kit.models if kit is not None else ())
+    if not given:
+        raise typer.BadParameter("name a model, or a --config that does", param_hint="MODEL")
+    words = [word.strip() for word in (benchmarks or "").split(",") if word.strip()]
+    words = words or list(kit.names if kit is not None else ["paper"])
+    try:
+        with Worker() as worker, Stages(messages()) as stages:
+            if download:
+                fetch(words, data_folder(data), stages.update)
+            generation = None if kit is None else kit.generation
+            chosen = select(words, data=data_folder(data), worker=worker, generation=generation)
+
+            from unidpo.evaluate.loading import LoadOptions
+            from unidpo.evaluate.session import candidates, evaluate_all
+
+            named = candidates(given)
+            found = evaluate_all(
+                named,
+                chosen,
+                out or (Path("evals") / named[0].label if len(named) == 1 else Path("evals")),
+                LoadOptions(
+                    prompt_style=None if prompt_style == "auto" else prompt_style,
+                    batch_size=size,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    processes=nproc,
+                    backend=backend,
+                    server=server,
+                ),
+                limit=limit,
+                on_progress=stages.update,
+            )
+    except KeyboardInterrupt:
+        messages().print("interrupted; the same command goes on where it was", markup=False)
+        raise typer.Exit(INTERRUPTED) from None
+    found.render(results())
+    if found.failed:
+        raise typer.Exit(WORK_FAILED)

@@ -1,0 +1,56 @@
+"""A finished model to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalTokenNotFoundError
+
+from unidpo.errors import RecipeError, TrainingError
+
+
+def check_hub_repository(repo_id: str) -> None:
+    """See, before any GPU hour is spent, that a model can be pushed to `repo_id`; makes the repository, private.
+
+    Raises:
+        RecipeError: the name is none, nobody is logged in, the hub refuses, or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        name = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
+        api.auth_check(name, write=True)
+    except Exception as error:  # of the hub's library, or of the one below it, which changes with its versions
+        hint = "; log in with `hf auth login`, or set HF_TOKEN" if _nobody(error) else ""
+        raise RecipeError(f"--push-to-hub {repo_id}: {_reason(error)}{hint}") from error
+
+
+def push(model: Path, repo_id: str) -> str:
+    """Upload a model's folder; returns its address.
+
+    Raises:
+        TrainingError: it could not be uploaded; says how to try again.
+    """
+    try:
+        commit = HfApi().upload_folder(folder_path=model, repo_id=repo_id, commit_message="Trained with unidpo")
+    except Exception as error:  # the run is finished, and whatever went wrong must not hide it
+        raise TrainingError(
+            f"the run is finished, {model} holds the model, but it could not be pushed ({_reason(error)}); "
+            f"try again with: {push_command(model, repo_id)}"
+        ) from error
+    return str(commit.repo_url)
+
+
+def push_command(model: Path, repo_id: str) -> str:
+    """What to type to upload a model's folder."""
+    return shlex.join(["hf", "upload", repo_id, str(model)])
+
+
+def _nobody(error: Exception) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return isinstance(error, LocalTokenNotFoundError) or status == 401
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

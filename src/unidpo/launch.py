@@ -1,0 +1,135 @@
+"""One command on several processes of this machine. Several machines take torchrun, accelerate or a scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from unidpo.errors import TrainingError
+
+GRACE_SECONDS = 15.0
+"""How long the others may take to end by themselves once one process has failed."""
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run `unidpo` with these arguments in several processes that train together.
+
+    Process 0 speaks for all; what the others print is shown only if one of them fails on its own. SIGTERM and SIGINT
+    are handed on, and no process outlives this one.
+
+    Returns:
+        The exit code: 0, or that of the process that failed first.
+
+    Raises:
+        TrainingError: a process was killed, or failed where the first one did not.
+    """
+    with tempfile.TemporaryDirectory(prefix="unidpo-") as folder, contextlib.ExitStack() as files:
+        outputs = [Path(folder) / f"process-{rank}.txt" for rank in range(processes)]
+        port = str(free_port())
+        running: list[subprocess.Popen[bytes]] = []
+        for rank, output in enumerate(outputs):
+            sink = None if rank == 0 else files.enter_context(output.open("wb"))
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "unidpo", *arguments],
+                    env=environment(rank, processes, port),
+                    stdout=sink,
+                    stderr=None if sink is None else subprocess.STDOUT,
+                    # Signals of the terminal come to this process alone, which hands them on once.
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent,
+                )
+            )
+        with _signals_to(running):
+            first = _wait(running)
+        if first is None:
+            return 0
+        code = running[first].returncode
+        if first == 0 and code > 0:
+            return code
+        raise TrainingError(_what_happened(first, code, outputs[first]))
+
+
+def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Wait for all; returns the process that failed first, where one did."""
+    first: int | None = None
+    deadline = float("inf")
+    while any(process.poll() is None for process in running):
+        failed = [rank for rank, process in enumerate(running) if process.returncode]
+        if failed and first is None:
+            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            for process in running:
+                process.kill()
+        time.sleep(0.05)
+    failed = [rank for rank, process in enumerate(running) if process.returncode]
+    # Those that fail together have one message, and the first process says it.
+    if failed and failed[0] == 0 and (first is None or running[first].returncode == running[0].returncode):
+        return 0
+    return first if first is not None else next(iter(failed), None)
+
+
+def _what_happened(rank: int, code: int, output: Path) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = ", which the system does when memory runs out" if code == -signal.SIGKILL else ""
+        return f"process {rank} was ended by {name}{hint}"
+    lines = output.read_text("utf-8", errors="replace").rstrip().splitlines() if output.exists() else []
+    return "\n".join([f"process {rank} failed with exit code {code}; its last lines:", *lines[-20:]])
+
+
+def environment(rank: int, processes: int, port: str) -> dict[str, str]:
+    """This process's environment, and what torch.distributed reads of its place among the others, as torchrun sets it."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return (
+        {"OMP_NUM_THREADS": str(threads)}
+        | dict(os.environ)
+        | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+    )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+    return port
+
+
+@contextlib.contextmanager
+def _signals_to(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        for process in running:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _die_with_parent() -> None:
+    # A process that went on alone would write into a run folder that somebody resumes.
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

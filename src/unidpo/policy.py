@@ -1,0 +1,106 @@
+"""A model in whatever wrapper it trains in, as one function: batch → log-probability per response."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unidpo.attention import set_text_attention
+from unidpo.logps import response_logps, response_logps_and_collisions
+from unidpo.packs import Pack, PaddedRows
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model to ask for log-probabilities, with gradients or without.
+
+    Attributes:
+        model: a transformers model, or one with an adapter around it.
+        wrapped: the same within DDP, FSDP or a DeepSpeed engine, or `model` itself.
+        autocast: a fresh context for each forward.
+    """
+
+    model: torch.nn.Module
+    wrapped: torch.nn.Module
+    autocast: Callable[[], AbstractContextManager[object]] = field(default=contextlib.nullcontext)
+
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The transformers model; its layers still hold the adapter."""
+        return self.model if isinstance(self.model, PreTrainedModel) else self.model.get_base_model()  # type: ignore[operator]
+
+    @property
+    def has_adapter(self) -> bool:
+        return not isinstance(self.model, PreTrainedModel)
+
+    def response_logps(self, batch: Pack | PaddedRows) -> Float[Tensor, " responses"]:
+        """See `logps.response_logps`."""
+        return self._as_forward(response_logps, batch)
+
+    def response_logps_and_collisions(self, batch: Pack | PaddedRows) -> Float[Tensor, "2 responses"]:
+        """See `logps.response_logps_and_collisions`."""
+        return self._as_forward(response_logps_and_collisions, batch)
+
+    def _as_forward(
+        self, function: Callable[[PreTrainedModel, Pack | PaddedRows], Tensor], batch: Pack | PaddedRows
+    ) -> Tensor:
+        """`function` of the model and the batch.
+
+        Wrappers gather weights and watch gradients around the forward of the module they hold, so the computation
+        takes the place of that forward while it runs.
+        """
+
+        def forward() -> Tensor:
+            with self.autocast():
+                return function(self.plain, batch)
+
+        with _forward_of(self.model, forward):
+            result: Tensor = self.wrapped()
+        return result
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """The model as it was loaded, where an adapter is trained."""
+        return self.model.disable_adapter() if self.has_adapter else contextlib.nullcontext()  # type: ignore[operator]
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Eval mode without gradients; afterwards the mode it was in."""
+        was_training = self.wrapped.training
+        self.wrapped.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.wrapped.train(was_training)
+
+    @property
+    def attention(self) -> str:
+        """The language model's attention."""
+        name: str = self.plain.config.get_text_config()._attn_implementation
+        return name
+
+    def set_attention(self, name: str) -> None:
+        """Switch the language model's attention; a vision tower keeps its own."""
+        set_text_attention(self.plain, name)
+
+
+@contextlib.contextmanager
+def _forward_of(module: torch.nn.Module, forward: Callable[[], Any]) -> Iterator[None]:
+    # accelerate leaves a forward of its own on the instance.
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

@@ -1,0 +1,174 @@
+"""Several processes make the steps that one makes, though some batches have no image and ranks unequal work."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+from forked import Forked, environment
+from transformers import AutoModelForImageTextToText
+
+pytest.importorskip("deepspeed")
+ZERO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+ZERO_3 = {
+    "stage": 3,
+    "stage3_param_persistence_threshold": 0,  # else it leaves weights as small as these whole
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, golden):
+    """The golden pairs, every third without its image, and settings of DeepSpeed."""
+    folder = tmp_path_factory.mktemp("processes")
+    rows = json.loads((golden / "data" / "golden48.json").read_text())
+    for number, row in enumerate(rows):
+        row["images"] = [str(golden / "data" / image) for image in row["images"]]
+        if number % 3 == 1:
+            row |= {"images": [], "instruction": row["instruction"].replace("<image>", "")}
+    (folder / "mixed.json").write_text(json.dumps(rows))
+    for name, stage in {"zero2": {"stage": 2}, "zero3": ZERO_3}.items():
+        (folder / f"{name}.json").write_text(json.dumps(ZERO | {"zero_optimization": stage}))
+    (folder / "recipe.yaml").write_text(
+        f"output: {folder}/one\n"
+        f"model: {{name: {golden}/model, dtype: float32}}\n"
+        f"data: {{path: {folder}/mixed.json, template: chatml, shuffle: false}}\n"
+        # Five pairs a step, so that two processes never have equal work.
+        "train: {learning_rate: 1.0e-3, global_batch_pairs: 5, save_strategy: 'no', max_steps: 6}\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forked(world):
+    runs = Forked()
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope="module")
+def one(world, forked):
+    """The steps of one process."""
+    assert forked.run("train", world / "recipe.yaml", log=world / "one.log", env=cache(world)) == [0], log(world, "one")
+    return steps(world / "one")
+
+
+def cache(world):
+    return {"UNIDPO_CACHE": str(world / "cache")}
+
+
+def log(world, name):
+    return "\n".join(path.read_text() for path in sorted(world.glob(f"{name}.log.*")))
+
+
+def steps(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if "grad_norm" in record]
+
+
+def assert_same_steps(ours, one):
+    assert [record["step"] for record in ours] == [record["step"] for record in one]
+    for ours_at, one_at in zip(ours, one, strict=True):
+        for key in set(one_at) - {"grad_norm"}:
+            assert ours_at[key] == pytest.approx(one_at[key], abs=1e-4), key
+        assert ours_at["grad_norm"] == pytest.approx(one_at["grad_norm"], rel=1e-3)
+
+
+def assert_whole_ledger(run):
+    ledger = pq.read_table(run / "pairs.parquet").to_pydict()
+    assert sorted(zip(ledger["step"], ledger["row"], strict=True)) == [(i // 5 + 1, i + 1) for i in range(30)]
+
+
+WAYS = {
+    "ddp": [],
+    "ddp, vision learns": ["model.freeze=none"],
+    "fsdp2": ["train.fsdp=true"],
+    "zero2": ["train.deepspeed={world}/zero2.json"],
+    "zero3": ["train.deepspeed={world}/zero3.json"],
+    "zero3, padded": ["train.deepspeed={world}/zero3.json", "model.attention=padded"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_make_the_steps_of_one(world, forked, one, way):
+    name = way.replace(", ", "-").replace(" ", "-")
+    overrides = [f"output={world / name}", *(override.format(world=world) for override in WAYS[way])]
+    codes = forked.run("train", world / "recipe.yaml", *overrides, log=world / f"{name}.log", ranks=2, env=cache(world))
+    assert codes == [0, 0], log(world, name)
+    if "model.freeze=none" in overrides:
+        own = [f"output={world}/one-{name}", "model.freeze=none"]
+        assert forked.run("train", world / "recipe.yaml", *own, log=world / f"one-{name}.log", env=cache(world)) == [0]
+        one = steps(world / f"one-{name}")
+    assert_same_steps(steps(world / name), one)
+    assert_whole_ledger(world / name)
+    AutoModelForImageTextToText.from_pretrained(world / name / "model")
+
+
+def test_the_reference_is_computed_in_shares_and_written_once(world, forked, one):
+    env = {"UNIDPO_CACHE": str(world / "cache-two")}
+    overrides = [f"output={world}/shares", "train.max_steps=1"]
+    codes = forked.run("train", world / "recipe.yaml", *overrides, log=world / "shares.log", ranks=2, env=env)
+    assert codes == [0, 0], log(world, "shares")
+    assert "0 responses found" in log(world, "shares")
+    shared, alone = (
+        {
+            row["key"]: row["logp"]
+            for part in sorted((world / name / "reference").rglob("*.parquet"))
+            for row in pq.read_table(part).to_pylist()
+        }
+        for name in ("cache-two", "cache")
+    )
+    parts = [pq.read_table(part).num_rows for part in (world / "cache-two" / "reference").rglob("*.parquet")]
+    assert sum(parts) == len(shared)
+    assert shared == pytest.approx(alone, abs=1e-4)
+
+
+def test_processes_go_on_from_a_checkpoint(world, forked, one):
+    run = ["train", world / "recipe.yaml", f"output={world}/resumed", "train.save_strategy=steps", "train.save_steps=2"]
+    pids = forked.start(*run, log=world / "resumed.log", ranks=2, env=cache(world))
+    while not (world / "resumed" / "checkpoint-2").is_dir():
+        pass
+    os.kill(pids[1], signal.SIGTERM)  # one is told, all stop
+    codes = forked.wait(pids)
+    if codes != [0, 0]:  # else it was told too late
+        assert codes == [143, 143], log(world, "resumed")
+        assert "go on with" in log(world, "resumed")
+        codes = forked.run(*run, "--resume", log=world / "resumed.log", ranks=2, env=cache(world))
+        assert codes == [0, 0], log(world, "resumed")
+    assert_same_steps(steps(world / "resumed"), one)
+    assert_whole_ledger(world / "resumed")
+
+
+def unidpo(world, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "unidpo", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment() | cache(world),
+        timeout=300,
+        check=False,
+    )
+
+
+def test_one_command_starts_the_processes(world, one):
+    done = unidpo(world, "train", world / "recipe.yaml", f"output={world}/nproc", "train.max_steps=6", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert_same_steps(steps(world / "nproc"), one)
+    assert done.stderr.count("finished:") == 1
+
+
+def test_what_is_wrong_is_said_once(world):
+    failed = unidpo(world, "train", world / "recipe.yaml", f"output={world}/bad", "model.name=nowhere", "--nproc", 2)
+    assert failed.returncode == 2
+    assert len(re.findall("nowhere: cannot load", failed.stderr)) == 1
+    assert "Traceback" not in failed.stderr
