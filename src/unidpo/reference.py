@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import platform
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,7 @@ class LogpStore:
         self._logps: dict[bytes, float] = dict(logps or {})
         self._new: dict[bytes, tuple[float, int]] = {}
         if logps is None:
+            self._clear_unfinished()
             self.reload()
 
     @classmethod
@@ -92,6 +94,12 @@ class LogpStore:
                 ) from error
             self._logps.update(zip(table["key"].to_pylist(), table["logp"].to_pylist(), strict=True))
 
+    def _clear_unfinished(self) -> None:
+        """Remove what killed processes of this machine were writing; others may be writing now."""
+        for path in self.folder.glob(f".{platform.node()}-*.tmp"):
+            if not _is_alive(int(path.name.removeprefix(f".{platform.node()}-").partition("-")[0])):
+                path.unlink(missing_ok=True)
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._logps
 
@@ -116,10 +124,20 @@ class LogpStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = [{"key": key, "logp": logp, "tokens": tokens} for key, (logp, tokens) in self._new.items()]
         name = uuid.uuid4().hex
-        unfinished = self.folder / f".{name}.tmp"
+        unfinished = self.folder / f".{platform.node()}-{os.getpid()}-{name}.tmp"
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), unfinished)
         unfinished.replace(self.folder / f"part-{name}.parquet")
         self._new.clear()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def store_folder(cache: Path, fingerprint: str, encoder: Encoder, *, arithmetic: str) -> Path:

@@ -104,6 +104,7 @@ class RunFolder:
             self.refuse_other_config(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._clear_unfinished()
             starts = json.loads(self.environment.read_text("utf-8"))["starts"] if self.environment.is_file() else []
             write_json(self.environment, {"starts": [*(starts if resume else []), environment()]})
             write_json(self.config, config)
@@ -121,6 +122,11 @@ class RunFolder:
         unfinished.mkdir()
         save(unfinished)
         unfinished.rename(self.model)
+
+    def _clear_unfinished(self) -> None:
+        """Remove what a killed run was writing."""
+        for path in self.path.glob(".*unfinished"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _has_metrics(self) -> bool:
         return self.metrics.is_file() and self.metrics.stat().st_size > 0
