@@ -37,7 +37,8 @@ class Forked:
             self._server.stdin.close()
 
     def _say(self, value):
-        print(json.dumps(value), file=self._server.stdin, flush=True)
+        self._server.stdin.write(json.dumps(value) + "\n")
+        self._server.stdin.flush()
 
 
 def environment():
@@ -50,13 +51,13 @@ def serve():
 
     import unidpo.cli
     import unidpo.launch
-    import unidpo.train  # noqa: F401
+    import unidpo.train
 
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in asked["wait"]]
-            print(json.dumps(codes), flush=True)
+            _answer(codes)
             continue
         port = str(unidpo.launch.free_port())
         pids = []
@@ -68,7 +69,12 @@ def serve():
                     os.environ.update(unidpo.launch.environment(rank, asked["ranks"], port))
                 _become_the_command(asked["arguments"], f"{asked['log']}.{rank}")
             pids.append(pid)
-        print(json.dumps(pids), flush=True)
+        _answer(pids)
+
+
+def _answer(value):
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
 
 
 def _become_the_command(arguments, log):

@@ -18,15 +18,18 @@ counts = st.lists(st.integers(1, 12), min_size=1, max_size=20)
 sizes = st.tuples(st.integers(1, 16), st.integers(1, 6))
 
 
-def sampler(pair_counts, *, step=4, per_pack=2, shuffle=True, seed=3, epoch=0, rank=0, world_size=1):
+def sampler(pair_counts, *, step=4, per_pack=2, shuffle=True, seed=3, epoch=0, rank=0, world_size=1, **more):
+    lengths = more.pop("lengths", None)
     made = StepSampler(
         pair_counts,
+        lambda index, places: len(places) if lengths is None else lengths[index],
         pairs_per_step=step,
         pairs_per_pack=per_pack,
         shuffle=shuffle,
         seed=seed,
         rank=rank,
         world_size=world_size,
+        **more,
     )
     made.set_epoch(epoch)
     return made
@@ -115,15 +118,57 @@ def test_over_all_processes_every_pair_is_visited_once(pair_counts, size, shuffl
 
 
 @given(counts, sizes, st.booleans(), st.integers(1, 5))
-def test_the_passes_of_a_step_are_dealt_out_in_turn(pair_counts, size, shuffle, processes):
-    """Equally many to each process; the last ones may be empty."""
+def test_every_process_makes_equally_many_passes(pair_counts, size, shuffle, processes):
+    """As few as hold the step's; who has fewer gets empty ones."""
     options = {"step": size[0], "per_pack": size[1], "shuffle": shuffle}
     alone = sampler(pair_counts, **options)
     dealt = [sampler(pair_counts, **options, rank=rank, world_size=processes) for rank in range(processes)]
     for whole, *parts in zip(alone, *dealt, strict=True):
-        together = [plan for turn in zip(*parts, strict=True) for plan in turn]
-        assert together[: len(whole)] == whole
-        assert together[len(whole) :] == [Plan(())] * (-len(whole) % processes)
+        assert {len(part) for part in parts} == {-(-len(whole) // processes)}
+        together = [plan for part in parts for plan in part if plan.shares]
+        assert sorted(plan.shares for plan in together) == sorted(plan.shares for plan in whole)
+
+
+@given(st.lists(st.integers(1, 500), min_size=8, max_size=8))
+def test_processes_have_about_equal_work(lengths):
+    """Apart at most by the longest pass, which nobody can share."""
+    work = [
+        sum(lengths[index] for plan in step for index, _ in plan.shares)
+        for rank in range(2)
+        for step in sampler([1] * 8, step=8, per_pack=1, lengths=lengths, rank=rank, world_size=2)
+    ]
+    assert abs(work[0] - work[1]) <= max(lengths)
+
+
+# --- passes filled by tokens -----------------------------------------------------------------------------------------
+
+token_counts = st.lists(st.integers(1, 300), min_size=1, max_size=30)
+
+
+@given(token_counts, st.integers(50, 400), st.integers(1, 3))
+def test_a_pass_holds_at_most_its_tokens_or_one_group(lengths, limit, processes):
+    made = [
+        sampler([1] * len(lengths), step=8, tokens_per_pack=limit, lengths=lengths, rank=rank, world_size=processes)
+        for rank in range(processes)
+    ]
+    passes = [plan for each in made for step in each for plan in step]
+    assert all(len(p.shares) == 1 or sum(lengths[i] for i, _ in p.shares) <= limit for p in passes if p.shares)
+    assert sorted(pair for plan in passes for pair in pairs_of([plan])) == [(i, 0) for i in range(len(lengths))]
+
+
+@given(token_counts, st.integers(50, 400))
+def test_the_pairs_of_a_step_do_not_depend_on_how_it_is_packed(lengths, limit):
+    ones = [1] * len(lengths)
+    by_tokens = sampler(ones, step=5, tokens_per_pack=limit, lengths=lengths)
+    for ours, theirs in zip(by_tokens, sampler(ones, step=5), strict=True):
+        assert sorted(pairs_of(ours)) == sorted(pairs_of(theirs))
+
+
+@given(token_counts, st.integers(50, 400))
+def test_no_two_passes_could_have_been_one(lengths, limit):
+    for step in sampler([1] * len(lengths), step=len(lengths), tokens_per_pack=limit, lengths=lengths):
+        sizes = [sum(lengths[index] for index, _ in plan.shares) for plan in step]
+        assert all(one + other > limit for one, other in itertools.combinations(sizes, 2))
 
 
 # --- what a batch holds ----------------------------------------------------------------------------------------------

@@ -194,7 +194,9 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(make, caplog):
     short, long = group(images=0, row=3), group(images=3, row=4)
     limit = make().prompt_tokens(long)
     with caplog.at_level("WARNING", "unidpo"):
-        assert fit_to_length([short, long], make(max_length=limit)) == [short]
+        fitted = fit_to_length([short, long], make(max_length=limit))
+    assert fitted.groups == [short]
+    assert [tokens.prompt for tokens in fitted.tokens] == [make().prompt_tokens(short)]
     assert "1 prompts skipped (rows 4)" in caplog.text
     with pytest.raises(DataError, match="row 4"):
         fit_to_length([long], make(max_length=limit))

@@ -18,6 +18,7 @@ LOSSES = {
 }
 WAYS = {
     "packs": {},
+    "packs of 120 tokens": {"max_tokens_per_pack": 120},
     "padded": {"attention": "padded"},
     "live reference": {"reference": "live"},
     "padded, live reference": {"attention": "padded", "reference": "live"},

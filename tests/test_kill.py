@@ -8,6 +8,7 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
+
 from forked import Forked
 
 KILLS = 10

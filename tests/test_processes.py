@@ -9,8 +9,9 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
-from forked import Forked, environment
 from transformers import AutoModelForImageTextToText
+
+from forked import Forked, environment
 
 pytest.importorskip("deepspeed")
 ZERO = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,9 @@ from unidpo.errors import Finding, ImageError, UserError
 from unidpo.packs import Layout, Pack, PaddedRows, PairIndex, index_pairs, pack, used_responses
 from unidpo.pairs import Pair, PromptGroup
 
+_Share: TypeAlias = tuple[int, tuple[int, ...]]
+"""A group by its index, and places among its pairs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -24,7 +28,7 @@ class Plan:
         shares: (index of the group, indices into its pairs).
     """
 
-    shares: tuple[tuple[int, tuple[int, ...]], ...]
+    shares: tuple[_Share, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,29 +71,37 @@ class StepSampler(Sampler[list[Plan]]):
     fit into a step goes on in the next one. Within a step whole groups share a forward pass while they have at most
     `pairs_per_pack` pairs together; the pairs of one prompt are never spread over several passes of a step.
 
-    With several processes the passes of a step are dealt out in turn. Every process makes equally many, because their
-    wrappers wait for each other in each of them: who has fewer gets empty plans.
+    With a limit on tokens, passes are filled first-fit by length up to it instead; a group above it has its own.
+
+    With several processes the passes of a step are dealt so that all have about equal work. Every process makes equally
+    many, because their wrappers wait for each other in each of them: who has fewer gets empty plans.
 
     Args:
         pair_counts: pairs of each group.
+        tokens: what some pairs of a group, by their places, take in a pass.
         pairs_per_step: over all processes.
+        tokens_per_pack: takes the place of `pairs_per_pack`.
         rank, world_size: which of how many processes this is.
     """
 
     def __init__(
         self,
         pair_counts: Sequence[int],
+        tokens: Callable[[int, Sequence[int]], int],
         *,
         pairs_per_step: int,
         pairs_per_pack: int,
+        tokens_per_pack: int | None = None,
         shuffle: bool,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._pair_counts = list(pair_counts)
+        self._tokens = tokens
         self._pairs_per_step = pairs_per_step
         self._pairs_per_pack = pairs_per_pack
+        self._tokens_per_pack = tokens_per_pack
         self._shuffle = shuffle
         self._seed = seed
         self._rank = rank
@@ -103,7 +115,7 @@ class StepSampler(Sampler[list[Plan]]):
         return -(-sum(self._pair_counts) // self._pairs_per_step)
 
     def __iter__(self) -> Iterator[list[Plan]]:
-        step: list[tuple[int, tuple[int, ...]]] = []
+        step: list[_Share] = []
         room = self._pairs_per_step
         for index in self._order():
             pairs = tuple(range(self._pair_counts[index]))
@@ -122,8 +134,24 @@ class StepSampler(Sampler[list[Plan]]):
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return torch.randperm(len(self._pair_counts), generator=generator).tolist()
 
-    def _plans(self, step: Sequence[tuple[int, tuple[int, ...]]]) -> list[Plan]:
-        packs: list[list[tuple[int, tuple[int, ...]]]] = []
+    def _plans(self, step: Sequence[_Share]) -> list[Plan]:
+        by_pairs = self._tokens_per_pack is None
+        packs = self._packs_by_pairs(step) if by_pairs else self._packs_by_tokens(step, self._tokens_per_pack or 0)
+        if self._world_size == 1:
+            return [Plan(tuple(shares)) for shares in packs]
+        each = -(-len(packs) // self._world_size)
+        dealt: list[list[list[_Share]]] = [[] for _ in range(self._world_size)]
+        work = [0] * self._world_size
+        # The longest first, each to whoever has least to do and still has a place.
+        for shares in sorted(packs, key=self._size, reverse=True):
+            taker = min((r for r in range(self._world_size) if len(dealt[r]) < each), key=lambda r: work[r])
+            dealt[taker].append(shares)
+            work[taker] += self._size(shares)
+        mine = dealt[self._rank]
+        return [Plan(tuple(shares)) for shares in [*mine, *[[]] * (each - len(mine))]]
+
+    def _packs_by_pairs(self, step: Sequence[_Share]) -> list[list[_Share]]:
+        packs: list[list[_Share]] = []
         room = 0
         for share in step:
             if not packs or len(share[1]) > room:
@@ -131,8 +159,24 @@ class StepSampler(Sampler[list[Plan]]):
                 room = self._pairs_per_pack
             packs[-1].append(share)
             room -= len(share[1])
-        packs += [[]] * (-len(packs) % self._world_size)
-        return [Plan(tuple(shares)) for shares in packs[self._rank :: self._world_size]]
+        return packs
+
+    def _packs_by_tokens(self, step: Sequence[_Share], limit: int) -> list[list[_Share]]:
+        packs: list[list[_Share]] = []
+        rooms: list[int] = []
+        for share in sorted(step, key=lambda share: self._tokens(*share), reverse=True):
+            size = self._tokens(*share)
+            place = next((place for place, room in enumerate(rooms) if room >= size), None)
+            if place is None:
+                place = len(packs)
+                packs.append([])
+                rooms.append(limit)
+            packs[place].append(share)
+            rooms[place] -= size
+        return packs
+
+    def _size(self, shares: Sequence[_Share]) -> int:
+        return sum(self._tokens(*share) for share in shares)
 
 
 class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):

@@ -72,6 +72,14 @@ class EncodedGroup:
         return int(self.position_ids.max()) + 1
 
 
+@dataclass(frozen=True, slots=True)
+class GroupTokens:
+    """Lengths of a group in tokens: its prompt, image tokens included, and each of its responses."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+
 class Encoder:
     """Chat template and processor behind one call.
 
@@ -196,21 +204,30 @@ class Encoder:
         except ValueError as error:
             raise _refused(sizes, error) from error
 
+    def lengths(self, group: PromptGroup) -> GroupTokens:
+        """Lengths before any cut. Reads only the headers of images. Raises `ImageError`, which names the row."""
+        try:
+            prompt = self.prompt_tokens(group)
+        except ImageError as error:
+            raise ImageError(f"row {group.pairs[0].row}: {error}", findings=error.findings) from error
+        return GroupTokens(prompt, tuple(len(self.response_ids(response)) for response in group.responses))
+
     def length_findings(self, group: PromptGroup) -> list[Finding]:
         """What `data.max_length` does to a group: a prompt that is skipped, or responses that are cut; all warnings.
 
         Raises:
             ImageError: an image cannot be read, or the model's processor refuses it.
         """
+        return self._length_findings(group, self.lengths(group))
+
+    def _length_findings(self, group: PromptGroup, tokens: GroupTokens) -> list[Finding]:
         row = group.pairs[0].row
-        try:
-            prompt = self.prompt_tokens(group)
-        except ImageError as error:
-            raise ImageError(f"row {row}: {error}", findings=error.findings) from error
-        if prompt >= self.max_length:
-            message = f"the prompt alone has {prompt} tokens, data.max_length is {self.max_length}; it is skipped"
+        if tokens.prompt >= self.max_length:
+            message = (
+                f"the prompt alone has {tokens.prompt} tokens, data.max_length is {self.max_length}; it is skipped"
+            )
             return [Finding("prompt-too-long", message, row=row, severity="warning")]
-        lengths = [prompt + len(self.response_ids(response)) for response in group.responses]
+        lengths = [tokens.prompt + response for response in tokens.responses]
         return [
             Finding(
                 "response-cut",
@@ -326,21 +343,32 @@ def prompt_positions(model: PreTrainedModel) -> PositionIds:
     return positions
 
 
-def fit_to_length(groups: Sequence[PromptGroup], encoder: Encoder) -> list[PromptGroup]:
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Groups that fit the length limit, and the tokens of each, responses as long as the limit leaves them."""
+
+    groups: list[PromptGroup]
+    tokens: list[GroupTokens]
+
+
+def fit_to_length(groups: Sequence[PromptGroup], encoder: Encoder) -> Fitted:
     """The groups whose prompts leave room for a response. Skipped prompts and cut responses are counted and named.
 
     Raises:
         DataError: no group is left.
     """
-    kept: list[PromptGroup] = []
+    fitted = Fitted([], [])
     findings: dict[str, list[Finding]] = defaultdict(list)
     for group in groups:
-        noticed = encoder.length_findings(group)
+        tokens = encoder.lengths(group)
+        noticed = encoder._length_findings(group, tokens)
         for finding in noticed:
             findings[finding.kind].append(finding)
         if not any(finding.kind == "prompt-too-long" for finding in noticed):
-            kept.append(group)
-    if not kept:
+            room = encoder.max_length - tokens.prompt
+            fitted.groups.append(group)
+            fitted.tokens.append(GroupTokens(tokens.prompt, tuple(min(room, each) for each in tokens.responses)))
+    if groups and not fitted.groups:
         raise from_findings(
             DataError, f"no prompt fits data.max_length={encoder.max_length}", findings["prompt-too-long"]
         )
@@ -348,7 +376,7 @@ def fit_to_length(groups: Sequence[PromptGroup], encoder: Encoder) -> list[Promp
         rows = ", ".join(str(finding.row) for finding in found[:10]) + (", ..." if len(found) > 10 else "")
         what = "prompts skipped" if kind == "prompt-too-long" else "responses cut"
         _LOG.warning("data.max_length=%d: %d %s (rows %s)", encoder.max_length, len(found), what, rows)
-    return kept
+    return fitted
 
 
 def _template_text(template: str | None, processor: ProcessorMixin | PreTrainedTokenizerBase) -> str:

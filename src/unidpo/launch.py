@@ -89,7 +89,7 @@ def _what_happened(rank: int, code: int, output: Path) -> str:
 
 
 def environment(rank: int, processes: int, port: str) -> dict[str, str]:
-    """This process's environment, and what torch.distributed reads of its place among the others, as torchrun sets it."""
+    """The environment here, and what torch.distributed reads of a process's place, as torchrun sets it."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     return (
         {"OMP_NUM_THREADS": str(threads)}

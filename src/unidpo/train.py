@@ -208,6 +208,7 @@ def _trainer(
         max_length=recipe.data.max_length,
         max_pixels=recipe.data.max_pixels,
         global_batch_pairs=recipe.train.global_batch_pairs,
+        max_tokens_per_pack=recipe.train.max_tokens_per_pack,
         attention=recipe.model.attention,
         shuffle=recipe.data.shuffle,
         on_bad_row=recipe.data.on_bad_row,

@@ -25,8 +25,8 @@ from unidpo.adapters import adds_nothing_yet, with_adapter
 from unidpo.attention import PACK_ATTENTION
 from unidpo.batches import Batch, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.checkpoints import published, writing_errors
-from unidpo.encode import Encoder, fit_to_length, prompt_positions
-from unidpo.errors import DataError, Finding, Interrupted, TrainingError, from_findings
+from unidpo.encode import Encoder, GroupTokens, fit_to_length, prompt_positions
+from unidpo.errors import DataError, Finding, Interrupted, ModelError, TrainingError, from_findings
 from unidpo.layouts import Attention, choose_layout, smallest
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.measures import Columns, Means, RewardShift, pair_columns
@@ -39,7 +39,7 @@ from unidpo.models import (
     load_processor,
     load_weights,
 )
-from unidpo.packs import Layout, pack, to_device
+from unidpo.packs import Layout, pack, to_device, used_responses
 from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
 from unidpo.ranks import gather, is_main, on_main, rank, world_size
@@ -79,6 +79,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         frozen: parts of the model that do not learn; without effect where an adapter is trained.
         template, max_length, max_pixels: see `Encoder`.
         global_batch_pairs: the global batch where it is no multiple of the number of processes.
+        max_tokens_per_pack: fill forward passes up to so many tokens instead of by `per_device_train_batch_size`; what
+            a pass holds changes memory and speed, not the result.
         attention: `"auto"` packs prompts unless a check before the first step finds that the model's own forward pass
             disagrees; `"sdpa"` insists on packs; `"padded"` never packs.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
@@ -110,6 +112,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         max_length: int = 4096,
         max_pixels: int = 768 * 768,
         global_batch_pairs: int | None = None,
+        max_tokens_per_pack: int | None = None,
         attention: Attention = "auto",
         shuffle: bool = True,
         on_bad_row: Literal["error", "skip"] = "error",
@@ -128,7 +131,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             processing_class, prompt_positions(model), template=template, max_length=max_length, max_pixels=max_pixels
         )
         groups = fit_to_length(train_dataset, encoder)
-        held_out = fit_to_length(eval_dataset, encoder) if eval_dataset else []
+        held_out = fit_to_length(eval_dataset or [], encoder)
         mixed_precision = args.bf16 or args.fp16
         if peft_config is None:
             freeze(model, frozen)
@@ -157,20 +160,24 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self.encoder = encoder
         self.reference = reference
         self.layout: Layout = pack
-        self._groups = groups
-        self._held_out = held_out
+        self._groups = groups.groups
+        self._held_out = held_out.groups
+        self._tokens = groups.tokens
+        self._held_out_tokens = held_out.tokens
+        self._max_tokens_per_pack = max_tokens_per_pack
         self._attention: Attention = attention
         self._shuffle = shuffle
         self._on_bad_row = on_bad_row
         self._cache = cache or default_cache()
         self._on_pairs = on_pairs
         self._on_reference_progress = on_reference_progress or (lambda done, total: None)
-        self._batches = PlannedBatches(groups, encoder)
-        self._held_out_batches = PlannedBatches(held_out, encoder)
+        self._batches = PlannedBatches(self._groups, encoder)
+        self._held_out_batches = PlannedBatches(self._held_out, encoder)
         self._live_reference: Policy | None = None
         self._prepared = False
         self._stop_requested = False
         self._stopping = False
+        self._resumed = False
         # Until an update has changed the weights, the policy is its own reference: see docs/decisions.
         self._policy_is_reference = reference in ("stored", "live") and adds_nothing_yet(model)
         self._means = Means()
@@ -179,13 +186,22 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=args,
-            train_dataset=groups,
-            eval_dataset=held_out or None,
+            train_dataset=self._groups,
+            eval_dataset=self._held_out or None,
             processing_class=processing_class,
             callbacks=[_BeforeFirstStep(self._prepare), *(callbacks or [])],
         )
+        if is_deepspeed_zero3_enabled() and loss.needs_reference and self._needs_second_model:
+            raise ModelError(
+                f"reference: {reference}: beside a model that ZeRO-3 has spread there is no place for a whole one; use "
+                "`reference: stored`, or FSDP2 (`train.fsdp=true`)"
+            )
         self._own_attention = self.policy.attention
         self.model_accepts_loss_kwargs = False
+
+    @property
+    def _needs_second_model(self) -> bool:
+        return self.reference != "stored" and not (self.reference == "live" and self.policy.has_adapter)
 
     @property
     def policy(self) -> Policy:
@@ -202,6 +218,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         Raises:
             Interrupted: `request_stop` was called; there is a checkpoint of the last step.
         """
+        self._resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
             self._policy_is_reference = False
             kept = Path(get_last_checkpoint(self.args.output_dir) or "") if resume_from_checkpoint is True else None
@@ -279,6 +296,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._see_lost(lost)
         folder = store_folder(self._cache, fingerprint, self.encoder, arithmetic=arithmetic)
         store = LogpStore.shared(folder, keys)
+        if self._resumed and self.is_deepspeed_enabled and self.reference == "stored":
+            # DeepSpeed has put the checkpoint's weights in place of those the reference is made of.
+            missing = sum(key not in store for group in keys for key in group)
+            if missing and not policy.has_adapter:
+                raise ModelError(
+                    f"{folder}: {missing} stored reference log-probabilities of this run are gone, and under DeepSpeed "
+                    "a resumed run cannot compute them again; put them back, or begin the run anew"
+                )
         reference_pass = ReferencePass(
             policy=policy,
             encoder=self.encoder,
@@ -347,7 +372,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Optimizer steps; see `StepSampler`."""
-        sampler = self._sampler(self._groups, per_pack=self._pairs_per_pack, shuffle=self._shuffle)
+        sampler = self._sampler(self._groups, self._tokens, per_pack=self._pairs_per_pack, shuffle=self._shuffle)
         return self._loader(self._batches, sampler)
 
     def _loader(self, batches: PlannedBatches, sampler: StepSampler) -> StepLoader:
@@ -355,11 +380,20 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         workers, prefetch = args.dataloader_num_workers, args.dataloader_prefetch_factor
         return StepLoader(batches, sampler, workers=workers, prefetch=prefetch)
 
-    def _sampler(self, groups: Sequence[PromptGroup], *, per_pack: int, shuffle: bool) -> StepSampler:
+    def _sampler(
+        self, groups: Sequence[PromptGroup], tokens: Sequence[GroupTokens], *, per_pack: int, shuffle: bool
+    ) -> StepSampler:
+        def size(index: int, places: Sequence[int]) -> int:
+            used = used_responses([groups[index].pairs[place] for place in places])
+            responses = sum(tokens[index].responses[response] for response in used)
+            return responses + tokens[index].prompt * (1 if self.layout is pack else len(used))
+
         return StepSampler(
             [len(group.pairs) for group in groups],
+            size,
             pairs_per_step=self._pairs_per_step,
             pairs_per_pack=per_pack,
+            tokens_per_pack=self._max_tokens_per_pack,
             shuffle=shuffle,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             rank=rank(),
@@ -492,7 +526,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _measure_held_out(self) -> dict[str, float]:
-        sampler = self._sampler(self._held_out, per_pack=self.args.per_device_eval_batch_size, shuffle=False)
+        per_pack = self.args.per_device_eval_batch_size
+        sampler = self._sampler(self._held_out, self._held_out_tokens, per_pack=per_pack, shuffle=False)
         columns: dict[str, list[Any]] = {}
         for step in self._loader(self._held_out_batches, sampler):
             self._see_lost([finding for lost in gather([step.lost]) for finding in lost])

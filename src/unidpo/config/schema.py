@@ -258,11 +258,16 @@ else:
     HuggingFaceArguments = model_of_arguments(Section)
 
 
+_OURS_ALONE = {"global_batch_pairs", "max_tokens_per_pack"}
+
+
 class TrainSection(HuggingFaceArguments):
     """Hugging Face `TrainingArguments` under their own names; those listed here have defaults of ours."""
 
     global_batch_pairs: int | None = Field(None, gt=0)
     """Pairs per optimizer step over all processes; derives `gradient_accumulation_steps`."""
+    max_tokens_per_pack: int | None = Field(None, gt=0)
+    """Tokens that a forward pass is filled up to; takes the place of `per_device_train_batch_size` there."""
     per_device_train_batch_size: int = Field(1, gt=0)
     """Pairs per forward pass and process."""
     per_device_eval_batch_size: int = Field(1, gt=0)
@@ -318,7 +323,7 @@ class TrainSection(HuggingFaceArguments):
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `transformers.TrainingArguments`: what the recipe set, and our defaults."""
-        values = {name: value for name, value in self.given().items() if name != "global_batch_pairs"}
+        values = {name: value for name, value in self.given().items() if name not in _OURS_ALONE}
         renamed = {old: new for old, new in RENAMED.items() if old in values and new in type(self).model_fields}
         return {renamed.get(name, name): value for name, value in values.items()}
 
