@@ -58,8 +58,8 @@ def keys_of(groups):
 def fill(policy, store, groups, *, layout=pack, keys=None, **options):
     model, encoder = policy
     keys = keys or keys_of(groups)
-    reference_pass = ReferencePass(Policy(model, model), encoder, layout, store, torch.device("cpu"), **options)
-    return reference_pass.run(groups, keys)
+    reference_pass = ReferencePass(Policy(model, model), encoder, layout, torch.device("cpu"), **options)
+    return reference_pass.run(groups, keys, store)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -57,6 +57,20 @@ def pair_columns(batch: Batch, pairs: PairLogps, terms: LossTerms) -> dict[str, 
     count = len(index.rows)
     numbers = {n: [None] * count if c is None else c.detach().tolist() for n, c in columns.items()}
     return {"file": list(index.files)} | numbers
+
+
+def extend(columns: dict[str, list[Any]], more: Columns) -> None:
+    """Add the pairs of other columns behind those of `columns`."""
+    for name, values in more.items():
+        columns.setdefault(name, []).extend(values)
+
+
+def joined(parts: Iterable[Columns]) -> dict[str, list[Any]]:
+    """The columns of several processes as one; empty where no process has a pair."""
+    together: dict[str, list[Any]] = {}
+    for part in parts:
+        extend(together, part)
+    return together if together and together["row"] else {}
 
 
 class Means:

@@ -10,6 +10,7 @@ Where several processes train together, the main one alone reads and writes the 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -28,13 +29,14 @@ from torch.utils.data import DataLoader
 
 from unidpo.batches import lost_rows
 from unidpo.encode import EncodedGroup, Encoder
-from unidpo.errors import Finding, ImageError, UserError
+from unidpo.errors import Finding, ImageError, ModelError, UserError
 from unidpo.images import content_digest
 from unidpo.packs import Layout, to_device
 from unidpo.pairs import ImageSource, PromptGroup
 from unidpo.policy import Policy
 from unidpo.ranks import gather, is_main, on_main, rank, whole, world_size
 
+_LOG = logging.getLogger(__name__)
 FLUSH_SECONDS = 30.0
 PASS_TOKENS = 8192
 """Tokens in one forward of the reference pass; without gradients this is small beside a training step."""
@@ -238,7 +240,7 @@ class _Scored:
 
 @dataclass
 class ReferencePass:
-    """Fill a store with the log-probabilities of all responses it does not hold yet.
+    """Computes the log-probabilities of all responses that a store does not hold yet. Every process makes it.
 
     Attributes:
         policy: the reference; put into eval mode meanwhile.
@@ -253,30 +255,56 @@ class ReferencePass:
     policy: Policy
     encoder: Encoder
     layout: Layout
-    store: LogpStore
     device: torch.device
     stand_in: EncodedGroup | None = None
     workers: int = 0
     on_lost: Callable[[list[Finding]], None] = field(default=lambda findings: None)
     on_progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
-    def run(self, groups: Sequence[PromptGroup], keys: Sequence[Sequence[bytes]]) -> PassCounts:
-        """Compute what is missing. What was computed before an interruption is kept."""
+    def logps(
+        self, groups: Sequence[PromptGroup], folder: Path, *, complete: bool = False
+    ) -> list[Float[Tensor, " responses"]]:
+        """The log-probabilities of each group's responses, in nats; NaN for rows that cannot be read any more.
+
+        Args:
+            folder: of the store.
+            complete: whether the store must hold them all, because the model is not the reference any more.
+
+        Raises:
+            ModelError: it does not.
+        """
+        keys, lost = on_main(lambda: response_keys(groups))
+        if lost:
+            self.on_lost(lost)
+        store = LogpStore.shared(folder, keys)
+        missing = {key for group in keys for key in group if key != UNREADABLE and key not in store}
+        if complete and missing:
+            raise ModelError(
+                f"{folder}: {len(missing)} stored reference log-probabilities of this run are gone, and its model cannot "
+                "compute them any more; put them back, or begin the run anew"
+            )
+        counts = self.run(groups, keys, store)
+        if is_main():
+            _LOG.info("reference: %d responses found in %s, %d computed", counts.found, folder, counts.computed)
+        return lookup(store, keys)
+
+    def run(self, groups: Sequence[PromptGroup], keys: Sequence[Sequence[bytes]], store: LogpStore) -> PassCounts:
+        """Compute what is missing in a store. What was computed before an interruption is kept."""
         todo: list[_Missing] = []
         seen: set[bytes] = {UNREADABLE}
         for group, group_keys in zip(groups, keys, strict=True):
             missing = []
             for i, key in enumerate(group_keys):
-                if key not in self.store and key not in seen:
+                if key not in store and key not in seen:
                     missing.append(i)
                 seen.add(key)
             if missing:
                 todo.append(_Missing(group, missing, [group_keys[i] for i in missing]))
         total = sum(len(missing.keys) for missing in todo)
-        computed = self._compute(todo, total) if total else 0
+        computed = self._compute(todo, total, store) if total else 0
         return PassCounts(found=len(seen) - 1 - total, computed=computed)
 
-    def _compute(self, todo: Sequence[_Missing], total: int) -> int:
+    def _compute(self, todo: Sequence[_Missing], total: int, store: LogpStore) -> int:
         done, flushed = 0, time.monotonic()
         mine = self._batches(todo[rank() :: world_size()])
         try:
@@ -288,19 +316,15 @@ class ReferencePass:
                         if share.lost:
                             self.on_lost(share.lost)
                         for entry in share.entries:
-                            self.store.add(*entry)
+                            store.add(*entry)
                         done += len(share.entries)
                     self.on_progress(done, total)
                     if time.monotonic() - flushed > FLUSH_SECONDS:
-                        self._flush()
+                        _flush(store)
                         flushed = time.monotonic()
         finally:
-            self._flush()
+            _flush(store)
         return done
-
-    def _flush(self) -> None:
-        if is_main():
-            self.store.flush()
 
     def _score(self, batch: _PassBatch | None) -> _Scored | None:
         if batch is None and world_size() == 1:
@@ -346,6 +370,11 @@ class ReferencePass:
             tokens += size
         if batch.groups or batch.lost:
             yield batch
+
+
+def _flush(store: LogpStore) -> None:
+    if is_main():
+        store.flush()
 
 
 def lookup(store: LogpStore, keys: Sequence[Sequence[bytes]]) -> list[Float[Tensor, " responses"]]:

@@ -29,7 +29,7 @@ from unidpo.encode import Encoder, GroupTokens, fit_to_length, prompt_positions
 from unidpo.errors import DataError, Finding, Interrupted, ModelError, TrainingError, from_findings
 from unidpo.layouts import Attention, choose_layout, smallest
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
-from unidpo.measures import Columns, Means, RewardShift, pair_columns
+from unidpo.measures import Columns, Means, RewardShift, extend, joined, pair_columns
 from unidpo.models import (
     Part,
     Processor,
@@ -42,16 +42,8 @@ from unidpo.models import (
 from unidpo.packs import Layout, pack, to_device, used_responses
 from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
-from unidpo.ranks import gather, is_main, on_main, rank, world_size
-from unidpo.reference import (
-    LogpStore,
-    ReferencePass,
-    default_cache,
-    lookup,
-    response_keys,
-    store_folder,
-    weights_fingerprint,
-)
+from unidpo.ranks import gather, is_main, rank, world_size
+from unidpo.reference import ReferencePass, default_cache, store_folder, weights_fingerprint
 
 _LOG = logging.getLogger(__name__)
 _REWARD_SHIFT = "reward_shift.json"
@@ -221,10 +213,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
             self._policy_is_reference = False
-            kept = Path(get_last_checkpoint(self.args.output_dir) or "") if resume_from_checkpoint is True else None
-            kept = kept or Path(resume_from_checkpoint)  # type: ignore[arg-type]
-            if (kept / _REWARD_SHIFT).is_file():
-                self._reward_shift = RewardShift(**json.loads((kept / _REWARD_SHIFT).read_text("utf-8")))
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            kept = Path(str(resume_from_checkpoint)) / _REWARD_SHIFT
+            if kept.is_file():
+                self._reward_shift = RewardShift(**json.loads(kept.read_text("utf-8")))
         with self._attention_restored():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self._lost:
@@ -291,39 +284,24 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             fingerprint = weights_fingerprint(model)
             policy = self._beside(model)
         arithmetic = str(self._arithmetic).removeprefix("torch.")
-        groups = [*self._groups, *self._held_out]
-        keys, lost = on_main(lambda: response_keys(groups))
-        self._see_lost(lost)
-        folder = store_folder(self._cache, fingerprint, self.encoder, arithmetic=arithmetic)
-        store = LogpStore.shared(folder, keys)
-        if self._resumed and self.is_deepspeed_enabled and self.reference == "stored":
-            # DeepSpeed has put the checkpoint's weights in place of those the reference is made of.
-            missing = sum(key not in store for group in keys for key in group)
-            if missing and not policy.has_adapter:
-                raise ModelError(
-                    f"{folder}: {missing} stored reference log-probabilities of this run are gone, and under DeepSpeed "
-                    "a resumed run cannot compute them again; put them back, or begin the run anew"
-                )
-        reference_pass = ReferencePass(
-            policy=policy,
-            encoder=self.encoder,
-            layout=self.layout,
-            store=store,
-            device=self.args.device,
-            stand_in=self._batches.stand_in,
-            workers=self.args.dataloader_num_workers,
-            on_lost=self._see_lost,
-            on_progress=self._reference_progress,
-        )
         with self.policy.without_adapter():
-            counts = reference_pass.run(groups, keys)
-        if is_main():
-            _LOG.info("reference: %d responses found in %s, %d computed", counts.found, folder, counts.computed)
-        logps = lookup(store, keys)
-        self._batches.ref_logps, self._held_out_batches.ref_logps = (
-            logps[: len(self._groups)],
-            logps[len(self._groups) :],
-        )
+            logps = ReferencePass(
+                policy=policy,
+                encoder=self.encoder,
+                layout=self.layout,
+                device=self.args.device,
+                stand_in=self._batches.stand_in,
+                workers=self.args.dataloader_num_workers,
+                on_lost=self._see_lost,
+                on_progress=self._reference_progress,
+            ).logps(
+                [*self._groups, *self._held_out],
+                store_folder(self._cache, fingerprint, self.encoder, arithmetic=arithmetic),
+                # DeepSpeed has put a checkpoint's weights in place of those the reference is made of.
+                complete=self._resumed and self.is_deepspeed_enabled and policy.model is self.model,
+            )
+        own = len(self._groups)
+        self._batches.ref_logps, self._held_out_batches.ref_logps = logps[:own], logps[own:]
 
     def _beside(self, model: PreTrainedModel) -> Policy:
         """A frozen model beside the policy, whole in every process."""
@@ -433,8 +411,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 loss = terms.loss.sum() * share
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if engine else {}))
             total += loss.detach()
-            _extend(columns, pair_columns(batch, pairs, terms))
-        self._record(_joined(gather([columns])))
+            extend(columns, pair_columns(batch, pairs, terms))
+        self._record(joined(gather([columns])))
         # A warm-up's first update may be made with learning rate 0 and change nothing.
         if any(group["lr"] > 0 for group in self.optimizer.param_groups):
             self._policy_is_reference = False
@@ -535,8 +513,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 batch = to_device(batch, self.args.device)
                 with self.policy.measuring():
                     pairs, terms = self.evaluate_pairs(batch)
-                _extend(columns, pair_columns(batch, pairs, terms))
-        seen = _joined(gather([columns]))
+                extend(columns, pair_columns(batch, pairs, terms))
+        seen = joined(gather([columns]))
         if not seen:
             raise DataError("none of the held-out rows can be read any more")
         means = Means()
@@ -593,16 +571,3 @@ class _BeforeFirstStep(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._prepare()
-
-
-def _extend(columns: dict[str, list[Any]], more: Columns) -> None:
-    for name, values in more.items():
-        columns.setdefault(name, []).extend(values)
-
-
-def _joined(parts: Iterable[Columns]) -> dict[str, list[Any]]:
-    """The columns of several processes as one; empty where no process has a pair."""
-    joined: dict[str, list[Any]] = {}
-    for part in parts:
-        _extend(joined, part)
-    return joined if joined and joined["row"] else {}
