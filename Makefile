@@ -4,8 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+EVAL_VENV ?= .venv-eval
+EVAL_INSTALLED := $(EVAL_VENV)/.installed
 
-.PHONY: setup demo test lint fmt
+.PHONY: setup demo test test-eval lint fmt
 
 setup: $(INSTALLED)
 
@@ -21,6 +23,18 @@ demo: $(INSTALLED)
 # One thread per worker: two that fight over the same cores take longer than one.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# VLMEvalKit lives in an environment of its own: beside a CPU-only torch its torchvision has to come without that
+# package's own wishes, and it brings 160 packages that nothing else here needs.
+test-eval: $(INSTALLED) $(EVAL_INSTALLED)
+	OMP_NUM_THREADS=1 UNIDPO_VLMEVAL_PYTHON=$(abspath $(EVAL_VENV))/bin/python $(BIN)/python -m pytest -m vlmeval
+
+$(EVAL_INSTALLED): pyproject.toml constraints.txt constraints-eval.txt
+	test -x $(EVAL_VENV)/bin/python || $(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(EVAL_VENV)/bin/python -m pip install --no-deps "torchvision==0.28.*"
+	$(EVAL_VENV)/bin/python -m pip install -c constraints.txt -c constraints-eval.txt ms-vlmeval==0.0.20
+	touch $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

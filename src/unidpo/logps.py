@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from unidpo.attention import SegmentTable
 from unidpo.packs import Pack, PaddedRows
 
 # Bytes of float32 logits held at a time; the head's extra memory is a small multiple of this, whatever the batch.
@@ -51,7 +52,7 @@ def _pack_sums(model: PreTrainedModel, pack: Pack, of_targets: _OfTargets) -> Te
         # One axis is what plain rotary models take, (1, tokens); M-RoPE models take (3, 1, tokens).
         position_ids=pack.position_ids if len(pack.position_ids) == 1 else pack.position_ids[:, None],
         use_cache=False,
-        segments=pack.segments,
+        segments=SegmentTable(pack.segments, pack.input_ids.device),
         **pack.vision,
     ).last_hidden_state[0]
     head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
@@ -142,7 +143,9 @@ def _in_chunks(
         return of_targets(_capped(head(hidden), soft_cap), targets)
 
     weight: Tensor = head.weight  # type: ignore[assignment]
-    size = max(1, LOGITS_CHUNK_BYTES // (4 * len(weight)))
+    # A weight that ZeRO-3 has spread has no rows until the head is called.
+    rows: int = getattr(weight, "ds_shape", weight.shape)[0]
+    size = max(1, LOGITS_CHUNK_BYTES // (4 * rows))
     if len(targets) <= size:
         return of_chunk(hidden, targets)
     chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)

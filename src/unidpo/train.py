@@ -59,7 +59,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     step = on_main(lambda: folder.create(recipe.resolved(), resume=resume))
     checkpoint = folder.last_checkpoint if resume else None
     with Stages(console) as stages:
-        groups, held_out = on_main(lambda: _training_data(recipe, loss, stages))
+        groups, held_out = on_main(lambda: training_data(recipe, loss, stages))
         with _packages_the_recipe_needs():
             record = RunRecord(folder, stages, step=step) if is_main() else None
             trainer = _trainer(recipe, args, loss, groups, held_out, record)
@@ -145,13 +145,20 @@ def _packages_the_recipe_needs() -> Iterator[None]:
         raise
 
 
-def _training_data(recipe: Recipe, loss: PreferenceLoss, stages: Stages) -> tuple[list[PromptGroup], list[PromptGroup]]:
-    """The groups to train on and those held out, after the check every data set goes through."""
+def training_data(
+    recipe: Recipe, loss: PreferenceLoss, stages: Stages, *, scan_images: bool = True
+) -> tuple[list[PromptGroup], list[PromptGroup]]:
+    """The groups to train on and those held out, after the check every data set goes through.
+
+    Args:
+        scan_images: decode every image, which is most of the check's time.
+    """
     data = recipe.data
     reports = [
         check_data(
             source.path,
             images=source.images or data.images,
+            scan_images=scan_images,
             require_scores=loss.needs_scores or data.min_score_margin is not None,
             max_pixels=data.max_pixels,
             on_progress=lambda stage, done, total, path=source.path: stages.update(  # type: ignore[misc]

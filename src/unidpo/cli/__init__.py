@@ -13,6 +13,7 @@ import unidpo
 from unidpo.cli.consoles import WORK_FAILED, messages, results
 from unidpo.cli.data import data
 from unidpo.cli.evaluation import evaluation
+from unidpo.cli.planning import plan
 from unidpo.cli.training import Overrides, RecipeFile, train
 from unidpo.errors import UserError
 
@@ -27,6 +28,7 @@ recipe = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 app.command()(train)
+app.command()(plan)
 app.command("eval")(evaluation)
 
 

@@ -180,3 +180,26 @@ def write_ranked_data(
     path = folder / "ranked.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
     return RankedData(path, rows=len(lines), responses=responses, left_out=len(questions) - len(lines))
+
+
+def write_benchmark(questions: Sequence[Question], folder: Path) -> Path:
+    """Write questions as a benchmark that `unidpo eval` reads; returns its YAML file.
+
+    Args:
+        questions: what is asked.
+        folder: receives ``benchmark.yaml``, ``questions.jsonl`` and ``images/``.
+    """
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, question in enumerate(questions, start=1):
+        name = f"images/{number:04d}.png"
+        question.image.save(folder / name)
+        row = {"question": question.prompt, "answer": question.answer, "category": question.kind, "image": name}
+        rows.append(json.dumps(row) + "\n")
+    (folder / "questions.jsonl").write_text("".join(rows), encoding="utf-8")
+    path = folder / "benchmark.yaml"
+    path.write_text(
+        f"name: digits\nfile: questions.jsonl\ntype: exact\nmax_new_tokens: {MOST_NEW_TOKENS}\n", encoding="utf-8"
+    )
+    return path

@@ -25,6 +25,7 @@ from unidpo.demo.answers import (
     accuracies,
     greedy_answers,
     sampled_answers,
+    write_benchmark,
     write_ranked_data,
 )
 from unidpo.demo.digits import DigitsWorld, Kind, Question, is_correct, load_world
@@ -102,6 +103,7 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
         trained = _measure(run / "model", questions, "trained model", stages)
     console.print(_accuracy_table(base, trained))
     _write_accuracy(out / "accuracy.json", base, trained)
+    benchmark = write_benchmark(questions, out / "data" / "held-out")
 
     _step(console, 5, "Draw")
     draw_answers(questions, base.answers, trained.answers, out / "answers.png")
@@ -123,6 +125,7 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
         console,
         {
             f"unidpo train {recipe} loss.beta=4 output={out / 'run-beta-4'}": "the same with another beta",
+            f"unidpo eval {run / 'model'} --benchmarks {benchmark}": "ask the held-out questions again",
             "unidpo data check YOUR_PAIRS.json": "your own data",
         },
     )

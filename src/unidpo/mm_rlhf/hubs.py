@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -110,57 +110,82 @@ class HuggingFace:
         return part.stat().st_size if part.is_file() else 0
 
     def download(self, repo: str, file: RemoteFile, place: Path, on_bytes: OnBytes) -> None:
-        part = _part(file, place)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        failures = 0
-        while (done := self.on_disk(file, place)) != file.size or not part.exists():
-            if done > file.size:
-                part.unlink()
-                continue
-            try:
-                self._receive(repo, file, part, done, on_bytes)
-                problem: Exception = FetchError("the connection ended early")
-            except Exception as error:
-                if not _is_passing(error):
-                    raise _hub_error(repo, error, file.path) from error
-                problem = error
-            now = self.on_disk(file, place)
-            failures = 0 if now > done else failures + 1
-            if failures >= FAILURES_IN_A_ROW:
-                raise _hub_error(repo, problem, file.path) from problem
-            if now != file.size:
-                time.sleep(WAIT_SECONDS * 2 ** max(0, failures - 1))
-        part.replace(place)
-
-    def _receive(self, repo: str, file: RemoteFile, part: Path, done: int, on_bytes: OnBytes) -> None:
-        """Append to the part what one connection gives."""
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         url = hf_hub_url(repo, file.path, repo_type="dataset", revision=self.revision, endpoint=self.api.endpoint)
         headers = build_hf_headers(library_name="unidpo", library_version=unidpo.__version__)
-        headers["Accept-Encoding"] = "identity"
-        if done:
-            headers["Range"] = f"bytes={done}-"
-        with (
-            get_session().stream(
-                "GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
-            ) as response,
-            part.open("ab") as sink,
-        ):
-            hf_raise_for_status(response)
-            if done and not _starts_at(response, done):
-                done = 0  # the server sends the whole file whatever it is asked
-            sink.truncate(done)
-            # As they arrive: chunks of a fixed size would lose what is collected when the connection breaks.
-            for chunk in response.iter_bytes():
-                done += len(chunk)
-                if done > file.size:
-                    sink.truncate(0)
-                    raise FetchError(f"the hub sends more than the {file.size:,} bytes it promised")
-                sink.write(chunk)
-                on_bytes(done)
+        try:
+            download_url(url, _part(file, place), file.size, on_bytes, headers=headers)
+        except Exception as error:
+            raise _hub_error(repo, error, file.path) from error
+        _part(file, place).replace(place)
+
+
+def download_url(
+    url: str, part: Path, size: int, on_bytes: OnBytes, *, headers: Mapping[str, str] | None = None
+) -> None:
+    """Fill a file with what an address gives, going on where an earlier call was broken off.
+
+    Args:
+        url: the address.
+        part: the file; what it holds already is taken for the beginning.
+        size: of the whole, in bytes.
+        on_bytes: called with how many bytes are there.
+        headers: sent with each request.
+
+    Raises:
+        FetchError: the connection broke too often, or more than `size` bytes came.
+        Exception: whatever else the connection or the disk raises.
+    """
+    part.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while (done := part.stat().st_size if part.is_file() else 0) != size or not part.exists():
+        if done > size:
+            part.unlink()
+            continue
+        try:
+            _receive(url, dict(headers or {}), part, done, size, on_bytes)
+            problem: Exception = FetchError("the connection ended early")
+        except Exception as error:
+            if not _is_passing(error):
+                raise
+            problem = error
+        now = part.stat().st_size if part.is_file() else 0
+        failures = 0 if now > done else failures + 1
+        if failures >= FAILURES_IN_A_ROW:
+            raise problem
+        if now != size:
+            time.sleep(WAIT_SECONDS * 2 ** max(0, failures - 1))
+
+
+def _receive(url: str, headers: dict[str, str], part: Path, done: int, size: int, on_bytes: OnBytes) -> None:
+    """Append to the part what one connection gives."""
+    from huggingface_hub import get_session
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+    headers["Accept-Encoding"] = "identity"
+    if done:
+        headers["Range"] = f"bytes={done}-"
+    with (
+        get_session().stream(
+            "GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
+        ) as response,
+        part.open("ab") as sink,
+    ):
+        hf_raise_for_status(response)
+        if done and not _starts_at(response, done):
+            done = 0  # the server sends the whole file whatever it is asked
+        sink.truncate(done)
+        # As they arrive: chunks of a fixed size would lose what is collected when the connection breaks.
+        for chunk in response.iter_bytes():
+            done += len(chunk)
+            if done > size:
+                sink.truncate(0)
+                raise FetchError(f"the hub sends more than the {size:,} bytes it promised")
+            sink.write(chunk)
+            on_bytes(done)
 
 
 class ModelScope:

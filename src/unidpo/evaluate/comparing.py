@@ -1,0 +1,212 @@
+"""Two models on the same questions: the difference, how sure it is, and which answers changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from unidpo.evaluate.benchmarks import EvaluationError, Judged, Statistic
+from unidpo.evaluate.predictions import PREDICTIONS, read_answers
+from unidpo.evaluate.results import BenchmarkResult, ModelResult, read_judged
+from unidpo.runs import write_atomically, write_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Numbers: TypeAlias = NDArray[np.float64]
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+RIGHT = 0.5
+"""Credit from which an answer counts as right where answers are listed."""
+_AT_ONCE = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A benchmark's metric of one model less that of another.
+
+    Attributes:
+        benchmark: its name.
+        before: the first model.
+        after: the other model.
+        value: points that `after` is better, on the benchmark's scale.
+        low: lower end of the interval that holds 95 % of the differences over questions drawn anew.
+        high: its upper end.
+        questions: both were asked.
+        gained: answers that were wrong and are right.
+        lost: answers that were right and are wrong.
+    """
+
+    benchmark: str
+    before: str
+    after: str
+    value: float
+    low: float
+    high: float
+    questions: int
+    gained: int
+    lost: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+def compare(before: ModelResult, after: ModelResult) -> list[Difference]:
+    """Differences on the benchmarks that both have a result for. Writes `changed-AFTER.jsonl` beside the results.
+
+    Raises:
+        EvaluationError: the two were asked different questions.
+    """
+    found, lines = [], []
+    for one, other in zip(before.benchmarks, after.benchmarks, strict=True):
+        if one.failure is None and other.failure is None:
+            changed = _changed(before, after, one)
+            lines += changed
+            found.append(_difference(before, after, one, changed))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(after.folder.parent / f"changed-{after.label}.jsonl", text.encode())
+    return found
+
+
+def write_differences(differences: Sequence[Difference], folder: Path) -> None:
+    """Write `comparison.json`."""
+    write_json(folder / "comparison.json", [asdict(difference) for difference in differences])
+
+
+def paired_bootstrap(
+    before: Sequence[Judged],
+    after: Sequence[Judged],
+    *,
+    statistic: Statistic,
+    best: float,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """The 95 % interval of the difference between two models on the same questions.
+
+    Units of questions are drawn with replacement, the same ones for both models; in MME within each category, so that
+    none goes missing. The interval is that of percentiles.
+
+    Args:
+        before: answers of one model, judged.
+        after: those of the other, on the same questions.
+        statistic: how the metric follows from them.
+        best: what a perfect model gets.
+        resamples: how often the questions are drawn anew.
+        seed: of the drawing.
+
+    Raises:
+        ValueError: the questions are not the same.
+    """
+    tables = [_components(judged, statistic) for judged in (before, after)]
+    if tables[0].keys() != tables[1].keys():
+        raise ValueError("the two models were asked different questions")
+    strata: dict[str, list[str]] = {}
+    for unit in tables[0]:
+        strata.setdefault(_stratum(unit, statistic), []).append(unit)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for start in range(0, resamples, _AT_ONCE):
+        count = min(_AT_ONCE, resamples - start)
+        differences = np.zeros(count)
+        for units in strata.values():
+            weights = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), size=count)
+            values = [_metric(weights @ np.array([table[u] for u in units]), statistic, best) for table in tables]
+            differences += values[1] - values[0]
+        drawn.append(differences)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def metric(judged: Sequence[Judged], *, statistic: Statistic, best: float) -> float:
+    """The main metric that judged answers come to."""
+    table = _components(judged, statistic)
+    strata: dict[str, list[list[float]]] = {}
+    for unit, numbers in table.items():
+        strata.setdefault(_stratum(unit, statistic), []).append(numbers)
+    sums = [np.array(rows).sum(axis=0, keepdims=True) for rows in strata.values()]
+    return float(sum(_metric(total, statistic, best)[0] for total in sums))
+
+
+def _components(judged: Sequence[Judged], statistic: Statistic) -> dict[str, list[float]]:
+    """By unit, the numbers whose sums over all units give the metric."""
+    units: dict[str, list[Judged]] = {}
+    for each in judged:
+        units.setdefault(each.unit, []).append(each)
+    if statistic == "f1":
+        return {
+            unit: [
+                sum(each.truth == each.said == "yes" for each in rows),
+                sum(each.said == "yes" for each in rows) + sum(each.truth == "yes" for each in rows),
+            ]
+            for unit, rows in units.items()
+        }
+    if statistic == "mme":  # right questions, questions, pictures with both right, pictures
+        return {
+            unit: [sum(each.value for each in rows), len(rows), float(all(each.value for each in rows)), 1]
+            for unit, rows in units.items()
+        }
+    return {unit: [sum(each.value for each in rows) / len(rows), 1] for unit, rows in units.items()}
+
+
+def _stratum(unit: str, statistic: Statistic) -> str:
+    return unit.split("/", 1)[0] if statistic == "mme" else ""
+
+
+def _metric(sums: Numbers, statistic: Statistic, best: float) -> Numbers:
+    """Sums (draws, components) → metric (draws,)."""
+    if statistic == "f1":
+        return 200 * sums[:, 0] / np.maximum(sums[:, 1], 1)
+    if statistic == "mme":
+        return 100 * (sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3])
+    return best * sums[:, 0] / sums[:, 1]
+
+
+def _difference(
+    before: ModelResult, after: ModelResult, one: BenchmarkResult, changed: Sequence[dict[str, str]]
+) -> Difference:
+    judged = [read_judged(model.folder / one.name) for model in (before, after)]
+    try:
+        low, high = paired_bootstrap(*judged, statistic=one.statistic, best=one.best)
+    except ValueError as error:
+        raise EvaluationError(f"{one.name}: {error}; evaluate both with the same --limit") from error
+    values = [next(r.value for r in model.benchmarks if r.name == one.name) for model in (before, after)]
+    gained = sum(line["change"] == "wrong to right" for line in changed)
+    return Difference(
+        benchmark=one.name,
+        before=before.label,
+        after=after.label,
+        value=values[1] - values[0],
+        low=low,
+        high=high,
+        questions=len({each.index for each in judged[0]}),
+        gained=gained,
+        lost=len(changed) - gained,
+    )
+
+
+def _changed(before: ModelResult, after: ModelResult, result: BenchmarkResult) -> list[dict[str, str]]:
+    """Questions that one model gets right and the other wrong, with both answers."""
+    folders = [model.folder / result.name for model in (before, after)]
+    right = [{each.index: each.value >= RIGHT for each in read_judged(folder)} for folder in folders]
+    answers = [read_answers(folder / PREDICTIONS) for folder in folders]
+    return [
+        {
+            "benchmark": result.name,
+            "index": index,
+            "change": "right to wrong" if was else "wrong to right",
+            "before": answers[0][index].text,
+            "after": answers[1][index].text,
+        }
+        for index, was in right[0].items()
+        if index in right[1] and right[1][index] != was
+    ]

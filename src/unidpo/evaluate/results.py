@@ -1,0 +1,202 @@
+"""Results on disk: per benchmark `results.json` and `judged.jsonl`, per model `results.json` and `results.md`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unidpo.evaluate.benchmarks import Judged, Score, Statistic
+from unidpo.evaluate.predictions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
+from unidpo.runs import write_atomically, write_json
+
+RESULTS, JUDGED, TABLE, PAGE = "results.json", "judged.jsonl", "scorer.csv", "results.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Questions, and what was odd about them.
+
+    Attributes:
+        questions: asked of this model, or refused.
+        generated: answered by this call; the others were on disk.
+        unmatched: answers in which the scorer could make out nothing.
+        truncated: answers cut at the longest length allowed.
+        empty_prompts: questions that the prompt style renders to nothing; scored as an empty answer.
+        unreadable_images: questions not asked because of an image; scored as an empty answer.
+    """
+
+    questions: int
+    generated: int
+    unmatched: int
+    truncated: int
+    empty_prompts: int
+    unreadable_images: int
+
+    @classmethod
+    def of(cls, answers: Mapping[str, Answer], score: Score, generated: int) -> Counts:
+        """Count what happened to some questions."""
+        problems = [answer.problem for answer in answers.values()]
+        return cls(
+            questions=len(answers),
+            generated=generated,
+            unmatched=score.unmatched,
+            truncated=sum(answer.truncated for answer in answers.values()),
+            empty_prompts=problems.count(EMPTY_PROMPT),
+            unreadable_images=problems.count(UNREADABLE_IMAGE),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkResult:
+    """One benchmark with one model.
+
+    Attributes:
+        name: of the benchmark.
+        metric: name of the main metric; "" where it failed.
+        value: the main metric, on the scale the benchmark is published on.
+        best: what a perfect model gets.
+        parts: further numbers by name.
+        counts: what happened to the questions.
+        statistic: how `value` follows from the judged answers.
+        limit: the `--limit` it ran under.
+        identity: all the answers depend on.
+        failure: why there is no result; `None` where there is one.
+    """
+
+    name: str
+    metric: str = ""
+    value: float = 0.0
+    best: float = 0.0
+    parts: Mapping[str, float] = field(default_factory=dict)
+    counts: Counts | None = None
+    statistic: Statistic = "mean"
+    limit: int | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelResult:
+    """All benchmarks with one model.
+
+    Attributes:
+        label: a short name of the model, unique among those compared.
+        model: as the user named it.
+        folder: where its results are.
+        benchmarks: in the order they were asked for.
+    """
+
+    label: str
+    model: str
+    folder: Path
+    benchmarks: Sequence[BenchmarkResult]
+
+    @property
+    def failed(self) -> list[BenchmarkResult]:
+        """Benchmarks without a result."""
+        return [result for result in self.benchmarks if result.failure is not None]
+
+
+def forget(folder: Path) -> None:
+    """Delete whatever an earlier call concluded, so that no score outlives what it was made of."""
+    for name in (RESULTS, JUDGED, TABLE, PAGE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_benchmark(folder: Path, result: BenchmarkResult, score: Score) -> None:
+    """Write `judged.jsonl`, the scorer's own table, and last `results.json`."""
+    lines = [json.dumps(asdict(each)) for each in score.judged]
+    write_atomically(folder / JUDGED, "".join(f"{line}\n" for line in lines).encode())
+    if score.table:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows(score.table)
+        write_atomically(folder / TABLE, text.getvalue().encode())
+    write_json(folder / RESULTS, asdict(result))
+
+
+def read_judged(folder: Path) -> list[Judged]:
+    """What `write_benchmark` wrote of each answer."""
+    return [Judged(**json.loads(line)) for line in (folder / JUDGED).read_text("utf-8").splitlines()]
+
+
+def write_model(result: ModelResult) -> None:
+    """Write a model's `results.json` and `results.md`."""
+    record = {"model": result.model, "label": result.label, "benchmarks": [asdict(each) for each in result.benchmarks]}
+    result.folder.mkdir(parents=True, exist_ok=True)
+    write_json(result.folder / RESULTS, record)
+    write_atomically(result.folder / PAGE, page([result]).encode())
+
+
+def page(results: Sequence[ModelResult]) -> str:
+    """The results of one model or several as Markdown."""
+    lines = ["# Results", ""]
+    lines += table(
+        ["benchmark", "metric", "of", *(each.label for each in results)],
+        [
+            [first.name, first.metric, number(first.best), *(_value(each.benchmarks[i]) for each in results)]
+            for i, first in enumerate(_with_metric(results))
+        ],
+    )
+    for each in results:
+        lines += ["", f"## {escaped(each.label)}", "", f"Model: {escaped(each.model)}", ""]
+        lines += table(
+            ["benchmark", "questions", "unmatched", "truncated", "empty prompts", "unreadable images", "prompt style"],
+            [_counts(result) for result in each.benchmarks],
+        )
+        for result in each.benchmarks:
+            if result.parts:
+                lines += ["", f"### {escaped(result.name)}", ""]
+                lines += table(["part", "value"], [[name, number(value)] for name, value in result.parts.items()])
+            if result.failure is not None:
+                lines += ["", f"{escaped(result.name)} failed: {escaped(result.failure)}"]
+    return "\n".join([*lines, ""])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; all text in it is escaped."""
+    ruled = ["---" if i == 0 else "---:" for i, _ in enumerate(head)]
+    return (
+        [f"| {' | '.join(map(escaped, row))} |" for row in [head]]
+        + [f"|{'|'.join(ruled)}|"]
+        + [f"| {' | '.join(map(escaped, row))} |" for row in rows]
+    )
+
+
+def escaped(text: str) -> str:
+    """Text of anybody's on one line, without anything that Markdown or HTML would read as more than text."""
+    line = " ".join(text.split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|!#~])", r"\\\1", line)
+
+
+def number(value: float) -> str:
+    """A metric, with at most one digit after the point."""
+    return f"{value:.1f}".removesuffix(".0") if value == int(value) else f"{value:.1f}"
+
+
+def _with_metric(results: Sequence[ModelResult]) -> list[BenchmarkResult]:
+    """Each benchmark as the first model that has a result for it has it."""
+    return [
+        next((each for each in same if each.failure is None), same[0])
+        for same in zip(*(result.benchmarks for result in results), strict=True)
+    ]
+
+
+def _value(result: BenchmarkResult) -> str:
+    if result.failure is not None:
+        return "failed"
+    return number(result.value) + (f" (limit {result.limit})" if result.limit is not None else "")
+
+
+def _counts(result: BenchmarkResult) -> list[str]:
+    if result.counts is None:
+        return [result.name, *["-"] * 6]
+    counts = result.counts
+    numbers = (counts.questions, counts.unmatched, counts.truncated, counts.empty_prompts, counts.unreadable_images)
+    return [result.name, *(f"{n:,}" for n in numbers), str(result.identity.get("prompt_style", ""))]

@@ -1,0 +1,250 @@
+"""The nine benchmarks of the paper: questions and scorers come from VLMEvalKit, which runs in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Judged, Part, Question, Score
+from unidpo.evaluate.own import file_checksum
+
+_LOG = logging.getLogger(__name__)
+_WORKER = Path(__file__).with_name("vlmeval_worker.py")
+_PYTHON = "UNIDPO_VLMEVAL_PYTHON"
+_OPENCOMPASS = "https://opencompass.openxlab.space/utils"
+OCRBENCH_MIN_PIXELS = 100 * 28 * 28
+"""What VLMEvalKit enlarges OCRBench's images to; it sets no limits for the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A benchmark's file as VLMEvalKit publishes it.
+
+    Attributes:
+        url: where it is downloaded from.
+        md5: of the file.
+    """
+
+    url: str
+    md5: str
+
+
+PAPER: Mapping[str, Published] = {
+    name: Published(f"{_OPENCOMPASS}/{folder}/{name}.tsv", md5)
+    for name, folder, md5 in (
+        ("ChartQA_TEST", "VLMEval", "c902e0aa9be5582a7aad6dcf52734b42"),
+        ("MMBench_DEV_CN", "benchmarks/MMBench", "08b8fc3324a5ed74155350f57be69fbd"),
+        ("MMBench_DEV_EN", "benchmarks/MMBench", "b6caf1133a01c6bb705cf753bb527ed8"),
+        ("MME", "VLMEval", "b36b43c3f09801f5d368627fb92187c3"),
+        ("OCRBench", "VLMEval", "e953d98a987cc6e26ef717b61260b778"),
+        ("POPE", "VLMEval", "c12f5acb142f2ef1f85a26ba2fbe41d5"),
+        ("ScienceQA_TEST", "benchmarks/ScienceQA", "e42e9e00f9c59a80d8a5db35bc32b71f"),
+        ("SEEDBench_IMG", "benchmarks/SEEDBench", "68017231464752261a2526d6ca3a10c0"),
+        ("TextVQA_VAL", "VLMEval", "b233b31f551bbf4056f2f955da3a92cd"),
+    )
+}
+"""The nine."""
+
+
+def data_folder(given: Path | None = None) -> Path:
+    """Where benchmarks' files lie: as given, else `$LMUData`, else `~/LMUData`, as for VLMEvalKit itself."""
+    return given or Path(os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112
+
+
+def worker_python() -> str:
+    """The Python that has VLMEvalKit: this one, or the one `$UNIDPO_VLMEVAL_PYTHON` names.
+
+    Raises:
+        EvaluationError: neither has it.
+    """
+    other = os.environ.get(_PYTHON)
+    if other:
+        if not Path(other).is_file():
+            raise EvaluationError(f"{_PYTHON}={other}: there is no such program")
+        return other
+    if importlib.util.find_spec("vlmeval") is None:
+        raise EvaluationError(
+            'the benchmarks of the paper need VLMEvalKit: pip install "unidpo[eval]" (see docs/evaluation.md), '
+            f"or set {_PYTHON} to the Python of an environment that has ms-vlmeval"
+        )
+    return sys.executable
+
+
+class Worker:
+    """The process that imports VLMEvalKit. A context manager; started at the first request."""
+
+    def __init__(self) -> None:
+        self.version = ""
+        self._process: subprocess.Popen[str] | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="unidpo-vlmeval-")
+        self._log = Path(self._folder.name) / "log"
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process and delete its files."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()  # type: ignore[union-attr]
+            self._process.terminate()
+            self._process.wait()
+            self._process.stdout.close()  # type: ignore[union-attr]
+            self._process = None
+        self._folder.cleanup()
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for its answer.
+
+        Raises:
+            EvaluationFailed: the process ended, or VLMEvalKit could not do it.
+        """
+        self.start()
+        answer = self._exchange(request)
+        if not answer["ok"]:
+            raise EvaluationFailed(f"VLMEvalKit cannot {request['do']} {request['name']}: {answer['error']}")
+        return answer
+
+    def path(self, name: str) -> Path:
+        """A file both processes can read, gone when this is closed."""
+        return Path(self._folder.name) / name
+
+    def start(self) -> None:
+        """Import VLMEvalKit, which takes some ten seconds, unless it is done. Raises `EvaluationError`."""
+        if self._process is not None:
+            return
+        # Its judges read keys from the environment and write them to the log; no benchmark here needs one.
+        environment = {name: value for name, value in os.environ.items() if "API_KEY" not in name}
+        environment |= {"LMUData": self._folder.name, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [worker_python(), "-P", str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                cwd=self._folder.name,
+                env=environment,
+            )
+        self.version = self._exchange(None)["version"]
+
+    def _exchange(self, request: Mapping[str, Any] | None) -> dict[str, Any]:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        line = ""
+        with contextlib.suppress(OSError):
+            if request is not None:
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+        if not line:
+            last = self._log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
+            raise EvaluationFailed(f"the process of VLMEvalKit ended: {' '.join(last) or 'it left no message'}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+class VlmevalBenchmark:
+    """One of the nine, on a file that is there.
+
+    Args:
+        name: of the benchmark, as VLMEvalKit calls it.
+        data: its TSV file.
+        worker: asked for questions and scores.
+        cache: receives the images, which the file holds as text; `None` for the user's cache.
+        generation: settings that take the place of VLMEvalKit's own.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: Path,
+        worker: Worker,
+        *,
+        cache: Path | None = None,
+        generation: Mapping[str, int] | None = None,
+    ) -> None:
+        self._name = name
+        self.data = data
+        self.checksum = file_checksum(data)
+        self._worker = worker
+        self._generation = dict(generation or {})
+        self._cache = cache
+        self._questions: dict[int | None, list[Question]] = {}
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the file is the one VLMEvalKit publishes."""
+        return self.checksum == PAPER[self.name].md5
+
+    @property
+    def generation(self) -> Generation:
+        # VLMEvalKit's wrapper heeds no other lower limit for OCRBench either.
+        own = {"min_pixels": OCRBENCH_MIN_PIXELS} if self.name == "OCRBench" else {}
+        return Generation(**{**self._generation, **own})
+
+    def identity(self) -> dict[str, Any]:
+        self._worker.start()
+        return {
+            "benchmark": self.name,
+            "scorer": f"ms-vlmeval {self._worker.version}",
+            "data": self.checksum,
+            "published_data": self.is_published,
+            "wording": "Qwen2-VL",
+            "judge": "none",
+        }
+
+    def questions(self, limit: int | None = None) -> list[Question]:
+        if limit not in self._questions:
+            self._questions[limit] = list(self._read(limit))
+        return self._questions[limit]
+
+    def score(self, answers: Mapping[str, str]) -> Score:
+        given, result = self._worker.path(f"{self.name}-answers.json"), self._worker.path(f"{self.name}-score.json")
+        given.write_text(json.dumps(answers), "utf-8")
+        request = {"do": "score", "name": self.name, "data": str(self.data.resolve())}
+        self._worker.ask({**request, "answers": str(given), "to": str(result)})
+        values = json.loads(result.read_text("utf-8"))
+        return Score(**{**values, "judged": [Judged(**each) for each in values["judged"]]})
+
+    def _read(self, limit: int | None) -> Iterator[Question]:
+        from unidpo.reference import default_cache  # which imports torch
+
+        images = (self._cache or default_cache()) / "benchmarks" / f"{self.name}-{self.checksum[:12]}"
+        images.mkdir(parents=True, exist_ok=True)
+        to = self._worker.path(f"{self.name}-questions.jsonl")
+        request = {"do": "open", "name": self.name, "data": str(self.data.resolve()), "to": str(to)}
+        reply = self._worker.ask({**request, "images": str(images.resolve()), "limit": limit})
+        if not self.is_published:
+            _LOG.warning("%s: this is not the file that VLMEvalKit publishes (MD5 %s)", self.data, self.checksum)
+        if reply["lost_options"]:
+            problem = "options read as nothing, such as None or NA, as VLMEvalKit does"
+            _LOG.warning("%s: %d %s", self.data, reply["lost_options"], problem)
+        with to.open(encoding="utf-8") as lines:
+            for line in lines:
+                row = json.loads(line)
+                parts: tuple[Part, ...] = tuple(p["text"] if "text" in p else Path(p["image"]) for p in row["parts"])
+                yield Question(row["index"], parts)
