@@ -280,8 +280,8 @@ class ReferencePass:
         missing = {key for group in keys for key in group if key != UNREADABLE and key not in store}
         if complete and missing:
             raise ModelError(
-                f"{folder}: {len(missing)} stored reference log-probabilities of this run are gone, and its model cannot "
-                "compute them any more; put them back, or begin the run anew"
+                f"{folder}: {len(missing)} stored reference log-probabilities of this run are gone, and its model "
+                "cannot compute them any more; put them back, or begin the run anew"
             )
         counts = self.run(groups, keys, store)
         if is_main():

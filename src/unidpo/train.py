@@ -26,6 +26,7 @@ from unidpo.config import Recipe
 from unidpo.errors import DataError, Interrupted, RecipeError, did_you_mean
 from unidpo.losses import PreferenceLoss, make_loss
 from unidpo.measures import held_out_keys
+from unidpo.midway import Midway, midway
 from unidpo.models import load_config, load_policy, load_processor, save_model
 from unidpo.pairs import PromptGroup
 from unidpo.progress import Stages
@@ -54,15 +55,15 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     for name in (recipe.model.name, *([recipe.reference] if recipe.reference not in ("stored", "live") else [])):
         load_config(name, trust_remote_code=recipe.model.trust_remote_code)  # before the data is read, image by image
     loss: PreferenceLoss = make_loss(**recipe.loss.model_dump())
-    _require_metric(args, loss)
     folder = RunFolder(recipe.output)
-    step = on_main(lambda: folder.create(recipe.resolved(), resume=resume))
-    checkpoint = folder.last_checkpoint if resume else None
-    with Stages(console) as stages:
+    with Stages(console) as stages, midway(recipe.eval, folder.path, stages.update) as benchmarks:
+        _require_metric(args, loss, [] if benchmarks is None else benchmarks.names)
+        step = on_main(lambda: folder.create(recipe.resolved(), resume=resume))
+        checkpoint = folder.last_checkpoint if resume else None
         groups, held_out = on_main(lambda: training_data(recipe, loss, stages))
         with _packages_the_recipe_needs():
             record = RunRecord(folder, stages, step=step) if is_main() else None
-            trainer = _trainer(recipe, args, loss, groups, held_out, record)
+            trainer = _trainer(recipe, args, loss, groups, held_out, record, benchmarks)
             with _stopped_by_signals(trainer):
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _finish(folder, trainer, getattr(torch, recipe.model.dtype))
@@ -113,14 +114,14 @@ def _stopped_by_signals(trainer: PreferenceTrainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _require_metric(args: TrainingArguments, loss: PreferenceLoss) -> None:
+def _require_metric(args: TrainingArguments, loss: PreferenceLoss, benchmarks: Sequence[str]) -> None:
     """Raise `RecipeError` where the best model is to be known by something that no evaluation measures."""
-    known, wanted = held_out_keys(loss), args.metric_for_best_model
+    known, wanted = [*held_out_keys(loss), *benchmarks], args.metric_for_best_model
     if wanted is None and args.save_strategy == "best":
         raise RecipeError(f"train.save_strategy=best needs train.metric_for_best_model: one of {', '.join(known)}")
     if wanted is not None and wanted.removeprefix("eval_") not in known:
         raise RecipeError(
-            f"train.metric_for_best_model={wanted}: is not measured on held-out pairs; there are {', '.join(known)}"
+            f"train.metric_for_best_model={wanted}: is not measured during training; there are {', '.join(known)}"
             f"{did_you_mean(wanted.removeprefix('eval_'), known)}"
         )
 
@@ -196,6 +197,7 @@ def _trainer(
     groups: Sequence[PromptGroup],
     held_out: Sequence[PromptGroup],
     record: RunRecord | None,
+    benchmarks: Midway | None,
 ) -> PreferenceTrainer:
     set_seed(args.seed)
     trust = recipe.model.trust_remote_code
@@ -222,6 +224,7 @@ def _trainer(
         callbacks=[record] if record else [],
         on_pairs=record.add_pairs if record else None,
         on_reference_progress=record.show_reference if record else None,
+        benchmark=None if benchmarks is None else benchmarks.take,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -230,7 +233,9 @@ def _trainer(
 def _training_arguments(recipe: Recipe) -> TrainingArguments:
     """What transformers' loop is told. Raises `RecipeError` where it refuses keys that go ill together."""
     values = recipe.train.training_arguments()
-    if recipe.data.eval_fraction:
+    if recipe.eval is not None:
+        values = {"eval_strategy": "steps", "eval_steps": recipe.eval.steps} | values
+    elif recipe.data.eval_fraction:
         values = {"eval_strategy": "epoch"} | values
     if not torch.cuda.is_available():
         values.setdefault("use_cpu", True)
@@ -307,7 +312,7 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if logs and "loss" in logs:
             self._loss = f"loss {logs['loss']:.4f}"
-        if logs and ("loss" in logs or "eval_loss" in logs):
+        if logs and any(key == "loss" or key.startswith("eval_") for key in logs):
             self._metrics.add({"step": state.global_step, **logs})
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

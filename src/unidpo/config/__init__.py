@@ -4,6 +4,7 @@ from unidpo.config.loading import load_recipe, recipe_from
 from unidpo.config.schema import (
     DataSection,
     DPOSection,
+    EvalSection,
     LoraSection,
     LossSection,
     ModelPart,
@@ -18,6 +19,7 @@ from unidpo.config.sweep import Sweep, SweepRun, is_sweep, load_sweep
 __all__ = [
     "DPOSection",
     "DataSection",
+    "EvalSection",
     "LoraSection",
     "LossSection",
     "ModelPart",

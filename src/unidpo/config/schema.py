@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from unidpo.config.hf_arguments import RENAMED, SCHEDULERS, model_of_arguments, one_of
 
 ModelPart: TypeAlias = Literal["vision", "projector", "language"]
+Attention: TypeAlias = Literal["auto", "sdpa", "varlen", "flex", "flash", "padded"]
 
 
 def _as_parts(value: Any) -> Any:
@@ -49,8 +50,9 @@ class ModelSection(Section):
     """Type of the arithmetic. Losses are computed in float32 whatever it is."""
     freeze: Annotated[tuple[ModelPart, ...], BeforeValidator(_as_parts)] = ("vision", "projector")
     """Parts that do not learn, or `none`."""
-    attention: Literal["auto", "padded", "sdpa"] = "auto"
-    """`sdpa` demands packs, `padded` one row per response; `auto` takes packs where the self-check agrees."""
+    attention: Attention = "auto"
+    """`padded` lays out one row per response; `auto` takes packs where the self-check agrees, by the fastest backend
+    there is; `sdpa`, `varlen`, `flex` and `flash` demand packs by that backend."""
     quantize: Literal["nf4", "int8"] | None = None
     """How the language model's weights are held under an adapter: in 4 or 8 bits (bitsandbytes); null for as loaded."""
     trust_remote_code: bool = False
@@ -334,6 +336,21 @@ class TrainSection(HuggingFaceArguments):
         return {name: getattr(self, name) for name in names}
 
 
+class EvalSection(Section):
+    """Benchmarks that the model takes while it trains."""
+
+    benchmarks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = Field(
+        min_length=1
+    )
+    """Files of own benchmarks, or names of the paper's."""
+    steps: int = Field(100, gt=0)
+    """Optimizer steps between two times; `train.eval_strategy` and `train.eval_steps` take its place."""
+    limit: int | None = Field(200, gt=0)
+    """Questions of each benchmark; null for all."""
+    batch_size: int | None = Field(None, gt=0)
+    """Questions answered together; null for what `unidpo eval` takes."""
+
+
 class Recipe(Section):
     """Everything a run depends on. `load_recipe` reads one; its attributes are the sections of the file."""
 
@@ -347,8 +364,8 @@ class Recipe(Section):
     lora: LoraSection | None = None
     """An adapter, or null to train the weights themselves."""
     train: TrainSection = Field(default_factory=TrainSection)
-    eval: None = None
-    """Benchmarks after training; there are none yet."""
+    eval: EvalSection | None = None
+    """Benchmarks while the model trains, or null."""
 
     @model_validator(mode="after")
     def _something_learns(self) -> Recipe:
@@ -368,8 +385,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _something_to_evaluate_on(self) -> Recipe:
         strategy = self.train.given().get("eval_strategy", "no")
-        if strategy != "no" and not self.data.eval_fraction:
-            raise ValueError("`train.eval_strategy` needs prompts to evaluate on: set `data.eval_fraction` above 0")
+        if strategy != "no" and not self.data.eval_fraction and self.eval is None:
+            raise ValueError(
+                "`train.eval_strategy` needs something to evaluate on: set `data.eval_fraction` above 0, or `eval.benchmarks`"
+            )
         return self
 
     def resolved(self) -> dict[str, Any]:
