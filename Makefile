@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 EVAL_VENV ?= .venv-eval
 EVAL_INSTALLED := $(EVAL_VENV)/.installed
+WATCH_VENV ?= .venv-watch
+WATCH_INSTALLED := $(WATCH_VENV)/.installed
 
-.PHONY: setup demo test test-eval lint fmt
+.PHONY: setup demo test test-eval test-watch bench lint fmt
 
 setup: $(INSTALLED)
 
@@ -34,6 +36,23 @@ $(EVAL_INSTALLED): pyproject.toml constraints.txt constraints-eval.txt
 	$(EVAL_VENV)/bin/python -m pip install -c constraints.txt torch==2.13.0
 	$(EVAL_VENV)/bin/python -m pip install --no-deps "torchvision==0.28.*"
 	$(EVAL_VENV)/bin/python -m pip install -c constraints.txt -c constraints-eval.txt ms-vlmeval==0.0.20
+	touch $@
+
+# One thread: process CPU time is compared. About an hour on one core.
+bench: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --shape cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --curves
+
+# Weights & Biases, trackio and SwanLab want older versions of packages that are pinned here.
+test-watch: $(WATCH_INSTALLED)
+	OMP_NUM_THREADS=1 $(WATCH_VENV)/bin/python -m pytest tests/test_watch.py
+
+$(WATCH_INSTALLED): pyproject.toml constraints.txt
+	test -x $(WATCH_VENV)/bin/python || $(PYTHON) -m venv $(WATCH_VENV)
+	grep -vE '^(pillow|protobuf)==' constraints.txt > $(WATCH_VENV)/constraints.txt
+	$(WATCH_VENV)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(WATCH_VENV)/bin/python -m pip install -c $(WATCH_VENV)/constraints.txt -e ".[demo,dev,watch]"
 	touch $@
 
 lint: $(INSTALLED)

@@ -3,6 +3,7 @@
 As a script it is that process: a line of JSON comes in, a run of one or more processes begins, its pids go out.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -46,8 +47,7 @@ def environment():
 
 
 def serve():
-    import deepspeed  # noqa: F401
-    import transformers.integrations.deepspeed  # noqa: F401
+    from deepspeed.comm.torch import build_shm_op
 
     import unidpo.cli
     import unidpo.launch

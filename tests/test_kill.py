@@ -11,6 +11,7 @@ import pytest
 
 from forked import Forked
 
+pytest.importorskip("deepspeed")  # which the forking process imports
 KILLS = 10
 STEPS = 8
 
