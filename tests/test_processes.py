@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -173,3 +174,21 @@ def test_what_is_wrong_is_said_once(world):
     assert failed.returncode == 2
     assert len(re.findall("nowhere: cannot load", failed.stderr)) == 1
     assert "Traceback" not in failed.stderr
+
+
+def test_a_process_that_is_killed_ends_all_in_a_message(world, one):
+    run = world / "one-killed"
+    overrides = [f"output={run}", "train.save_strategy=steps", "train.save_steps=1", "train.max_steps=200"]
+    command = [sys.executable, "-m", "unidpo", "train", str(world / "recipe.yaml"), *overrides, "--nproc", "2"]
+    with (world / "one-killed.log").open("w") as output:
+        launcher = subprocess.Popen(command, stderr=output, env=environment() | cache(world))
+        while not (run / "checkpoint-2").is_dir():
+            time.sleep(0.01)
+        children = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
+        os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+        assert launcher.wait(timeout=60) == 1
+    said = (world / "one-killed.log").read_text()
+    assert "process 1 was ended by SIGKILL" in said
+    assert "go on from the last checkpoint with: unidpo train" in said
+    assert "Traceback" not in said
+    assert "internal error" not in said

@@ -50,33 +50,40 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                     preexec_fn=_die_with_parent,
                 )
             )
-        with _signals_to(running):
-            first = _wait(running)
-        if first is None:
+        with _signals_to(running) as handed_on:
+            blamed = _wait(running)
+        if blamed is None:
             return 0
-        code = running[first].returncode
-        if first == 0 and code > 0:
+        code = running[blamed].returncode
+        if handed_on and code < 0:
+            return 128 - code  # it had not begun yet
+        if blamed == 0 and code > 0:
             return code
-        raise TrainingError(_what_happened(first, code, outputs[first]))
+        raise TrainingError(_what_happened(blamed, code, outputs[blamed]))
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait for all; returns the process that failed first, where one did."""
-    first: int | None = None
+    """Wait for all; returns the process to blame, where one failed.
+
+    That is one that was killed, or else the first of those that failed: these fail together, with one message.
+    """
     deadline = float("inf")
+    failed: list[int] = []
     while any(process.poll() is None for process in running):
         failed = [rank for rank, process in enumerate(running) if process.returncode]
-        if failed and first is None:
-            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
+        if failed and deadline == float("inf"):
+            deadline = time.monotonic() + GRACE_SECONDS
         if time.monotonic() > deadline:
             for process in running:
                 process.kill()
+            break
         time.sleep(0.05)
-    failed = [rank for rank, process in enumerate(running) if process.returncode]
-    # Those that fail together have one message, and the first process says it.
-    if failed and failed[0] == 0 and (first is None or running[first].returncode == running[0].returncode):
-        return 0
-    return first if first is not None else next(iter(failed), None)
+    else:
+        failed = [rank for rank, process in enumerate(running) if process.returncode]
+    for process in running:
+        process.wait()
+    killed = [rank for rank in failed if running[rank].returncode < 0]
+    return next(iter(killed or failed), None)
 
 
 def _what_happened(rank: int, code: int, output: Path) -> str:
@@ -114,15 +121,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def _signals_to(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _signals_to(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Yields the signals handed on so far."""
+    received: list[int] = []
+
     def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         for process in running:
             if process.poll() is None:
                 process.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -23,14 +23,14 @@ from unidpo.adapters import lora_config
 from unidpo.card import write_card
 from unidpo.check import check_data
 from unidpo.config import Recipe
-from unidpo.errors import DataError, Interrupted, RecipeError, did_you_mean
+from unidpo.errors import DataError, Interrupted, RecipeError, TrainingError, did_you_mean
 from unidpo.losses import PreferenceLoss, make_loss
 from unidpo.measures import held_out_keys
 from unidpo.midway import Midway, midway
 from unidpo.models import load_config, load_policy, load_processor, save_model
 from unidpo.pairs import PromptGroup
 from unidpo.progress import Stages
-from unidpo.ranks import is_main, on_main, wait_for_all
+from unidpo.ranks import is_main, on_main, wait_for_all, world_size
 from unidpo.runs import LEDGER_COLUMNS, Ledger, Metrics, RunFolder
 from unidpo.sources import mix, select_pairs, split_by_prompt
 from unidpo.trainer import PreferenceTrainer
@@ -64,7 +64,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         with _packages_the_recipe_needs():
             record = RunRecord(folder, stages, step=step) if is_main() else None
             trainer = _trainer(recipe, args, loss, groups, held_out, record, benchmarks)
-            with _stopped_by_signals(trainer):
+            with _stopped_by_signals(trainer), _together():
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _finish(folder, trainer, getattr(torch, recipe.model.dtype))
     console.print(f"finished: {folder.model}", markup=False, highlight=False, soft_wrap=True)
@@ -124,6 +124,18 @@ def _require_metric(args: TrainingArguments, loss: PreferenceLoss, benchmarks: S
             f"train.metric_for_best_model={wanted}: is not measured during training; there are {', '.join(known)}"
             f"{did_you_mean(wanted.removeprefix('eval_'), known)}"
         )
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Another process that is gone is said in one line. Raises `TrainingError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone = re.search("[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL|gloo", str(error))
+        if world_size() == 1 or gone is None:
+            raise
+        raise TrainingError("another process of this training is gone; its own message says why") from error
 
 
 @contextlib.contextmanager
