@@ -50,7 +50,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                     preexec_fn=_die_with_parent,
                 )
             )
-        with _signals_to(running) as handed_on:
+        with signals_to(running) as handed_on:
             blamed = _wait(running)
         if blamed is None:
             return 0
@@ -121,8 +121,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def _signals_to(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Yields the signals handed on so far."""
+def signals_to(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Within it, SIGTERM and Ctrl-C go to these processes. Yields the signals handed on so far."""
     received: list[int] = []
 
     def hand_on(number: int, frame: FrameType | None) -> None:

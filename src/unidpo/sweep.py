@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from unidpo.config import Sweep, SweepRun
 from unidpo.errors import Finding, Interrupted, RunError, TrainingError, UserError, from_findings
+from unidpo.launch import signals_to
 from unidpo.runs import RunFolder, write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -108,15 +109,8 @@ def _exit_code(command: Sequence[str]) -> int:
     """Of `unidpo` with these arguments, in a process of its own; SIGTERM and Ctrl-C are handed on to it."""
     # In a session of its own, or the terminal's Ctrl-C would reach it twice, which stops without a checkpoint.
     process = subprocess.Popen([sys.executable, "-m", "unidpo", *command], start_new_session=True)
-    before = {
-        number: signal.signal(number, lambda received, _: process.send_signal(received))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
+    with signals_to([process]):
         return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _outcome(run: SweepRun, failed: set[str]) -> Outcome:
