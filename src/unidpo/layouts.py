@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from unidpo.attention import PACK_ATTENTION, PackAttentionError
+from unidpo.attention import BACKENDS, PACK_ATTENTIONS, Backend, PackAttentionError, missing
+from unidpo.config.schema import Attention
 from unidpo.encode import EncodedGroup, Encoder
 from unidpo.errors import ModelError, UserError
 from unidpo.packs import Layout, pack, pad, to_device
@@ -18,7 +22,6 @@ from unidpo.policy import Policy
 from unidpo.ranks import gather
 
 _LOG = logging.getLogger(__name__)
-Attention: TypeAlias = Literal["auto", "sdpa", "padded"]
 # Largest difference between the two paths, in nats per token, that rounding explains, by the type of the arithmetic.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # bitsandbytes rounds the inputs of each layer to 8 bits too; how coarsely depends on what else is in the batch.
@@ -30,6 +33,19 @@ def padded_rows(encoder: Encoder) -> Layout:
     return functools.partial(pad, pad_token_id=encoder.tokenizer.pad_token_id or 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a model can take.
+
+    Attributes:
+        layout: how its batches are laid out.
+        attention: the language model's attention that goes with it, by the name transformers knows.
+    """
+
+    layout: Layout
+    attention: str
+
+
 def choose_layout(
     policy: Policy,
     encoder: Encoder,
@@ -38,57 +54,83 @@ def choose_layout(
     attention: Attention,
     arithmetic: torch.dtype,
     device: torch.device,
-) -> Layout:
-    """`pack` if the model's log-probabilities of a group's responses are those of padded rows, else `padded_rows`.
+) -> Choice:
+    """`pack` by an attention under which a group's responses have the log-probabilities of padded rows, else those.
 
     Leaves the model with its own attention. Every process must call it; all come to the same answer.
 
     Args:
         group: a small one, with an image where the data has any.
-        attention: `"auto"`, `"sdpa"` (packs or an error), `"padded"` (no packs).
+        attention: `"auto"` (the fastest backend that is there and agrees), a backend (this one or an error), `"padded"`
+            (no packs).
         arithmetic: what the model computes in.
 
     Raises:
-        ModelError: packs are demanded and do not work.
+        ModelError: a backend is demanded that is not there, or packs do not work with it.
     """
-    padded = padded_rows(encoder)
+    rows = Choice(padded_rows(encoder), policy.attention)
     if attention == "padded":
-        return padded
-    own_attention = policy.attention
+        return rows
+    candidates = _candidates(policy, attention, arithmetic, device)
     tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[arithmetic]
+    problem: str | None = None
+    for backend in candidates:
+        packs = Choice(pack, PACK_ATTENTIONS[backend])
+        problem = _problem(policy, group, rows, packs, tolerance, device)
+        if problem is None:
+            _LOG.info("packs, with attention by %s", backend)
+            return packs
+        _LOG.debug("packs by %s: %s", backend, problem)
+    if attention != "auto":
+        raise ModelError(
+            f"model.attention={attention}: packs do not work with this model ({problem}); set model.attention=padded"
+        )
+    _LOG.warning("packs do not work with this model (%s); using the slower padded path", problem)
+    return rows
+
+
+def _candidates(policy: Policy, attention: Attention, arithmetic: torch.dtype, device: torch.device) -> list[Backend]:
+    """The backends to try, the fastest first: those that are there in every process."""
+    dropout = getattr(policy.plain.config.get_text_config(), "attention_dropout", None) or 0.0
+    reasons: dict[Backend, str] = {}
+    here = {name: missing(name, device=device, dtype=arithmetic, dropout=dropout) for name in BACKENDS}
+    for there in gather([here]):
+        reasons |= {name: reason for name, reason in there.items() if reason is not None}
+    if attention in reasons:
+        there_are = ", ".join(name for name in get_args(Attention) if name not in reasons)
+        raise ModelError(f"model.attention={attention}: {reasons[attention]}; here there are {there_are}")
+    return [name for name in BACKENDS if name not in reasons and attention in ("auto", name)]
+
+
+def _problem(
+    policy: Policy, group: EncodedGroup, rows: Choice, packs: Choice, tolerance: float, device: torch.device
+) -> str | None:
+    """Why packs cannot take the place of padded rows, in some process, or `None`."""
     try:
-        difference = _difference(policy, group, padded, own_attention, device)
+        config = policy.plain.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise PackAttentionError(f"its attention layers are {', '.join(sorted(kinds))}")
+        means = [_mean_logps(policy, group, choice, device) for choice in (rows, packs)]
+        difference = float((means[0] - means[1]).abs().max())
         problem = None if difference <= tolerance else f"log-probabilities differ by {difference:.2g} nats per token"
     except Exception as error:
         # Whatever a foreign model does not understand about packs, the padded path is the answer.
         problem = str(error) or type(error).__name__
         _LOG.debug("packs failed", exc_info=True)
     finally:
-        policy.set_attention(own_attention)
-    problem = next(filter(None, gather([problem])), None)
-    if problem is None:
-        return pack
-    if attention != "auto":
-        raise ModelError(
-            f"model.attention={attention}: packs do not work with this model ({problem}); set model.attention=padded"
-        )
-    _LOG.warning("packs do not work with this model (%s); using the slower padded path", problem)
-    return padded
+        policy.set_attention(rows.attention)
+    return next(filter(None, gather([problem])), None)
 
 
-def _difference(policy: Policy, group: EncodedGroup, padded: Layout, own_attention: str, device: torch.device) -> float:
-    """Largest difference between the two paths over a group's responses, in nats per token."""
-    config = policy.plain.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise PackAttentionError(f"its attention layers are {', '.join(sorted(kinds))}")
-    means = []
-    for layout, attention in ((padded, own_attention), (pack, PACK_ATTENTION)):
-        policy.set_attention(attention)
-        batch = to_device(layout([group]), device)
-        with policy.measuring():
-            means.append(policy.response_logps(batch) / batch.response_tokens)
-    return float((means[0] - means[1]).abs().max())
+def _mean_logps(
+    policy: Policy, group: EncodedGroup, choice: Choice, device: torch.device
+) -> Float[Tensor, " responses"]:
+    """Of a group's responses, in nats per token, without gradient."""
+    policy.set_attention(choice.attention)
+    batch = to_device(choice.layout([group]), device)
+    with policy.measuring():
+        return policy.response_logps(batch) / batch.response_tokens
 
 
 def smallest(groups: Sequence[PromptGroup], encoder: Encoder) -> EncodedGroup:

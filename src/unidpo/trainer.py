@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from unidpo.adapters import adds_nothing_yet, with_adapter
-from unidpo.attention import PACK_ATTENTION
 from unidpo.batches import Batch, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.checkpoints import published, writing_errors
+from unidpo.config.schema import Attention
 from unidpo.encode import Encoder, GroupTokens, fit_to_length, prompt_positions
 from unidpo.errors import DataError, Finding, Interrupted, ModelError, TrainingError, from_findings
-from unidpo.layouts import Attention, choose_layout, smallest
+from unidpo.layouts import choose_layout, smallest
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.measures import Columns, Means, RewardShift, extend, joined, pair_columns
 from unidpo.models import (
@@ -42,7 +42,7 @@ from unidpo.models import (
 from unidpo.packs import Layout, pack, to_device, used_responses
 from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
-from unidpo.ranks import gather, is_main, rank, world_size
+from unidpo.ranks import gather, is_main, on_main, rank, world_size
 from unidpo.reference import ReferencePass, default_cache, store_folder, weights_fingerprint
 
 _LOG = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         max_tokens_per_pack: fill forward passes up to so many tokens instead of by `per_device_train_batch_size`; what
             a pass holds changes memory and speed, not the result.
         attention: `"auto"` packs prompts unless a check before the first step finds that the model's own forward pass
-            disagrees; `"sdpa"` insists on packs; `"padded"` never packs.
+            disagrees, with the fastest attention backend there is; `"sdpa"`, `"varlen"`, `"flex"` and `"flash"` insist
+            on packs by that backend; `"padded"` never packs.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
         on_bad_row: what a row that becomes unreadable during training does: stop the run, or be left out and named.
         cache: folder of stored reference log-probabilities, `default_cache()` where `None`.
@@ -82,6 +83,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         on_pairs: called in the main process once per optimizer step with the step's pairs, see
             `measures.pair_columns`.
         on_reference_progress: called in the main process with responses done and responses to do.
+        benchmark: called in the main process at each evaluation with the model in its own attention, the processor
+            and the step; gives further metrics by name.
 
     Raises:
         DataError: the loss needs scores and some are missing; no prompt fits `max_length`.
@@ -112,6 +115,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback] | None = None,
         on_pairs: Callable[[Columns], None] | None = None,
         on_reference_progress: Callable[[int, int], None] | None = None,
+        benchmark: Callable[[PreTrainedModel, Processor, int], Mapping[str, float]] | None = None,
     ) -> None:
         if loss.needs_scores:
             _require_scores([*train_dataset, *(eval_dataset or ())], loss)
@@ -162,6 +166,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._on_bad_row = on_bad_row
         self._cache = cache or default_cache()
         self._on_pairs = on_pairs
+        self._benchmark = benchmark
         self._on_reference_progress = on_reference_progress or (lambda done, total: None)
         self._batches = PlannedBatches(self._groups, encoder)
         self._held_out_batches = PlannedBatches(self._held_out, encoder)
@@ -179,7 +184,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             model=model,
             args=args,
             train_dataset=self._groups,
-            eval_dataset=self._held_out or None,
+            eval_dataset=self._held_out if self._held_out or benchmark else None,
             processing_class=processing_class,
             callbacks=[_BeforeFirstStep(self._prepare), *(callbacks or [])],
         )
@@ -188,7 +193,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 f"reference: {reference}: beside a model that ZeRO-3 has spread there is no place for a whole one; use "
                 "`reference: stored`, or FSDP2 (`train.fsdp=true`)"
             )
-        self._own_attention = self.policy.attention
+        self._own_attention = self._attention_in_use = self.policy.attention
         self.model_accepts_loss_kwargs = False
 
     @property
@@ -251,7 +256,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             stand_in = smallest(self._groups, self.encoder)
             for batches in (self._batches, self._held_out_batches):
                 batches.stand_in = stand_in if world_size() > 1 else None
-            self.layout = choose_layout(
+            choice = choose_layout(
                 self.policy,
                 self.encoder,
                 stand_in,
@@ -259,11 +264,17 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 arithmetic=self._arithmetic,
                 device=self.args.device,
             )
+            self.layout, self._attention_in_use = choice.layout, choice.attention
             self._batches.layout = self._held_out_batches.layout = self.layout
             if self.loss.needs_reference:
                 self._prepare_reference()
             self._prepared = True
-        self.policy.set_attention(PACK_ATTENTION if self.layout is pack else self._own_attention)
+        self.policy.set_attention(self._attention_in_use)
+        if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            # With checkpointing transformers has every embedding ask for a gradient, that of image patches included,
+            # and a frozen vision tower would be computed again and gone through backward. Only reentrant checkpoints
+            # need it.
+            self.policy.plain.disable_input_require_grads()
 
     @property
     def _arithmetic(self) -> torch.dtype:
@@ -273,8 +284,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
     def _prepare_reference(self) -> None:
         policy, fingerprint = self.policy, self._fingerprint
-        if self.layout is pack:
-            policy.set_attention(PACK_ATTENTION)
+        policy.set_attention(self._attention_in_use)
         if self.reference == "live":
             if not policy.has_adapter:
                 self._live_reference = self._beside(copy.deepcopy(policy.plain))
@@ -490,18 +500,30 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     ) -> dict[str, float]:
         """Loss and the logged means over the held-out pairs, as `eval_loss`, `eval_rewards/accuracies`, ...
 
+        The benchmark's metrics are beside them.
+
         Args:
             eval_dataset: not taken; the held-out groups were given to the constructor.
         """
-        if not self._held_out or eval_dataset is not None:
+        if not (self._held_out or self._benchmark) or eval_dataset is not None:
             raise ValueError("give the held-out groups to the trainer as eval_dataset")
-        with contextlib.nullcontext() if self.is_in_train else self._attention_restored():
-            self._prepare()
-            found = self._measure_held_out()
+        found: dict[str, float] = {}
+        if self._held_out:
+            with contextlib.nullcontext() if self.is_in_train else self._attention_restored():
+                self._prepare()
+                found |= self._measure_held_out()
+        if self._benchmark is not None:
+            found |= on_main(self._take_benchmark)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in found.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _take_benchmark(self) -> Mapping[str, float]:
+        assert self._benchmark is not None
+        with self._attention_restored(), self.accelerator.autocast():
+            self.policy.set_attention(self._own_attention)
+            return self._benchmark(self.policy.plain, self.processing_class, self.state.global_step)
 
     def _measure_held_out(self) -> dict[str, float]:
         per_pack = self.args.per_device_eval_batch_size

@@ -1,0 +1,381 @@
+"""Every attention backend against softmax over an explicit list of who sees whom."""
+
+import functools
+import inspect
+import logging
+import math
+import sys
+from types import ModuleType
+from typing import get_args
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from trainers import some_groups, trainer_of
+from unidpo.attention import (
+    BACKENDS,
+    PACK_ATTENTION,
+    PackAttentionError,
+    SegmentTable,
+    missing,
+    pack_attention,
+    set_text_attention,
+)
+from unidpo.attention import backends as kernels
+from unidpo.attention.backends import masked_sdpa, sdpa
+from unidpo.config.schema import Attention
+from unidpo.errors import ModelError
+from unidpo.logps import response_logps
+from unidpo.packs import Pack, Segment, pack
+from worlds import group, tiny_policy
+
+CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def laid_out(*groups):
+    """Segments of (prompt, responses...) in tokens."""
+    segments, at = [], 0
+    for prompt, *responses in groups:
+        segments.append(Segment(at, prompt, tuple(responses)))
+        at = segments[-1].stop
+    return tuple(segments)
+
+
+PACKS = {
+    "a pair": laid_out((5, 3, 4)),
+    "one token each": laid_out((1, 1, 1), (1, 1)),
+    "several prompts": laid_out((7, 2, 9, 4), (3, 6), (12, 1, 1, 1, 1, 1)),
+    "a prompt alone": laid_out((6,), (4, 2)),
+    "an empty response": laid_out((4, 0, 3, 0)),
+    "longer than a block": laid_out((300, 140, 7), (2, 260), (90, 40, 129)),
+}
+
+
+def seen(segments):
+    """(tokens, tokens), by the definition: of its own group, up to itself, of the prompt or of its own response."""
+    places = [
+        (number, part)
+        for number, segment in enumerate(segments)
+        for part, length in enumerate((segment.prompt, *segment.responses))
+        for _ in range(length)
+    ]
+    return torch.tensor(
+        [
+            [key <= query and own[0] == other[0] and other[1] in (0, own[1]) for key, other in enumerate(places)]
+            for query, own in enumerate(places)
+        ]
+    )
+
+
+def inputs(segments, *, heads=4, kv_heads=2, dim=8, dtype=torch.float64, device=CPU):
+    """Query, key and value with the strides that a model's projections give them, and an output gradient."""
+    generator = torch.Generator().manual_seed(len(segments))
+    tokens = segments[-1].stop
+
+    def drawn(count):
+        return torch.randn(1, tokens, count, dim, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    query, key, value = (drawn(count).transpose(1, 2).requires_grad_() for count in (heads, kv_heads, kv_heads))
+    return (query, key, value), drawn(heads)
+
+
+def by_definition(query, key, value, segments, scale=None):
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (scale or query.shape[-1] ** -0.5)
+    scores = scores.masked_fill(~seen(segments).to(scores.device), -math.inf)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def with_gradients(attend, arguments, gradient):
+    output = attend(*arguments)
+    return [output, *torch.autograd.grad(output, arguments, gradient)]
+
+
+def assert_equals_the_definition(attend, segments, *, scale=None, tolerance=1e-9, **options):
+    """Output and gradients, up to a share of the largest number in each."""
+    arguments, gradient = inputs(segments, **options)
+    table = SegmentTable(segments, arguments[0].device)
+    found = with_gradients(lambda *qkv: attend(*qkv, table, scale, 0.0), arguments, gradient)
+    exact = [tensor.detach().double().requires_grad_() for tensor in arguments]
+    expected = with_gradients(lambda *qkv: by_definition(*qkv, segments, scale), exact, gradient.double())
+    for name, ours, theirs in zip(("output", "query", "key", "value"), found, expected, strict=True):
+        assert ours.dtype == arguments[0].dtype
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert error <= tolerance, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
+@pytest.mark.parametrize("attend", [sdpa, masked_sdpa], ids=["sdpa", "masked"])
+def test_output_and_gradients_equal_the_definition_to_1e_9(attend, segments, kv_heads):
+    assert_equals_the_definition(attend, segments, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("attend", [sdpa, masked_sdpa], ids=["sdpa", "masked"])
+def test_a_scale_of_the_model_s_own(attend):
+    assert_equals_the_definition(attend, PACKS["several prompts"], scale=0.7)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_narrower_types_differ_by_their_rounding(dtype, tolerance):
+    assert_equals_the_definition(sdpa, PACKS["longer than a block"], dtype=dtype, tolerance=tolerance)
+
+
+def test_scores_far_apart_do_not_overflow():
+    """A response whose own tokens weigh nothing against its prompt, and one whose prompt weighs nothing."""
+    segments = laid_out((3, 2, 2))
+    (query, key, value), gradient = inputs(segments, kv_heads=4, dtype=torch.float32)
+    with torch.no_grad():
+        key[:, :, :3] += 60 * query[:, :, 3:4]
+        query[:, :, 5:] = -query[:, :, 3:4]
+        query[:, :, 3:] *= 20
+    table = SegmentTable(segments, CPU)
+    found, expected = (
+        with_gradients(lambda *qkv, a=attend: a(*qkv, table, None, 0.0), (query, key, value), gradient)
+        for attend in (sdpa, masked_sdpa)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.isfinite().all()
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_queries_whose_last_axis_is_not_dense():
+    (query, key, value), gradient = inputs(PACKS["a pair"])
+    strided = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in (query, key, value)]
+    table = SegmentTable(PACKS["a pair"], CPU)
+    found, expected = (
+        with_gradients(lambda *qkv: sdpa(*qkv, table, None, 0.0), arguments, gradient)
+        for arguments in (strided, (query, key, value))
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_dropout_is_drawn_as_torch_draws_it():
+    (query, key, value), _ = inputs(PACKS["a pair"])
+    table = SegmentTable(PACKS["a pair"], CPU)
+    results = []
+    for attend in (sdpa, masked_sdpa):
+        torch.manual_seed(3)
+        results.append(attend(query, key, value, table, None, 0.5))
+    assert torch.equal(*results)
+    assert not torch.allclose(results[0], sdpa(query, key, value, table, None, 0.0))
+
+
+# --- the tables of kernels that run on a GPU, tried with plain functions in the kernels' place ---
+
+
+def as_varlen_kernels(queries, keys, values, query_starts, key_starts, longest_queries, longest_keys, scale):
+    """What a variable-length kernel computes: causal per sequence, the last query seeing the last key."""
+    assert query_starts.dtype == key_starts.dtype == torch.int32
+    lengths = query_starts.diff(), key_starts.diff()
+    assert (int(lengths[0].max()), int(lengths[1].max())) == (longest_queries, longest_keys)
+    groups = queries.shape[1] // keys.shape[1]
+    outputs = []
+    for query, key, value in zip(
+        queries.split(lengths[0].tolist()),
+        keys.repeat_interleave(groups, 1).split(lengths[1].tolist()),
+        values.repeat_interleave(groups, 1).split(lengths[1].tolist()),
+        strict=True,
+    ):
+        scores = torch.einsum("qhd,khd->hqk", query, key) * (scale or query.shape[-1] ** -0.5)
+        ahead = torch.ones(scores.shape[1:], dtype=torch.bool).triu(scores.shape[2] - scores.shape[1] + 1)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(ahead, -math.inf).softmax(-1), value))
+    return torch.cat(outputs)
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    """Plain functions where `varlen_attn`, `flash_attn_varlen_func` and the compiled FlexAttention are looked up."""
+
+    def varlen(*args, **kwargs):
+        given = inspect.signature(varlen_attn).bind(*args, **kwargs)
+        assert given.kwargs["window_size"] == (-1, 0)
+        assert given.kwargs["enable_gqa"] == (args[0].shape[1] != args[1].shape[1])
+        return as_varlen_kernels(*args, scale=given.kwargs["scale"])
+
+    def flash(*args, dropout_p, softmax_scale, causal):
+        assert causal
+        assert dropout_p == 0
+        return as_varlen_kernels(*args, scale=softmax_scale)
+
+    monkeypatch.setattr(kernels, "_varlen_attn", lambda: varlen)
+    monkeypatch.setattr(kernels, "_compiled_flex", lambda: flex_attention)
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
+@pytest.mark.parametrize("backend", ["varlen", "flash"])
+def test_prompts_and_responses_as_sequences_give_the_same_output_and_gradients(plain_kernels, backend, segments, scale):
+    assert_equals_the_definition(BACKENDS[backend], segments, scale=scale)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["several prompts", "longer than a block"])
+def test_flex_attention_sees_the_same_through_its_block_mask(plain_kernels, name):
+    # torch gives FlexAttention no backward pass on a CPU
+    segments = PACKS[name]
+    query, key, value = (tensor.detach() for tensor in inputs(segments, dim=16)[0])
+    found = BACKENDS["flex"](query, key, value, SegmentTable(segments, CPU), 0.3, 0.0)
+    torch.testing.assert_close(found, by_definition(query, key, value, segments, 0.3), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
+def test_the_block_mask_lists_each_block_that_is_seen_and_knows_which_are_seen_whole(segments):
+    """Compiled kernels pass over what is not listed, and do not ask for who sees whom in a block that is whole."""
+    mask = SegmentTable(segments, CPU).block_mask
+    expected, places = seen(segments), torch.arange(segments[-1].stop)
+    assert torch.equal(mask.mask_mod(0, 0, places[:, None], places[None]), expected)
+    rows, columns = mask.kv_num_blocks.shape[-1], mask.kv_indices.shape[-1]
+    partly, whole = (
+        {(row, column) for row in range(rows) for column in indices[0, 0, row, : counts[0, 0, row]].tolist()}
+        for counts, indices in (
+            (mask.kv_num_blocks, mask.kv_indices),
+            (mask.full_kv_num_blocks, mask.full_kv_indices),
+        )
+    )
+    size = mask.BLOCK_SIZE[0]
+    inside = {
+        (row, column): expected[row * size : (row + 1) * size, column * size : (column + 1) * size]
+        for row in range(rows)
+        for column in range(columns)
+    }
+    assert partly | whole == {place for place, block in inside.items() if block.any()}
+    assert not partly & whole
+    assert all(inside[place].all() for place in whole)
+    assert whole or segments is not PACKS["longer than a block"]
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kv_heads", [12, 2])
+def test_backends_on_a_gpu_equal_the_definition(backend, kv_heads):
+    device = torch.device("cuda")
+    reason = missing(backend, device=device, dtype=torch.bfloat16)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    options = {"heads": 12, "kv_heads": kv_heads, "dim": 128, "device": device}
+    for segments in PACKS.values():
+        assert_equals_the_definition(BACKENDS[backend], segments, dtype=torch.bfloat16, tolerance=0.02, **options)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("backend", ["flex", "sdpa"])
+def test_backends_that_take_float32_on_a_gpu_equal_the_definition_to_1e_5(backend):
+    options = {"heads": 12, "dim": 64, "device": torch.device("cuda"), "dtype": torch.float32}
+    for segments in PACKS.values():
+        assert_equals_the_definition(BACKENDS[backend], segments, tolerance=1e-5, **options)
+
+
+# --- within a model ---
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+def test_one_table_goes_to_all_layers_and_to_their_recomputation():
+    """What the kernels ask for is made once per pack."""
+    model, _, encoder = tiny_policy()
+    tables = []
+
+    def recording(module, *args, segments, **kwargs):
+        tables.append(segments)
+        return pack_attention(module, *args, segments=segments, **kwargs)
+
+    AttentionInterface.register("recording", recording)
+    set_text_attention(model, "recording")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    response_logps(model, pack([encoder.encode(group())])).sum().backward()
+    assert len(tables) == 2 * model.config.get_text_config().num_hidden_layers
+    assert all(table is tables[0] for table in tables)
+    assert "spans" in vars(tables[0])
+
+
+def test_autocast_reaches_the_kernel():
+    """Rotary angles widen queries and keys; torch's own attention narrows them under autocast."""
+    segments = PACKS["a pair"]
+    (query, key, value), _ = inputs(segments, dtype=torch.float32)
+    table = SegmentTable(segments, CPU)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = pack_attention(torch.nn.Identity(), query, key, value.bfloat16(), None, segments=table)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), by_definition(query, key, value, segments).double(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"attention_mask": torch.ones(1)}, "a mask"),
+        ({"sliding_window": 8}, "a sliding window"),
+        ({"softcap": 50.0}, "a soft cap"),
+        ({"segments": None}, "keyword arguments"),
+    ],
+)
+def test_what_is_more_than_causal_is_refused(asked, message):
+    (query, key, value), _ = inputs(PACKS["a pair"])
+    given = {"attention_mask": None, "segments": SegmentTable(PACKS["a pair"], CPU)} | asked
+    with pytest.raises(PackAttentionError, match=message):
+        pack_attention(torch.nn.Identity(), query, key, value, **given)
+
+
+# --- which backend ---
+
+
+def test_a_recipe_can_name_each_backend():
+    assert set(get_args(Attention)) == {"auto", "padded", *BACKENDS}
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """What `missing` asks of the machine; everything is there but what a test takes away."""
+    there = {"flash_attn", "triton"}
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return there
+
+
+def test_what_a_backend_misses_is_said(pretended_gpu, monkeypatch):
+    ask = functools.partial(missing, device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert [backend for backend in BACKENDS if ask(backend) is None] == ["varlen", "flash", "flex", "sdpa"]
+    assert [b for b in BACKENDS if ask(b, device=CPU, dtype=torch.float32) is None] == ["sdpa"]
+    assert "the model is on cpu" in ask("flex", device=CPU)
+    assert [b for b in BACKENDS if ask(b, dtype=torch.float32) is None] == ["flex", "sdpa"]
+    assert "bfloat16 or float16, not in float64" in ask("varlen", dtype=torch.float64)
+    assert [b for b in BACKENDS if ask(b, dropout=0.1) is None] == ["flash", "sdpa"]
+    pretended_gpu.clear()
+    assert "pip install flash-attn" in ask("flash")
+    assert "triton" in ask("flex")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 8.0" in ask("varlen")
+    monkeypatch.setattr(kernels, "_varlen_attn", lambda: None)
+    assert "has no torch.nn.attention.varlen" in ask("varlen")
+
+
+@pytest.mark.parametrize("backend", ["varlen", "flex", "flash"])
+def test_a_backend_that_is_not_there_is_an_error_that_says_what_is(tmp_path, backend):
+    with pytest.raises(ModelError, match=rf"model\.attention={backend}: it needs a CUDA GPU.*auto, sdpa, padded"):
+        trainer_of(tmp_path, attention=backend).train()
+
+
+def test_auto_goes_on_to_the_next_backend_where_one_fails_or_disagrees(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, "unidpo.layouts")
+    monkeypatch.setattr("unidpo.layouts.missing", lambda backend, **_: "not there" if backend == "flash" else None)
+    monkeypatch.setattr(kernels, "_varlen_attn", lambda: 1 / 0)
+    monkeypatch.setattr(kernels, "_compiled_flex", lambda: lambda query, *_, **__: query * 2)
+    during = []
+    trainer = trainer_of(tmp_path, max_steps=1, on_pairs=lambda _: during.append(trainer.policy.attention))
+    trainer.train()
+    assert during == [PACK_ATTENTION]
+    assert isinstance(trainer.layout([trainer.encoder.encode(some_groups()[0])]), Pack)
+    assert "packs by varlen: division by zero" in caplog.text
+    assert "packs by flex: log-probabilities differ by" in caplog.text
+    assert "packs, with attention by sdpa" in caplog.text
