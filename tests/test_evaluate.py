@@ -54,6 +54,7 @@ BASE_TEMPLATE = (
         ("", None),
         ("The answer is A, no, the answer is B", None),
         ("a bird", None),
+        ("The answer is a dog", None),
         ("Because of the colour", None),
     ],
 )
@@ -198,6 +199,9 @@ def test_several_answers_are_a_list_in_a_cell(tmp_path: Path) -> None:
         ([{"question": "?", "answer": "maybe"}], {"type": "yesno"}, ["row 1", "yes or no"]),
         ([{"question": "?", "answer": "C", "A": "a", "B": "b"}], {"type": "mcq"}, ["row 1", "A, B"]),
         ([{"question": "<image>", "answer": "x"}], {}, ["row 1, `question`", "0 images"]),
+        ([{"question": "\ud800", "answer": "x"}], {}, ["row 1, `question`", "half a character"]),
+        ([{"question": "?", "answer": "x"}], {"min_pixels": 9, "max_pixels": 4}, ["`min_pixels`", "swap"]),
+        ([{"question": "?", "answer": "x"}], {"name": "results.json"}, ["`name`"]),
         ([{"question": "?", "answer": "x", "index": 1}] * 2, {}, ["row 2, `index`"]),
         ([], {}, ["no question"]),
     ],

@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from chat_stub import Stub, stubbed
 from unidpo import cli
 from unidpo.errors import ModelError
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Question
@@ -47,7 +47,10 @@ def questions(folder: Path, count: int = 8) -> list[Question]:
 # --- several processes
 
 
-def test_two_processes_answer_as_one_does(tmp_path: Path) -> None:
+def test_two_processes_answer_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context("forkserver")  # both for the price of one import
+    context.set_forkserver_preload(["unidpo.evaluate.parallel"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     asked, generation = questions(tmp_path), Generation(4)
     one = load_model(str(MODEL), LoadOptions(batch_size=2))
     alone = {index: answer for batch in one.answer(asked, generation) for index, answer in batch.items()}
@@ -150,52 +153,10 @@ def test_killed_at_any_moment_nothing_is_lost_or_asked_again(tmp_path: Path) -> 
 # --- vLLM
 
 
-class Stub:
-    """A server that speaks as vLLM's does, and repeats the text it was sent."""
-
-    def __init__(self) -> None:
-        self.models = ["served"]
-        self.requests: list[dict[str, Any]] = []
-        self.refuse = ""
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.reply({"data": [{"id": name} for name in stub.models]})
-
-            def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                stub.requests.append(request)
-                if stub.refuse:
-                    self.reply({"error": stub.refuse}, 400)
-                    return
-                text = "".join(part.get("text", "") for part in request["messages"][0]["content"])
-                choice = {"message": {"content": text}, "finish_reason": "length" if "long" in text else "stop"}
-                self.reply({"choices": [choice], "usage": {"completion_tokens": 3}})
-
-            def reply(self, value: Any, code: int = 200) -> None:
-                body = json.dumps(value).encode()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.listening.server_address[1]}"
-
-
 @pytest.fixture
 def stub() -> Iterator[Stub]:
-    made = Stub()
-    thread = threading.Thread(target=made.listening.serve_forever)
-    thread.start()
-    yield made
-    made.listening.shutdown()
-    thread.join()
-    made.listening.server_close()
+    with stubbed() as made:
+        yield made
 
 
 def server(stub: Stub, **options: Any) -> Server:
@@ -206,8 +167,8 @@ def test_a_server_is_sent_images_limits_and_stops(stub: Stub, tmp_path: Path) ->
     Image.new("RGB", (30, 40), "red").save(tmp_path / "a.png")
     asked = [Question("1", (tmp_path / "a.png", "short")), Question("2", ("long",)), Question("3", (b"broken", "x"))]
     backend = server(stub, batch_size=2)
-    [first, second] = backend.answer(asked, Generation(7, min_pixels=5000))
-    assert first | second == {
+    answers = [answer for batch in backend.answer(asked, Generation(7, min_pixels=5000)) for answer in batch.items()]
+    assert dict(answers) == {
         "1": Answer("short", 3),
         "2": Answer("long", 3, truncated=True),
         "3": Answer("", 0, problem="unreadable-image"),
@@ -228,7 +189,7 @@ def test_a_plain_prompt_is_a_chat_template_of_the_request(stub: Stub) -> None:
     [request] = stub.requests
     assert "<|vision_start|><|image_pad|><|vision_end|>" in request["chat_template"]
     assert request["add_generation_prompt"] is False
-    stub.refuse = "chat_template is not trusted"
+    stub.codes, stub.refusal = [400], "chat_template is not trusted"
     with pytest.raises(EvaluationFailed, match="--trust-request-chat-template"):
         list(backend.answer([Question("1", ("x",))], Generation(1)))
 

@@ -13,11 +13,15 @@ import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
+from chat_stub import stubbed
+from exams import Oracle
 from unidpo import cli
 from unidpo.evaluate import fetching
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed
 from unidpo.evaluate.comparing import metric
+from unidpo.evaluate.judge import read_judge
 from unidpo.evaluate.predictions import read_answers
+from unidpo.evaluate.running import evaluate
 from unidpo.evaluate.selection import read_config, select
 from unidpo.evaluate.vlmeval import PAPER, Published, VlmevalBenchmark, Worker, data_folder, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
@@ -152,6 +156,59 @@ def test_what_cannot_be_made_out_is_counted(nine: Mapping[str, VlmevalBenchmark]
     assert {name: nine[name].score(given).unmatched for name, given in unclear.items()} == {
         name: len(given) for name, given in unclear.items()
     }
+
+
+@marked
+@pytest.mark.parametrize(("name", "share"), [("SEEDBench_IMG", 0.5), ("MMBench_DEV_EN", 2 / 3), ("MME", 0.5)])
+def test_a_judges_choice_is_scored_in_the_place_of_an_answer(
+    nine: Mapping[str, VlmevalBenchmark], tmp_path: Path, name: str, share: float
+) -> None:
+    """The one who knows everything speaks in riddles about some questions; the judge solves them."""
+    table, benchmark = NINE[name], nine[name]
+    asked = {question.index: question for question in benchmark.questions()}
+    riddles = {index: f"riddle {index}." for index in list(table.truth)[: round(share * len(table.truth))]}
+    with stubbed() as stub:
+        solved = {riddles[index]: row["answer"] for row in table.rows if (index := row["index"]) in riddles}
+        stub.answer = lambda text: next(answer for riddle, answer in solved.items() if f"\n{riddle}\n" in text)
+        oracle = Oracle({**table.truth, **riddles})
+        plain = evaluate(oracle, [benchmark], tmp_path).benchmarks[0]
+        found = evaluate(oracle, [benchmark], tmp_path, judge=read_judge(f"{stub.address}+m")).benchmarks[0]
+        assert found.counts is not None
+        assert plain.value < found.value == found.best
+        assert (found.counts.judged, found.counts.unmatched, found.counts.generated) == (len(riddles), 0, 0)
+        assert len(stub.requests) == len(riddles)
+    words = [row for row in table.rows if row["index"] in riddles]
+    for row in words if name != "MME" else ():
+        assert asked[row["index"]].choices == {letter: row[letter] for letter in "ABCD" if row.get(letter)}
+
+
+@marked
+def test_a_scorer_that_dies_is_started_again(data: Path, tmp_path: Path) -> None:
+    with Worker() as worker:
+        first = VlmevalBenchmark("POPE", data / "POPE.tsv", worker, cache=tmp_path)
+        first.questions()
+        assert worker._process is not None
+        worker._process.kill()
+        with pytest.raises(EvaluationFailed, match="ended"):
+            first.score(NINE["POPE"].truth)
+        second = VlmevalBenchmark("MME", data / "MME.tsv", worker, cache=tmp_path)
+        second.questions()
+        assert second.score(NINE["MME"].truth).value == 2800
+
+
+@marked
+def test_a_file_without_a_column_is_named(tmp_path: Path, worker: Worker) -> None:
+    (tmp_path / "POPE.tsv").write_text("index\tquestion\n1\t?\n")
+    with pytest.raises(EvaluationFailed, match=r"POPE\.tsv.* no column answer, image"):
+        VlmevalBenchmark("POPE", tmp_path / "POPE.tsv", worker, cache=tmp_path).questions()
+
+
+@marked
+def test_two_rows_with_one_index_are_refused(tmp_path: Path, worker: Worker) -> None:
+    table = NINE["POPE"]
+    file = Table("POPE", [*table.rows, table.rows[0]], {}).write(tmp_path)
+    with pytest.raises(EvaluationFailed, match="two rows have the index 0"):
+        VlmevalBenchmark("POPE", file, worker, cache=tmp_path).questions()
 
 
 @pytest.fixture(scope="module")

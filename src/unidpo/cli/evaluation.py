@@ -29,7 +29,9 @@ def evaluation(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Configuration of VLMEvalKit: models and benchmarks.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the results.", show_default="evals/MODEL")] = None,
-    limit: Annotated[int | None, typer.Option(help="Ask about so many questions of each benchmark.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Ask only the first N questions of each benchmark.", min=1)
+    ] = None,
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="Questions answered together.")] = "auto",
     prompt_style: Annotated[
         Literal["auto", "chat", "plain"], typer.Option(help="The model's chat template, or the bare question.")
@@ -38,6 +40,10 @@ def evaluation(
     server: Annotated[
         str | None, typer.Option(metavar="URL", help="Server for --backend vllm.", show_default="vLLM in this process")
     ] = None,
+    judge: Annotated[
+        str,
+        typer.Option(metavar="none|URL+MODEL", help="Asked which choice an answer means where no rule can tell."),
+    ] = "none",
     nproc: Annotated[int, typer.Option(help="Processes, each with the model on a GPU of its own.", min=1)] = 1,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -52,25 +58,32 @@ def evaluation(
     ] = False,
 ) -> None:
     """Put benchmarks to models, and score and compare their answers. Exits with 1 where a benchmark failed."""
-    from unidpo.evaluate.selection import fetch, read_config, select
+    from unidpo.evaluate.judge import read_judge
+    from unidpo.evaluate.selection import read_config, select
     from unidpo.evaluate.vlmeval import Worker, data_folder
     from unidpo.progress import Stages
 
     size = _batch_size(batch_size)
+    reader = read_judge(judge)
     kit = None if config is None else read_config(config)
     for sentence in kit.ignored if kit is not None else ():
         messages().print(f"{config}: {sentence}", markup=False, highlight=False, soft_wrap=True)
     given = models or list(kit.models if kit is not None else ())
     if not given:
         raise typer.BadParameter("name a model, or a --config that does", param_hint="MODEL")
-    words = [word.strip() for word in (benchmarks or "").split(",") if word.strip()]
-    words = words or list(kit.names if kit is not None else ["paper"])
+    words = list(kit.names) if kit is not None else ["paper"]
+    if benchmarks is not None:
+        words = [word.strip() for word in benchmarks.split(",") if word.strip()]
     try:
         with Worker() as worker, Stages(messages()) as stages:
-            if download:
-                fetch(words, data_folder(data), stages.update)
-            generation = None if kit is None else kit.generation
-            chosen = select(words, data=data_folder(data), worker=worker, generation=generation)
+            chosen = select(
+                words,
+                data=data_folder(data),
+                worker=worker,
+                generation=None if kit is None else kit.generation,
+                download=download,
+                on_progress=stages.update,
+            )
 
             from unidpo.evaluate.loading import LoadOptions
             from unidpo.evaluate.session import candidates, evaluate_all
@@ -90,6 +103,7 @@ def evaluation(
                     server=server,
                 ),
                 limit=limit,
+                judge=reader,
                 on_progress=stages.update,
             )
     except KeyboardInterrupt:

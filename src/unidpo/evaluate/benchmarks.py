@@ -32,10 +32,13 @@ class Question:
     Attributes:
         index: names the question within its benchmark.
         parts: texts and images in the order they are read.
+        choices: what an answer can mean, and what stands behind it: letters and their options, or yes and no. Empty
+            where answers are free.
     """
 
     index: str
     parts: tuple[Part, ...]
+    choices: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def text(self) -> str:

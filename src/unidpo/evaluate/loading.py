@@ -45,8 +45,8 @@ def load_model(name: str, options: LoadOptions, *, gpu: int = 0) -> HuggingFace:
     place = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
     auto = torch.float32 if place.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = auto if options.dtype == "auto" else getattr(torch, options.dtype)
-    processor = load_processor(_with_tokenizer(name), trust_remote_code=options.trust_remote_code)
     model = load_policy(name, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    processor = load_processor(_with_tokenizer(name), trust_remote_code=options.trust_remote_code)
     model.to(place)
     return HuggingFace(model, processor, prompt_style=options.prompt_style, batch_size=options.batch_size)
 

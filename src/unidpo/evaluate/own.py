@@ -44,6 +44,7 @@ INSTRUCTIONS: Mapping[Type, str] = {
 """What follows the question, on a line of its own, where the file says nothing else."""
 SCORER_VERSION = 1
 """Raised whenever a rule changes what some answer is worth."""
+YES_NO: Mapping[str, str] = {"yes": "", "no": ""}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MARK = "<image>"
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
@@ -67,7 +68,7 @@ class BenchmarkFile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]{0,99}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w-]{0,99}$")
     file: str
     type: Type
     metric: str | None = None
@@ -186,7 +187,7 @@ def load_benchmark(path: Path) -> OwnBenchmark:
     if not items and not reader.findings:
         raise DataError(f"{file}: there is no question in it")
     if reader.findings:
-        title = f"{file}: {len(reader.findings)} problems; mend these rows of the benchmark `{settings.name}`"
+        title = f"{file}: rows of the benchmark `{settings.name}` cannot be used"
         raise from_findings(DataError, title, reader.findings)
     return OwnBenchmark(settings, items, file_checksum(file))
 
@@ -216,6 +217,8 @@ def _settings(path: Path) -> BenchmarkFile:
         hint = did_you_mean(settings.metric or "", allowed)
         problem = f"`metric` of the type {settings.type} is {' or '.join(allowed)}, not {shown(settings.metric)}{hint}"
         raise EvaluationError(f"{path}: {problem}")
+    if settings.min_pixels and settings.max_pixels and settings.min_pixels > settings.max_pixels:
+        raise EvaluationError(f"{path}: `min_pixels` is more than `max_pixels`; swap them")
     return settings
 
 
@@ -303,7 +306,8 @@ class _Reader:
         parts = self._parts(number, row, "\n".join(line for line in lines if line))
         if len(self.findings) > before:
             return None
-        return Item(Question(index, parts), answers, options, category)
+        choices = options or (YES_NO if self.type == "yesno" else {})
+        return Item(Question(index, parts, choices), answers, options, category)
 
     def _wrong(self, number: int, kind: str, key: str | None, problem: str) -> None:
         self.findings.append(Finding(kind, problem, row=number, key=key))
@@ -317,6 +321,10 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, (str, int)):
             self._wrong(number, "wrong-type", key, f"text is expected, not {shown(value)}; put it in quotes")
             return ""
+        if not str(value).isascii() and any("\ud800" <= character <= "\udfff" for character in str(value)):
+            self._wrong(
+                number, "broken-text", key, "half a character stands in it (\\ud800 to \\udfff); write it whole"
+            )
         return str(value)
 
     def _answers(self, number: int, row: dict[str, Any], options: Mapping[str, str]) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ class Answer:
     question: str = ""
 
 
+_COLUMNS = ("index", *(field.name for field in fields(Answer)))
+
+
 class Predictions:
     """The answers of one model to one benchmark, in `predictions.jsonl`.
 
@@ -57,8 +60,8 @@ class Predictions:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / IDENTITY).exists():
             write_json(folder / IDENTITY, self.identity)
-        _drop_cut_line(self.path)
-        self.answers = read_answers(self.path) if self.path.is_file() else {}
+        drop_cut_line(self.path)
+        self.answers = read_answers(self.path)
         self._digests: dict[str, str] = {}
 
     def refuse_others(self) -> None:
@@ -73,7 +76,9 @@ class Predictions:
                 ) from None
             return
         except (OSError, ValueError) as error:
-            raise EvaluationError(f"{self.folder / IDENTITY}: is damaged ({error}); delete the folder") from error
+            raise EvaluationError(
+                f"{self.folder / IDENTITY}: cannot be read ({error}); give another --out, or delete the folder"
+            ) from error
         changed = [
             Finding("changed", f"was {shown(before.get(key))}, is {shown(self.identity.get(key))}", key=key)
             for key in sorted(before.keys() | self.identity.keys())
@@ -117,7 +122,7 @@ def question_digest(question: Question) -> str:
     return digest.hexdigest()
 
 
-def _drop_cut_line(path: Path) -> None:
+def drop_cut_line(path: Path) -> None:
     """A process that is killed leaves half a line at the end."""
     if path.is_file():
         content = path.read_bytes()
@@ -129,14 +134,20 @@ def _drop_cut_line(path: Path) -> None:
 
 def read_answers(path: Path) -> dict[str, Answer]:
     """Answers by index; of two to one question the later one. A last line without its end is not there."""
-    answers = {}
-    *lines, _ = path.read_bytes().split(b"\n")
+    return {str(record.pop("index")): Answer(**record) for record in read_records(path, _COLUMNS)}
+
+
+def read_records(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Those keys of every line of a file that grows line by line; none where there is no file.
+
+    Raises:
+        EvaluationError: a line is damaged.
+    """
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            index = str(record.pop("index"))
-            answers[index] = Answer(**record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problem = f"line {number} is damaged ({error}); delete this line to have its question answered again"
+            yield {key: record[key] for key in keys}
+        except (ValueError, KeyError, TypeError) as error:
+            problem = f"line {number} is damaged ({error}); delete this line to have its question asked again"
             raise EvaluationError(f"{path}: {problem}") from error
-    return answers

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unidpo.evaluate.benchmarks import Judged, Score, Statistic
+from unidpo.evaluate.judge import Rulings
 from unidpo.evaluate.predictions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
 from unidpo.runs import write_atomically, write_json
 
@@ -25,7 +26,9 @@ class Counts:
     Attributes:
         questions: asked of this model, or refused.
         generated: answered by this call; the others were on disk.
-        unmatched: answers in which the scorer could make out nothing.
+        unmatched: answers in which nothing could be made out, by the scorer or by a judge.
+        judged: answers in which the scorer could make out nothing, and that a judge was asked about.
+        not_judged: answers that the judge should have been asked about, and that it could not be.
         truncated: answers cut at the longest length allowed.
         empty_prompts: questions that the prompt style renders to nothing; scored as an empty answer.
         unreadable_images: questions not asked because of an image; scored as an empty answer.
@@ -34,18 +37,22 @@ class Counts:
     questions: int
     generated: int
     unmatched: int
+    judged: int
+    not_judged: int
     truncated: int
     empty_prompts: int
     unreadable_images: int
 
     @classmethod
-    def of(cls, answers: Mapping[str, Answer], score: Score, generated: int) -> Counts:
+    def of(cls, answers: Mapping[str, Answer], score: Score, generated: int, rulings: Rulings) -> Counts:
         """Count what happened to some questions."""
         problems = [answer.problem for answer in answers.values()]
         return cls(
             questions=len(answers),
             generated=generated,
             unmatched=score.unmatched,
+            judged=len(rulings.choices),
+            not_judged=rulings.failed,
             truncated=sum(answer.truncated for answer in answers.values()),
             empty_prompts=problems.count(EMPTY_PROMPT),
             unreadable_images=problems.count(UNREADABLE_IMAGE),
@@ -65,7 +72,7 @@ class BenchmarkResult:
         counts: what happened to the questions.
         statistic: how `value` follows from the judged answers.
         limit: the `--limit` it ran under.
-        identity: all the answers depend on.
+        identity: all the answers and their score depend on.
         failure: why there is no result; `None` where there is one.
     """
 
@@ -101,6 +108,11 @@ class ModelResult:
     def failed(self) -> list[BenchmarkResult]:
         """Benchmarks without a result."""
         return [result for result in self.benchmarks if result.failure is not None]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every benchmark has a result, and no judge failed."""
+        return not self.failed and not any(each.counts and each.counts.not_judged for each in self.benchmarks)
 
 
 def forget(folder: Path) -> None:
@@ -139,14 +151,22 @@ def page(results: Sequence[ModelResult]) -> str:
     lines += table(
         ["benchmark", "metric", "of", *(each.label for each in results)],
         [
-            [first.name, first.metric, number(first.best), *(_value(each.benchmarks[i]) for each in results)]
+            [
+                first.name,
+                first.metric,
+                number(first.best) if first.metric else "",
+                *(_value(each.benchmarks[i]) for each in results),
+            ]
             for i, first in enumerate(_with_metric(results))
         ],
     )
     for each in results:
         lines += ["", f"## {escaped(each.label)}", "", f"Model: {escaped(each.model)}", ""]
         lines += table(
-            ["benchmark", "questions", "unmatched", "truncated", "empty prompts", "unreadable images", "prompt style"],
+            [
+                *("benchmark", "questions", "unmatched", "judged", "truncated"),
+                *("empty prompts", "unreadable images", "prompt style"),
+            ],
             [_counts(result) for result in each.benchmarks],
         )
         for result in each.benchmarks:
@@ -155,6 +175,8 @@ def page(results: Sequence[ModelResult]) -> str:
                 lines += table(["part", "value"], [[name, number(value)] for name, value in result.parts.items()])
             if result.failure is not None:
                 lines += ["", f"{escaped(result.name)} failed: {escaped(result.failure)}"]
+            if result.counts is not None and result.counts.not_judged:
+                lines += ["", f"{escaped(result.name)}: {_not_judged(result.counts.not_judged)}"]
     return "\n".join([*lines, ""])
 
 
@@ -172,7 +194,8 @@ def escaped(text: str) -> str:
     """Text of anybody's on one line, without anything that Markdown or HTML would read as more than text."""
     line = " ".join(text.split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|!#~])", r"\\\1", line)
+    # An underscore within a word is none of emphasis, and paths are copied from here.
+    return re.sub(r"([\\`*\[\]|!#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
 
 
 def number(value: float) -> str:
@@ -194,9 +217,14 @@ def _value(result: BenchmarkResult) -> str:
     return number(result.value) + (f" (limit {result.limit})" if result.limit is not None else "")
 
 
+def _not_judged(count: int) -> str:
+    return f"the judge could not be asked about {count:,} answers; the same command asks again"
+
+
 def _counts(result: BenchmarkResult) -> list[str]:
     if result.counts is None:
-        return [result.name, *["-"] * 6]
+        return [result.name, *["-"] * 7]
     counts = result.counts
-    numbers = (counts.questions, counts.unmatched, counts.truncated, counts.empty_prompts, counts.unreadable_images)
+    numbers = [counts.questions, counts.unmatched, counts.judged, counts.truncated]
+    numbers += [counts.empty_prompts, counts.unreadable_images]
     return [result.name, *(f"{n:,}" for n in numbers), str(result.identity.get("prompt_style", ""))]

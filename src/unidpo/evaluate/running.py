@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from unidpo.errors import UserError
 from unidpo.evaluate import results
-from unidpo.evaluate.benchmarks import Benchmark, EvaluationFailed, Generation, Question
+from unidpo.evaluate.benchmarks import Benchmark, EvaluationFailed, Generation, Question, Score
+from unidpo.evaluate.judge import Judge, Rulings, consult, unmatched
 from unidpo.evaluate.predictions import Answer, Predictions
 from unidpo.evaluate.results import BenchmarkResult, Counts, ModelResult
 
@@ -31,12 +33,13 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One benchmark to run with one model: who answers, what is asked, where it is kept."""
+    """One benchmark to run with one model: who answers, what is asked, where it is kept, and who judges."""
 
     benchmark: Benchmark
     backend: Backend
     folder: Path
     limit: int | None = None
+    judge: Judge | None = None
 
     def identity(self) -> dict[str, Any]:
         """All the answers depend on."""
@@ -55,6 +58,7 @@ def evaluate(
     model: str = "model",
     label: str | None = None,
     limit: int | None = None,
+    judge: Judge | None = None,
     on_progress: Progress | None = None,
 ) -> ModelResult:
     """Run benchmarks with one model, and write its results.
@@ -69,12 +73,13 @@ def evaluate(
         model: what the results call the model.
         label: a shorter name for tables.
         limit: ask about so many questions of each benchmark.
+        judge: reads answers in which no rule found a choice; see `unidpo.evaluate.judge`.
         on_progress: told how far it is.
 
     Raises:
         EvaluationError: `out` holds answers that something else gave; nothing is generated then.
     """
-    works = [Work(benchmark, backend, out / benchmark.name, limit) for benchmark in benchmarks]
+    works = [Work(benchmark, backend, out / benchmark.name, limit, judge) for benchmark in benchmarks]
     opened = [_open(work) for work in works]
     results.forget(out)
     found = [
@@ -100,19 +105,18 @@ def _run(work: Work, store: Predictions, on_progress: Progress | None) -> Benchm
     try:
         results.forget(work.folder)
         generated = _answer(work, store, on_progress)
-        asked = [question.index for question in work.benchmark.questions(work.limit)]
-        answers = {index: store.answers[index] for index in asked}
-        score = work.benchmark.score({index: given.text for index, given in answers.items()})
+        answers = {question.index: store.answers[question.index] for question in work.benchmark.questions(work.limit)}
+        score, rulings = _score(work, {index: given.text for index, given in answers.items()}, on_progress)
         result = BenchmarkResult(
             name=name,
             metric=score.metric,
             value=score.value,
             best=score.best,
             parts=score.parts,
-            counts=Counts.of(answers, score, generated),
+            counts=Counts.of(answers, score, generated, rulings),
             statistic=score.statistic,
             limit=work.limit,
-            identity=store.identity,
+            identity={**store.identity, "judge": "none" if work.judge is None else work.judge.identity()},
         )
         results.write_benchmark(work.folder, result, score)
     except UserError as error:
@@ -145,3 +149,15 @@ def _answer(work: Work, store: Predictions, on_progress: Progress | None) -> int
     if unanswered:
         raise EvaluationFailed(f"{work.benchmark.name}: {len(unanswered)} questions were left without an answer")
     return generated
+
+
+def _score(work: Work, answers: Mapping[str, str], on_progress: Progress | None) -> tuple[Score, Rulings]:
+    """Score answers; where a judge reads a choice in what no rule could match, that choice is scored in its place."""
+    score = work.benchmark.score(answers)
+    if work.judge is None:
+        return score, Rulings({}, 0)
+    questions = {question.index: question for question in work.benchmark.questions(work.limit)}
+    asked = {index: (questions[index], answers[index]) for index in unmatched(score, questions, answers)}
+    tell = None if on_progress is None else functools.partial(on_progress, f"{work.benchmark.name}, judge")
+    rulings = consult(work.judge, asked, work.folder, tell)
+    return work.benchmark.score({**answers, **rulings.decided}) if rulings.decided else score, rulings

@@ -14,7 +14,7 @@ HUMAN_AGREEMENT = 3
 """VQA's: an answer that three people gave earns full credit."""
 
 _LETTER_ALONE = re.compile(r"[(\[*]*([A-Z])[)\].:,*]*(?=\s|$)")
-_LETTER_NAMED = re.compile(r"\b(?:answer|option|choice)\b(?:\s+is)?[\s:*(\[]*([A-Z])\b", re.IGNORECASE)
+_LETTER_NAMED = re.compile(r"\b(?i:answer|option|choice)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b")
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -57,7 +57,7 @@ def _letter(text: str, options: Mapping[str, str]) -> str | None:
         # "A dog" is an article; "A" alone, "A." and "A) dog" are letters.
         if letter in options and (first[0] != letter or first.end() == len(text)):
             return letter
-    named = {letter.upper() for letter in _LETTER_NAMED.findall(text)} & options.keys()
+    named = set(_LETTER_NAMED.findall(text)) & options.keys()
     if len(named) == 1:
         return str(named.pop())
     same = [letter for letter, option in options.items() if normalized(option) == normalized(text)]

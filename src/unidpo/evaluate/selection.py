@@ -43,6 +43,8 @@ def select(
     data: Path,
     worker: Worker,
     generation: dict[str, int] | None = None,
+    download: bool = False,
+    on_progress: fetching.Progress | None = None,
 ) -> list[Benchmark]:
     """Benchmarks by name or file; `paper` is the nine.
 
@@ -51,10 +53,13 @@ def select(
         data: folder of VLMEvalKit's files.
         worker: the process that VLMEvalKit runs in.
         generation: settings that take the place of VLMEvalKit's.
+        download: fetch files of VLMEvalKit's benchmarks that are missing, once everything else is known to be right.
+        on_progress: told how far a download is.
 
     Raises:
         EvaluationError: a name is unknown or comes twice, a file is missing, or VLMEvalKit is.
         DataError: the questions of a file cannot be used.
+        EvaluationFailed: a download broke off.
     """
     words = [name for word in words for name in (PAPER if word == "paper" else [word])]
     known = [word for word in words if word in PAPER]
@@ -65,22 +70,21 @@ def select(
             problem = f"there is no benchmark {shown(word)}{hint}"
             raise EvaluationError(f"{problem}; give paper, {', '.join(PAPER)}, or a .yaml file of your own")
     own = {word: load_benchmark(Path(word)) for word in words if word not in PAPER}
-    if known:
-        worker_python()
-        fetching.require(known, data)
-    found: list[Benchmark] = []
-    for word in words:
-        if word in own:
-            found.append(own[word])
-        else:
-            found.append(VlmevalBenchmark(word, data / f"{word}.tsv", worker, generation=generation))
-    names = [benchmark.name for benchmark in found]
+    names = [own[word].name if word in own else word for word in words]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise EvaluationError(f"two benchmarks are called {twice}; name each once")
-    if not found:
+    if not words:
         raise EvaluationError("no benchmark is named")
-    return found
+    if known:
+        worker_python()
+        for name in known if download else ():
+            fetching.download(name, data, on_progress)
+        fetching.require(known, data)
+    return [
+        own[word] if word in own else VlmevalBenchmark(word, data / f"{word}.tsv", worker, generation=generation)
+        for word in words
+    ]
 
 
 def read_config(path: Path) -> KitConfig:
@@ -137,10 +141,3 @@ def _data_set(path: Path, label: str, entry: dict[str, Any]) -> str:
             f"{path}, `data.{label}`: {name} has the class {CLASSES[name]}, not {shown(entry['class'])}"
         )
     return str(name)
-
-
-def fetch(words: Sequence[str], data: Path, on_progress: fetching.Progress | None = None) -> None:
-    """Download the files of VLMEvalKit's benchmarks among some words that are not there. Raises `EvaluationFailed`."""
-    for name in PAPER:
-        if name in words or "paper" in words:
-            fetching.download(name, data, on_progress)

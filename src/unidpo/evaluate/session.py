@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -16,6 +17,7 @@ from rich.console import Console
 from unidpo.errors import UserError
 from unidpo.evaluate.benchmarks import Benchmark, EvaluationError
 from unidpo.evaluate.comparing import Difference, compare, write_differences
+from unidpo.evaluate.judge import Judge
 from unidpo.evaluate.loading import LoadOptions, load_model
 from unidpo.evaluate.parallel import Parallel
 from unidpo.evaluate.results import PAGE, BenchmarkResult, ModelResult, page, table
@@ -91,8 +93,8 @@ class Evaluation:
 
     @property
     def failed(self) -> bool:
-        """Whether a benchmark failed with a model."""
-        return any(model.failed for model in self.models)
+        """Whether a benchmark, or the judge of its answers, failed with a model."""
+        return not all(model.complete for model in self.models)
 
     def page(self) -> str:
         """As Markdown."""
@@ -118,12 +120,16 @@ class Evaluation:
         """Print the page, and where the files are."""
         console.print(self.page(), markup=False, highlight=False, soft_wrap=True)
         for model in self.models:
+            if len(model.failed) == len(model.benchmarks):
+                continue  # what lies there may be of an earlier evaluation
             console.print(f"{model.label}: {model.folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
+        if len(self.models) > 1:
+            console.print(f"all: {self.models[0].folder.parent / PAGE}", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def open_backend(name: str, options: LoadOptions) -> Iterator[Backend]:
-    """A model ready to answer, gone from memory afterwards.
+    """A model ready to answer; processes and connections of its own end afterwards.
 
     Raises:
         UserError: the model, the server or the number of processes cannot be used.
@@ -135,9 +141,6 @@ def open_backend(name: str, options: LoadOptions) -> Iterator[Backend]:
         raise EvaluationError("--server goes with --backend vllm")
     if options.processes == 1:
         yield load_model(name, options)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return
     if torch.cuda.is_available() and options.processes > torch.cuda.device_count():
         raise EvaluationError(f"--nproc {options.processes}: there are {torch.cuda.device_count()} GPUs")
@@ -152,6 +155,7 @@ def evaluate_all(
     options: LoadOptions,
     *,
     limit: int | None = None,
+    judge: Judge | None = None,
     on_progress: Progress | None = None,
 ) -> Evaluation:
     """Run all benchmarks with one model after the other, and compare each with the first.
@@ -165,6 +169,7 @@ def evaluate_all(
         out: folder of the results.
         options: how models are loaded.
         limit: ask about so many questions of each benchmark.
+        judge: see `evaluate`.
         on_progress: told how far it is.
 
     Raises:
@@ -176,13 +181,9 @@ def evaluate_all(
     for model in models:
         folder = out / model.label if several else out
         tell = on_progress and _named(on_progress, model.label if several else "")
+        _free_memory()
         try:
-            with open_backend(model.name, options) as backend:
-                found.append(
-                    evaluate(
-                        backend, benchmarks, folder, model=model.given, label=model.label, limit=limit, on_progress=tell
-                    )
-                )
+            found.append(_evaluate_one(model, benchmarks, folder, options, limit=limit, judge=judge, on_progress=tell))
         except UserError as error:
             if not several:
                 raise
@@ -193,6 +194,20 @@ def evaluate_all(
         write_differences(evaluation.differences, out)
         write_atomically(out / PAGE, evaluation.page().encode())
     return evaluation
+
+
+def _evaluate_one(
+    model: Candidate, benchmarks: Sequence[Benchmark], folder: Path, options: LoadOptions, **settings: Any
+) -> ModelResult:
+    with open_backend(model.name, options) as backend:
+        return evaluate(backend, benchmarks, folder, model=model.given, label=model.label, **settings)
+
+
+def _free_memory() -> None:
+    """Of the model before, which nothing holds any more: two may not fit."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _named(on_progress: Progress, label: str) -> Progress:

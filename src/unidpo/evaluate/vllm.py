@@ -6,16 +6,13 @@ import base64
 import hashlib
 import importlib
 import io
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from unidpo.errors import ImageError
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Question
+from unidpo.evaluate.chat_server import ChatServer, as_they_come
 from unidpo.evaluate.generation import processor_fingerprint, stop_ids
 from unidpo.evaluate.loading import LoadOptions
 from unidpo.evaluate.predictions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
@@ -26,7 +23,6 @@ from unidpo.models import load_processor
 REQUESTS_AT_ONCE = 32
 """Where the user leaves the choice to us; the server makes batches of them."""
 PROMPTS_AT_ONCE = 512
-_SECONDS = 600.0
 _PLAIN = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}IMAGE{% endif %}{% endfor %}{% endfor %}"
@@ -38,6 +34,8 @@ class _Vllm:
     """What both have in common: the model's processor, which lies here, writes or judges the prompts."""
 
     def __init__(self, name: str, options: LoadOptions) -> None:
+        if (Path(name) / "adapter_config.json").is_file():
+            raise EvaluationError(f"{name}: vLLM is given whole models here; merge the adapter, or use --backend hf")
         self.name = name
         self.processor = load_processor(name, trust_remote_code=options.trust_remote_code)
         self.prompter = Prompter(self.processor, options.prompt_style)
@@ -54,7 +52,7 @@ class _Vllm:
 
 def files_fingerprint(name: str) -> str:
     """Names a model that something else loads: the content of a folder's weights, else the name itself."""
-    files = sorted(path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".json"))
+    files = sorted(path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
     if not files:
         return name
     digest = hashlib.blake2b(digest_size=16)
@@ -70,7 +68,7 @@ class Server(_Vllm):
 
     Args:
         name: folder or hub id of the model; the server calls it so too, or serves one model only.
-        options: `server` is the address, with or without `/v1`; `batch_size` is how many questions are asked at once.
+        options: `server` is the address, see `ChatServer`; `batch_size` is how many questions are asked at once.
 
     Raises:
         EvaluationError: the server cannot be reached, or serves other models.
@@ -78,30 +76,21 @@ class Server(_Vllm):
 
     def __init__(self, name: str, options: LoadOptions) -> None:
         super().__init__(name, options)
-        if options.server is None or not options.server.startswith(("http://", "https://")):
-            raise EvaluationError(f"--server is an address such as http://localhost:8000, not {options.server!r}")
-        self.address = options.server.rstrip("/").removesuffix("/v1") + "/v1"
+        self.server = ChatServer(options.server or "", option="--server")
         self.at_once = options.batch_size or REQUESTS_AT_ONCE
-        served = self._served()
+        served = self.server.models()
         if name not in served and len(served) != 1:
-            raise EvaluationError(f"{self.address}: the server has {', '.join(served) or 'no model'}, not {name}")
+            raise EvaluationError(
+                f"{self.server.address}: the server has {', '.join(served) or 'no model'}, not {name}"
+            )
         self.served = name if name in served else served[0]
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "served": self.served}
 
     def answer(self, questions: Sequence[Question], generation: Generation) -> Iterator[dict[str, Answer]]:
-        with ThreadPoolExecutor(self.at_once) as pool:
-            for start in range(0, len(questions), self.at_once):
-                batch = questions[start : start + self.at_once]
-                answers = pool.map(lambda question: self._ask(question, generation), batch)
-                yield {question.index: answer for question, answer in zip(batch, answers, strict=True)}
-
-    def _served(self) -> list[str]:
-        try:
-            return [str(model["id"]) for model in self._exchange("/models", None)["data"]]
-        except (EvaluationFailed, KeyError, TypeError) as error:
-            raise EvaluationError(f"{self.address}: no server answers there ({error})") from error
+        for question, answer in as_they_come(lambda each: self._ask(each, generation), questions, self.at_once):
+            yield {question.index: answer}
 
     def _ask(self, question: Question, generation: Generation) -> Answer:
         if not self.prompter.text(question).strip():
@@ -124,28 +113,14 @@ class Server(_Vllm):
             request["chat_template"] = self.prompter.template
         if limits := _limits(generation, self.processor):
             request["mm_processor_kwargs"] = limits
-        reply = self._exchange("/chat/completions", request)
         try:
-            choice = reply["choices"][0]
-            text, cut = choice["message"]["content"] or "", choice["finish_reason"] == "length"
-            return Answer(str(text), int(reply.get("usage", {}).get("completion_tokens", 0)), truncated=cut)
-        except (KeyError, IndexError, TypeError) as error:
-            raise EvaluationFailed(f"{self.address}: the server's answer is not what was expected ({error})") from error
-
-    def _exchange(self, path: str, request: dict[str, Any] | None) -> Any:
-        data = None if request is None else json.dumps(request).encode()
-        asked = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(asked, timeout=_SECONDS) as response:
-                return json.load(response)
-        except urllib.error.HTTPError as error:
-            said = error.read(2000).decode("utf-8", "replace")
-            hint = ""
-            if request is not None and "chat_template" in said:
-                hint = "; start the server with --trust-request-chat-template, or use --prompt-style chat"
-            raise EvaluationFailed(f"{self.address}: the server refuses ({error.code}: {said}){hint}") from error
-        except (OSError, ValueError) as error:
-            raise EvaluationFailed(f"{self.address}: {error}; run the command again to go on") from error
+            reply = self.server.complete(request)
+        except EvaluationFailed as error:
+            if "chat_template" in request and "chat_template" in str(error):
+                hint = "start the server with --trust-request-chat-template, or use --prompt-style chat"
+                raise EvaluationFailed(f"{error}; {hint}") from error
+            raise
+        return Answer(reply.text, reply.tokens, truncated=reply.cut)
 
 
 class Engine(_Vllm):

@@ -100,6 +100,10 @@ class Worker:
 
     def close(self) -> None:
         """End the process and delete its files."""
+        self._end()
+        self._folder.cleanup()
+
+    def _end(self) -> None:
         if self._process is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()  # type: ignore[union-attr]
@@ -107,7 +111,6 @@ class Worker:
             self._process.wait()
             self._process.stdout.close()  # type: ignore[union-attr]
             self._process = None
-        self._folder.cleanup()
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request and wait for its answer.
@@ -118,7 +121,7 @@ class Worker:
         self.start()
         answer = self._exchange(request)
         if not answer["ok"]:
-            raise EvaluationFailed(f"VLMEvalKit cannot {request['do']} {request['name']}: {answer['error']}")
+            raise EvaluationFailed(f"VLMEvalKit cannot {request['do']} {request['data']}: {answer['error']}")
         return answer
 
     def path(self, name: str) -> Path:
@@ -157,6 +160,7 @@ class Worker:
                 process.stdin.flush()
             line = process.stdout.readline()
         if not line:
+            self._end()  # the next benchmark gets another one
             last = self._log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
             raise EvaluationFailed(f"the process of VLMEvalKit ended: {' '.join(last) or 'it left no message'}")
         answer: dict[str, Any] = json.loads(line)
@@ -214,7 +218,6 @@ class VlmevalBenchmark:
             "data": self.checksum,
             "published_data": self.is_published,
             "wording": "Qwen2-VL",
-            "judge": "none",
         }
 
     def questions(self, limit: int | None = None) -> list[Question]:
@@ -243,8 +246,12 @@ class VlmevalBenchmark:
         if reply["lost_options"]:
             problem = "options read as nothing, such as None or NA, as VLMEvalKit does"
             _LOG.warning("%s: %d %s", self.data, reply["lost_options"], problem)
+        seen: set[str] = set()
         with to.open(encoding="utf-8") as lines:
             for line in lines:
                 row = json.loads(line)
+                if row["index"] in seen:
+                    raise EvaluationFailed(f"{self.data}: two rows have the index {row['index']}; keep one of them")
+                seen.add(row["index"])
                 parts: tuple[Part, ...] = tuple(p["text"] if "text" in p else Path(p["image"]) for p in row["parts"])
-                yield Question(row["index"], parts)
+                yield Question(row["index"], parts, row["choices"])

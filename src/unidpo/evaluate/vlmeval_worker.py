@@ -125,6 +125,11 @@ class Kit:
     def open(self, name: str, data: str, images: str, limit: int | None, to: Path) -> dict[str, Any]:
         """Write a benchmark's questions, with the wording VLMEvalKit has for Qwen2-VL, and unpack their images."""
         cls = getattr(self.dataset, CLASSES[name])
+        columns = self.pandas.read_csv(data, sep="\t", nrows=0).columns
+        missing = [column for column in ("index", "question", "answer") if column not in columns]
+        missing += [] if {"image", "image_path"} & set(columns) else ["image"]
+        if missing:
+            raise ValueError(f"there is no column {', '.join(missing)}")
         lost = 0
 
         def load_data(_: Any, __: str) -> Any:
@@ -155,12 +160,14 @@ class Kit:
         build = self.prompts.build_prompt if self.prompts.use_custom_prompt(name) else None
 
         def lines(rows: list[int]) -> str:
-            text = ""
+            written = ""
             for line in (dataset.data.iloc[row] for row in rows):
                 built = dataset.build_prompt(line) if build is None else build(line, name)
                 parts = [{"text" if part["type"] == "text" else "image": str(part["value"])} for part in built]
-                text += json.dumps({"index": str(line["index"]), "parts": parts}) + "\n"
-            return text
+                written += (
+                    json.dumps({"index": str(line["index"]), "parts": parts, "choices": choices(name, line)}) + "\n"
+                )
+            return written
 
         # Images of a unit may be one file, so a unit is one thread's work.
         with to.open("w", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -250,6 +257,15 @@ class Kit:
         parts = {key: float(value) for key, value in table.items() if not key.startswith("Final Score")}
         value = float(table["Final Score"])
         return {"metric": "score", "value": value, "best": float(len(frame)), "parts": parts, "judged": judged}
+
+
+def choices(name: str, line: Any) -> dict[str, str]:
+    """What an answer can mean, and what stands behind it; empty where answers are free."""
+    if CLASSES[name] == "ImageYORNDataset":
+        return {"yes": "", "no": ""}
+    if CLASSES[name] == "ImageMCQDataset":
+        return {letter: option for letter in LETTERS if (option := text(line.get(letter)))}
+    return {}
 
 
 def units_of(name: str, data: Any, limit: int | None) -> list[list[int]]:

@@ -1,0 +1,1 @@
+"""How fast Uni-DPO trains and what it holds in memory, beside other ways to train on the same pairs."""
