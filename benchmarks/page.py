@@ -1,0 +1,180 @@
+"""The measured parts of docs/performance.md, from the last records under benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.curves import CURVES
+from benchmarks.variants import VARIANTS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "performance.md"
+BLOCK = re.compile(r"(?<=<!-- measured: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
+# The published setting's epoch: pairs, prompts.
+EPOCH = (50_555, 12_503)
+# Times faster than, parts of the memory of: the padded rows with logits of responses, the loop with all logits.
+AIMS = {"pair packs": (2.2, 7.0), "prompt packs": (10.0, 30.0)}
+MEMORY_AIMS = (0.6, 0.4)
+GPU_HEAD = ("variant", "pairs/s", "FLOP utilisation", "peak GiB", "epoch", "with the reference pass")
+Record = Mapping[str, Any]
+
+
+def write() -> None:
+    DOCUMENT.write_text(rendered(DOCUMENT.read_text("utf-8")), "utf-8")
+
+
+def rendered(text: str) -> str:
+    """The page with each measured part made anew."""
+    return BLOCK.sub(lambda found: f"{found[1]}{found[2]}{PARTS[found[1]](last(found[1]))}\n", text)
+
+
+def last(name: str) -> Record | None:
+    """The last record of a results file; `None` where nothing was measured yet."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8"))[-1] if path.exists() else None
+
+
+def _cpu(record: Record | None) -> str:
+    if record is None:
+        return _not_yet(["variant", "CPU s/pair"], "--shape cpu")
+    rows = []
+    for name, found in record["variants"].items():
+        against = [_times(record, name, other, "cpu_seconds_per_pair") for other in ("selective", "loop")]
+        memory = [_part(record, name, other) for other in ("selective", "loop")]
+        rows.append(
+            [
+                VARIANTS[name].title,
+                f"{found['cpu_seconds_per_pair']:.2f}",
+                *against,
+                f"{found['pairs_per_second']:.2f}",
+                f"{found['work_per_pair'] / 1e9:,.0f}",
+                f"{found['peak_bytes'] / 2**20:,.0f}",
+                *memory,
+            ]
+        )
+    head = ["variant", "CPU s/pair", "speed ÷ selective", "÷ all logits", "pairs/s", "GFLOP/pair", "peak MiB"]
+    table = _table([*head, "÷ selective", "÷ all logits"], rows)
+    return "\n\n".join([_where(record), table, _stored(record), _aims(record)])
+
+
+def _gpu(record: Record | None) -> str:
+    if record is None:
+        return _not_yet(GPU_HEAD, "--shape gpu")
+    rows = []
+    for name, found in record["variants"].items():
+        per_second = found["pairs_per_second"]
+        used = found["work_per_pair"] * per_second / record["matmul_per_second"]
+        # All pairs of a prompt take one pass, whether there are six of them or, as in this data, four.
+        passes = 6 * EPOCH[1] if VARIANTS[name].layout == "prompts" else EPOCH[0]
+        minutes = [passes * seconds / 60 for seconds in (1 / per_second, found["reference_wall_seconds_per_pair"] or 0)]
+        cells = [f"{per_second:.2f}", f"{used:.0%}", f"{found['peak_bytes'] / 2**30:.1f}"]
+        rows.append([VARIANTS[name].title, *cells, f"{minutes[0]:,.0f} min", f"{sum(minutes):,.0f} min"])
+    rate = f"A plain {record['dtype']} matrix product reaches {record['matmul_per_second'] / 1e12:,.0f} TFLOP/s."
+    return "\n\n".join([f"{_where(record)} {rate}", _table(GPU_HEAD, rows)])
+
+
+def _memory(record: Record | None) -> str:
+    if record is None:
+        return "Not measured yet: `python -m benchmarks.memory`."
+    rows = []
+    for name, found in record["variants"].items():
+        row = [VARIANTS[name].title, f"{found['peak_bytes'] / 2**20:,.0f}"]
+        for less in (0, record["libraries_bytes"]):
+            of = (record["variants"][other]["peak_bytes"] - less for other in ("selective", "loop"))
+            row += [f"{(found['peak_bytes'] - less) / each:.2f}" for each in of]
+        rows.append(row)
+    head = ["variant", "peak MiB", "÷ selective", "÷ all logits"]
+    head += [f"{each}, without libraries" for each in head[2:]]
+    libraries = f"{record['libraries_bytes'] / 2**20:,.0f} MiB of each are the loaded libraries."
+    return "\n\n".join([f"{_machine(record)}. {libraries}", _table(head, rows)])
+
+
+def _curves(record: Record | None) -> str:
+    if record is None:
+        return _not_yet(["curve", "R² of a straight line"], "--curves")
+    rows, plots = [], []
+    for name, curve in record["curves"].items():
+        straight = ", ".join(f"{VARIANTS[each].title} {value:.3f}" for each, value in curve["r_squared"].items())
+        rows.append([CURVES[name].label, straight])
+        plots.append(f"![CPU seconds per step against {CURVES[name].label}](images/speed-{name}.svg)")
+    return "\n\n".join([_machine(record) + ".", _table(["cost against", "R² of a straight line"], rows), *plots])
+
+
+PARTS = {"speed-cpu": _cpu, "speed-gpu": _gpu, "memory-cpu": _memory, "speed-curves": _curves}
+
+
+def _where(record: Record) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    checkpointing = f"{'with' if record['gradient_checkpointing'] else 'without'} gradient checkpointing"
+    sizes = f"{record['pairs_per_step']} pairs a step, {record['pairs_per_pass']} a pass"
+    runs = "one run" if record["runs"] == 1 else f"medians of {record['runs']} interleaved runs"
+    differences = ", ".join(f"{what} {value:.0e}" for what, value in record["largest_difference"].items())
+    return (
+        f"{_machine(record)}; {versions}; {record['parameters'] / 1e6:,.0f} million parameters, {record['dtype']}, "
+        f"{checkpointing}, {sizes}; {runs}. Largest relative difference between the variants: {differences}."
+    )
+
+
+def _machine(record: Record) -> str:
+    threads = f"{record['threads']} thread{'s' * (record['threads'] > 1)}"
+    return f"{record['date']}: {record['gpu'] or record['processor']}, {threads}"
+
+
+def _stored(record: Record) -> str:
+    found = [
+        f"{VARIANTS[name].title.removesuffix(', stored reference')} {seconds:.2f}"
+        for name, variant in record["variants"].items()
+        if (seconds := variant["reference_cpu_seconds_per_pair"]) is not None
+    ]
+    return (
+        f"The pass that stores the reference is not in these figures. It runs once, before the first step, and costs, "
+        f"in CPU seconds per pair: {'; '.join(found)}. A second run over the same data does not need it."
+    )
+
+
+def _aims(record: Record) -> str:
+    rows = []
+    others = ("selective", "loop")
+    for name, times in AIMS.items():
+        for other, aim in zip(others, times, strict=True):
+            got = _ratio(record, other, name, "cpu_seconds_per_pair")
+            rows.append([_short(name), f"CPU time, {_short(other)}", f"≥ {aim:g} × faster", f"{got:.1f} ×", got >= aim])
+        for other, aim in zip(others, MEMORY_AIMS, strict=True):
+            got = _ratio(record, name, other, "peak_bytes")
+            rows.append([_short(name), f"peak memory, {_short(other)}", f"≤ {aim:g}", f"{got:.2f}", got <= aim])
+    shown = [[*row[:4], "yes" if row[4] else "no"] for row in rows]
+    return _table(["of", "against", "aim", "measured", "reached"], shown)
+
+
+def _short(name: str) -> str:
+    return {"selective": "logits of responses", "loop": "all logits"}.get(name, name)
+
+
+def _ratio(record: Record, name: str, other: str, key: str) -> float:
+    return float(record["variants"][name][key] / record["variants"][other][key])
+
+
+def _times(record: Record, name: str, other: str, key: str) -> str:
+    return f"{_ratio(record, other, name, key):.1f}" if {name, other} <= record["variants"].keys() else ""
+
+
+def _part(record: Record, name: str, other: str) -> str:
+    return f"{_ratio(record, name, other, 'peak_bytes'):.2f}"
+
+
+def _not_yet(head: Sequence[str], options: str) -> str:
+    rows = [[variant.title, *["not measured yet"] * (len(head) - 1)] for variant in VARIANTS.values()]
+    return f"Not measured yet. `python -m benchmarks.speed {options}` fills this in.\n\n{_table(head, rows)}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+if __name__ == "__main__":
+    write()
