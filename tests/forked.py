@@ -53,6 +53,9 @@ def serve():
     import unidpo.launch
     import unidpo.train
 
+    # DeepSpeed compiles this for its first run on a CPU; two processes would wait for each other.
+    with contextlib.redirect_stdout(sys.stderr):
+        build_shm_op()
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:

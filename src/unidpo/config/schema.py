@@ -387,7 +387,8 @@ class Recipe(Section):
         strategy = self.train.given().get("eval_strategy", "no")
         if strategy != "no" and not self.data.eval_fraction and self.eval is None:
             raise ValueError(
-                "`train.eval_strategy` needs something to evaluate on: set `data.eval_fraction` above 0, or `eval.benchmarks`"
+                "`train.eval_strategy` needs something to evaluate on: set `data.eval_fraction` above 0, or "
+                "`eval.benchmarks`"
             )
         return self
 

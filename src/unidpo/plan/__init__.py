@@ -1,0 +1,187 @@
+"""What a recipe will cost, computed from its data and the model's configuration before anything is rented."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.console import Console
+
+from unidpo.config import Recipe
+from unidpo.encode import Encoder, plain_positions
+from unidpo.losses import make_loss
+from unidpo.models import Part, load_processor
+from unidpo.plan.data import (
+    Counted,
+    Layout,
+    count_tokens,
+    padded_pairs,
+    passes,
+    prompt_packs,
+    reference_passes,
+    sampler_of,
+    vision_of,
+)
+from unidpo.plan.gpus import GPUS, UTILISATION, gpu_by_name
+from unidpo.plan.memory import Setting, peak_memory, sharding_of
+from unidpo.plan.report import Data, Plan, Speed, Time, Way
+from unidpo.plan.shape import ModelShape, adapter_weights, build_model, shape_of
+from unidpo.plan.work import Load, Vision, Work, forward, in_chunks, training
+from unidpo.progress import Stages
+from unidpo.train import training_data
+
+__all__ = ["GPUS", "UTILISATION", "Plan", "Speed", "gpu_by_name", "plan_recipe"]
+
+_PARTS: tuple[Part, ...] = ("vision", "projector", "language")
+
+
+def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1, console: Console) -> Plan:
+    """Tokens, floating-point work, memory per GPU and time of a recipe. No weights are loaded, no image is decoded.
+
+    Args:
+        speeds: what the time is reckoned with.
+        gpus: how many share the work.
+        console: where progress and warnings go.
+
+    Raises:
+        UserError: something in the recipe, the data or the model's configuration cannot be used.
+    """
+    trust = recipe.model.trust_remote_code
+    model = build_model(recipe.model.name, trust_remote_code=trust)
+    shape = shape_of(model)
+    setting = setting_of(recipe, shape, gpus=gpus)
+    if recipe.lora is not None:
+        setting = replace(setting, adapter=adapter_weights(recipe.lora, model))
+    encoder = Encoder(
+        load_processor(recipe.model.name, trust_remote_code=trust),
+        plain_positions,
+        template=recipe.data.template,
+        max_length=recipe.data.max_length,
+        max_pixels=recipe.data.max_pixels,
+    )
+    loss = make_loss(**recipe.loss.model_dump())
+    with Stages(console) as stages:
+        groups, _ = training_data(recipe, loss, stages, scan_images=False)
+        counted = count_tokens(
+            groups, encoder, skip_unreadable=recipe.data.on_bad_row == "skip", on_progress=stages.update
+        )
+    with_images = any(tokens.images for tokens in counted.tokens)
+    vision = vision_of(encoder, patch_size=shape.patch_size) if with_images else Vision()
+    layout = Layout(shape.packs and recipe.model.attention != "padded", vision)
+    sampler = sampler_of(recipe, counted, packs=layout.packs, gpus=gpus)
+    steps = list(passes(sampler, counted, layout))
+    epoch = sum((in_chunks(load, shape) for step in steps for load in step), Load())
+    largest = max((load for step in steps for load in step), key=lambda load: load.tokens)
+    passes_per_step = -(-max(map(len, steps)) // gpus)
+    epochs = _epochs(recipe, steps=len(steps))
+    once = training(shape, epoch, learns=setting.learns, checkpointing=setting.checkpointing, adapter=setting.adapter)
+    reference = _reference(recipe, shape, counted, layout, epoch, epochs) if loss.needs_reference else None
+    total = epochs * once.total + (reference.total if reference else 0.0)
+    return Plan(
+        model=recipe.model.name,
+        gpus=gpus,
+        setting=setting,
+        weights=sum(shape.weights.values()),
+        learning=setting.adapter or sum(shape.weights[part] for part in setting.learns),
+        data=_data(counted, epoch, layout),
+        epochs=epochs,
+        steps=round(epochs * len(steps)),
+        passes_per_step=passes_per_step,
+        largest_pass=largest.tokens,
+        epoch_work=once,
+        reference_work=reference,
+        total_work=total,
+        ways=_ways(shape, setting, counted, layout, referenced=loss.needs_reference),
+        memory=peak_memory(shape, setting, largest, passes_per_step=passes_per_step, margin=True),
+        times=tuple(_time(speed, recipe, counted, once, reference, epochs, gpus) for speed in speeds),
+        reference=recipe.reference if loss.needs_reference else None,
+    )
+
+
+def setting_of(recipe: Recipe, shape: ModelShape, *, gpus: int = 1) -> Setting:
+    """What a recipe says about memory and work; an adapter's weights are not counted yet. Raises `RecipeError`."""
+    given = recipe.train.given()
+    checkpointing = given.get("gradient_checkpointing") or given.get("activation_checkpointing")
+    whole = () if recipe.lora is not None else (p for p in _PARTS if p not in recipe.model.freeze and shape.weights[p])
+    return Setting(
+        learns=frozenset(whole),
+        narrow=recipe.model.dtype != "float32",
+        quantize=recipe.model.quantize,
+        checkpointing=bool(checkpointing),
+        optimizer=str(given.get("optim") or "adamw_torch_fused"),
+        sharding=sharding_of(recipe, gpus),
+        gpus=gpus,
+        live_reference=recipe.reference == "live",
+    )
+
+
+def _epochs(recipe: Recipe, *, steps: int) -> float:
+    most = recipe.train.given().get("max_steps") or 0
+    return most / steps if most > 0 else recipe.train.num_train_epochs
+
+
+def _reference(recipe: Recipe, shape: ModelShape, counted: Counted, layout: Layout, epoch: Load, epochs: float) -> Work:
+    """Work of the reference: one pass over the distinct responses, or, live, a forward pass in each step."""
+    if recipe.reference == "live":
+        once = forward(shape, epoch)
+        return Work(
+            *(epochs * part for part in (once.language, once.attention, once.head, once.projector, once.vision))
+        )
+    if recipe.reference != "stored":
+        shape = shape_of(build_model(recipe.reference, trust_remote_code=recipe.model.trust_remote_code))
+    return forward(shape, sum(reference_passes(counted, layout), Load()))
+
+
+def _ways(
+    shape: ModelShape, setting: Setting, counted: Counted, layout: Layout, *, referenced: bool
+) -> tuple[Way, ...]:
+    """One epoch of this data, policy and reference, laid out in other ways."""
+
+    def work(load: Load, reference: Load) -> float:
+        found = training(
+            shape, load, learns=setting.learns, checkpointing=setting.checkpointing, adapter=setting.adapter
+        )
+        return found.total + (forward(shape, reference).total if referenced else 0.0)
+
+    every = padded_pairs(counted, layout.vision, every_logit=True)
+    selective = padded_pairs(counted, layout.vision, every_logit=False)
+    ways = [
+        Way("padded pairs, every logit", work(every, every)),
+        Way("padded pairs, logits of responses", work(selective, selective)),
+    ]
+    if layout.packs:
+        stored = sum(reference_passes(counted, layout), Load())
+        pairs = sum((in_chunks(load, shape) for load in prompt_packs(counted, layout, together=False)), Load())
+        prompts = [in_chunks(load, shape) for load in prompt_packs(counted, layout, together=True)]
+        ways.append(Way("a pack per pair", work(pairs, stored)))
+        together = sum(prompts, Load())
+        ways.append(Way("a pack per prompt", work(together, together)))
+    return tuple(ways)
+
+
+def _data(counted: Counted, epoch: Load, layout: Layout) -> Data:
+    prompts = {group.prompt_key(): tokens for group, tokens in zip(counted.groups, counted.tokens, strict=True)}
+    return Data(
+        groups=len(counted.groups),
+        pairs=counted.pairs,
+        prompts=len(prompts),
+        images=sum(len(tokens.images) for tokens in prompts.values()),
+        tokens=epoch.tokens,
+        image_tokens=epoch.image_tokens,
+        response_tokens=epoch.targets,
+        too_long=counted.too_long,
+        cut=counted.cut,
+        unreadable=counted.unreadable,
+        packs=layout.packs,
+    )
+
+
+def _time(
+    speed: Speed, recipe: Recipe, counted: Counted, once: Work, reference: Work | None, epochs: float, gpus: int
+) -> Time:
+    training_seconds = speed.seconds(once.total, pairs=counted.pairs, gpus=gpus) * epochs
+    # Measured pairs per second hold the work of a live reference already.
+    if reference is None or (speed.pairs_per_second is not None and recipe.reference == "live"):
+        return Time(speed, training_seconds, 0.0)
+    # At the rate at which the training's own work is done.
+    share = reference.total / (epochs * once.total)
+    return Time(speed, training_seconds, share * training_seconds)

@@ -1,0 +1,64 @@
+"""What graphics cards can do at most, by the data sheets of their makers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from unidpo.errors import UserError, did_you_mean
+
+UTILISATION = 0.4
+"""Share of a card's peak that training is assumed to reach where no rate was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class GPU:
+    """A graphics card.
+
+    Attributes:
+        tflops: dense bfloat16 matrix products with float32 sums at their peak, in 10¹² floating-point operations a
+            second.
+        memory: in GB (10⁹ bytes), as sold.
+    """
+
+    name: str
+    tflops: float
+    memory: int
+
+
+GPUS = tuple(
+    GPU(*card)
+    for card in (
+        ("L4", 121, 24),
+        ("A10", 125, 24),
+        ("RTX 3090", 71, 24),
+        ("RTX 4090", 165, 24),
+        ("RTX 5090", 209, 32),
+        ("A100 40GB", 312, 40),
+        ("A6000", 155, 48),
+        ("L40S", 362, 48),
+        ("A100", 312, 80),
+        ("H100 PCIe", 756, 80),
+        ("H100", 989, 80),
+        ("H200", 989, 141),
+        ("B200", 2250, 180),
+        ("MI300X", 1307, 192),
+    )
+)
+
+
+def gpu_by_name(name: str) -> GPU:
+    """The card of this name, however it is spelled. Raises `UserError` with those that are known."""
+    known = {_plain(gpu.name): gpu for gpu in GPUS}
+    wanted = _plain(name)
+    if wanted not in known:
+        listed = ", ".join(gpu.name for gpu in GPUS)
+        raise UserError(
+            f"--gpu {name}: no such card in the table ({listed}){did_you_mean(wanted, known)}; "
+            "for any other give --tflops, what it reaches, or --rate"
+        )
+    return known[wanted]
+
+
+def _plain(name: str) -> str:
+    return re.sub("nvidia|geforce|amd|sxm|80gb|[^a-z0-9]", "", name.lower())

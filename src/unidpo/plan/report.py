@@ -1,0 +1,255 @@
+"""A plan, for people and for machines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from unidpo.plan.gpus import GPU, GPUS, UTILISATION
+from unidpo.plan.memory import Memory, Setting, sum_of
+from unidpo.plan.work import Work
+
+_SIZES = tuple(sorted({gpu.memory for gpu in GPUS} | {16}))
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """What the data set is, and an epoch of it in tokens.
+
+    Attributes:
+        groups: prompts with their responses as the recipe takes them.
+        prompts: distinct prompts, images included.
+        images: of the distinct prompts.
+        tokens, image_tokens, response_tokens: that go through the model in an epoch.
+        too_long: prompts left out because they leave no room for a response.
+        cut: responses that lose their end to `data.max_length`.
+        unreadable: groups left out because of their images.
+        packs: whether packs are expected; else padded rows.
+    """
+
+    groups: int
+    pairs: int
+    prompts: int
+    images: int
+    tokens: int
+    image_tokens: int
+    response_tokens: int
+    too_long: int
+    cut: int
+    unreadable: int
+    packs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast work is done: by a card's peak and an assumed utilisation, or as measured; one of the three.
+
+    Attributes:
+        gpu: a card of the table.
+        tflops: 10¹² floating-point operations a second that one GPU reaches.
+        pairs_per_second: of training, over all GPUs.
+    """
+
+    gpu: GPU | None = None
+    tflops: float | None = None
+    pairs_per_second: float | None = None
+
+    def seconds(self, work: float, *, pairs: int, gpus: int) -> float:
+        """For so much work on so many pairs."""
+        if self.pairs_per_second is not None:
+            return pairs / self.pairs_per_second
+        reached = self.tflops if self.gpu is None else UTILISATION * self.gpu.tflops
+        return work / (gpus * 1e12 * (reached or 0.0))
+
+    def __str__(self) -> str:
+        if self.gpu is not None:
+            return f"{self.gpu.name}, {UTILISATION:.0%} of {self.gpu.tflops:g} TFLOP/s"
+        if self.tflops is not None:
+            return f"{self.tflops:g} TFLOP/s a GPU"
+        return f"{self.pairs_per_second:g} pairs/s"
+
+
+@dataclass(frozen=True, slots=True)
+class Time:
+    """Seconds of a run at some speed."""
+
+    speed: Speed
+    training: float
+    reference: float
+
+    @property
+    def total(self) -> float:
+        return self.training + self.reference
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """An epoch of the same data, policy and reference, laid out in some way: floating-point operations."""
+
+    name: str
+    work: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a recipe will cost: an estimate.
+
+    Attributes:
+        weights, learning: of the model; of them, or of an adapter, those that learn.
+        steps: optimizer steps of the run.
+        passes_per_step: most forward passes of one GPU in a step.
+        largest_pass: tokens of the longest one.
+        epoch_work: of training, one epoch.
+        reference_work: of the reference, the whole run; `None` where the loss needs none.
+        total_work: of the run.
+        ways: the same data laid out otherwise.
+        memory: on each GPU.
+        reference: as in the recipe, or `None` where the loss needs none.
+    """
+
+    model: str
+    gpus: int
+    setting: Setting
+    weights: int
+    learning: int
+    data: Data
+    epochs: float
+    steps: int
+    passes_per_step: int
+    largest_pass: int
+    epoch_work: Work
+    reference_work: Work | None
+    total_work: float
+    ways: tuple[Way, ...]
+    memory: Memory
+    times: tuple[Time, ...]
+    reference: str | None
+
+    @property
+    def fits(self) -> tuple[int, ...]:
+        """Sizes of cards, in GB, that hold it."""
+        return tuple(size for size in _SIZES if self.memory.total <= size * 1e9)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain values; work in floating-point operations, memory in bytes, time in seconds."""
+        plain = asdict(self)
+        plain["setting"]["learns"] = sorted(self.setting.learns)
+        plain["memory"] |= sum_of(self.memory)
+        plain["epoch_work"]["total"] = self.epoch_work.total
+        if self.reference_work is not None:
+            plain["reference_work"]["total"] = self.reference_work.total
+        for time, values in zip(self.times, plain["times"], strict=True):
+            values["total"] = time.total
+        plain["utilisation"] = UTILISATION
+        return plain | {"fits": list(self.fits), "notes": self.notes()}
+
+    def notes(self) -> list[str]:
+        """What the figures do not say themselves."""
+        notes = []
+        data = self.data
+        for count, what in (
+            (data.too_long, "prompts leave no room for a response and are skipped"),
+            (data.cut, "responses are cut at data.max_length"),
+            (data.unreadable, "groups are left out because of their images"),
+        ):
+            if count:
+                notes.append(f"{count:,} {what}")
+        if self.reference not in (None, "live"):
+            notes.append("the reference costs nothing where its numbers are stored already; the weights would tell")
+        if any(time.speed.gpu for time in self.times):
+            notes.append(
+                f"that a card reaches {UTILISATION:.0%} of its peak is assumed; --tflops or --rate take a measured rate"
+            )
+        if not data.packs and self.setting.quantize is None:
+            notes.append("padded rows: each prompt once per response")
+        return notes
+
+    def render(self, console: Console) -> None:
+        """Print it."""
+        for title, rows in self._sections():
+            table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+            table.add_column(no_wrap=True)
+            table.add_column(justify="right", no_wrap=True)
+            table.add_column(style="dim", overflow="fold")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+            console.print()
+        for note in self.notes():
+            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        console.print("all figures are estimates; what they leave out is in docs/plan.md", soft_wrap=True)
+
+    def _sections(self) -> list[tuple[str, list[tuple[str, ...]]]]:
+        data, per_gpu = self.data, "" if self.gpus == 1 else " per GPU"
+        text = data.tokens - data.image_tokens - data.response_tokens
+        learns = f"{rounded(self.weights)} weights, {rounded(self.learning)} learn"
+        tokens: list[tuple[str, ...]] = [
+            ("pairs", f"{data.pairs:,}", f"of {data.prompts:,} prompts with {data.images:,} images"),
+            ("tokens an epoch", rounded(data.tokens), "in packs" if data.packs else "in padded rows, padding included"),
+            ("  of images", rounded(data.image_tokens)),
+            ("  of prompts", rounded(text)),
+            ("  of responses", rounded(data.response_tokens)),
+            ("optimizer steps", f"{self.steps:,}", f"in {self.epochs:.3g} epochs"),
+            (
+                "passes a step",
+                f"{self.passes_per_step:,}",
+                f"at most,{per_gpu} the longest has {self.largest_pass:,} tokens",
+            ),
+        ]
+        work: list[tuple[str, ...]] = [("training, an epoch", operations(self.epoch_work.total))]
+        if self.reference_work is not None:
+            when = "in each step" if self.reference == "live" else "once, before the first step"
+            work.append(("reference", operations(self.reference_work.total), when))
+        work.append(("the run", operations(self.total_work)))
+        ways: list[tuple[str, ...]] = [
+            (way.name, operations(way.work), f"{way.work / self.ways[-1].work:.1f} x") for way in self.ways
+        ]
+        memory = [(name, gigabytes(size)) for name, size in sum_of(self.memory).items() if size]
+        fits = f"{self.fits[0]} GB" if self.fits else "none"
+        held: list[tuple[str, ...]] = [*memory, ("smallest card", fits, f"of those up to {_SIZES[-1]} GB")]
+        times: list[tuple[str, ...]] = [
+            (
+                str(time.speed),
+                clock(time.total),
+                f"of it the reference {clock(time.reference)}" if time.reference else "",
+            )
+            for time in self.times
+        ]
+        cards = f" on {self.gpus} GPUs" if self.gpus > 1 else ""
+        return [
+            (f"{self.model}: {learns}", tokens),
+            ("Floating-point work", work),
+            ("An epoch and its reference, laid out in other ways", ways),
+            (f"Memory{per_gpu}, at its worst in: {self.memory.moment}", held),
+            *([(f"Time{cards}", times)] if times else []),
+        ]
+
+
+def rounded(count: float) -> str:
+    """Three digits and a unit, e.g. `53.1 M`."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def operations(work: float) -> str:
+    """Floating-point operations in powers of ten, e.g. `2.5e17`."""
+    return f"{work:.1e}".replace("e+", "e")
+
+
+def gigabytes(size: float) -> str:
+    """In GB of 10⁹ bytes."""
+    return f"{size / 1e9:.1f} GB"
+
+
+def clock(seconds: float) -> str:
+    """A time in the unit it is spoken of, e.g. `3.4 hours`."""
+    for unit, size, least in (("days", 86400, 2), ("hours", 3600, 1), ("minutes", 60, 2)):
+        if seconds >= least * size:
+            count = seconds / size
+            return f"{count:.1f} {unit}" if count < 10 else f"{count:.0f} {unit}"
+    return f"{seconds:.1f} seconds"

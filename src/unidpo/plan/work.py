@@ -1,0 +1,159 @@
+"""Floating-point work: what goes through a model, and what that costs.
+
+A multiplication with an addition counts as two. Elementwise work (norms, activations, softmax) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
+
+from unidpo.logps import LOGITS_CHUNK_BYTES
+from unidpo.models import Part
+from unidpo.plan.shape import ModelShape, Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What goes through a model, in one pass or many. Loads add up.
+
+    Attributes:
+        tokens: of the language model, image tokens included.
+        attended: pairs of a token and one it sees, within prompts and responses.
+        targets: positions whose logits are computed.
+        again: those of `targets` whose logits are computed a second time in the backward pass, see `logps`.
+        image_tokens: image tokens that the projector makes.
+        patches: image patches through the vision tower.
+        patch_pairs: pairs of patches that see each other where a layer sees a whole image (or tile).
+    """
+
+    tokens: int = 0
+    attended: int = 0
+    targets: int = 0
+    again: int = 0
+    image_tokens: int = 0
+    patches: int = 0
+    patch_pairs: int = 0
+
+    def __add__(self, other: Load) -> Load:
+        # Not `astuple`, which copies deeply: data sets add up hundreds of thousands.
+        return Load(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+    def times(self, count: int) -> Load:
+        """The same load `count` times."""
+        return Load(*(count * getattr(self, name) for name in self.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class Vision:
+    """How a processor cuts images.
+
+    Attributes:
+        patches_per_token: patches of the vision tower for one token of the language model.
+        tile: patches that see each other, where images are cut into tiles of one size; 0 for whole images.
+    """
+
+    patches_per_token: float = 0.0
+    tile: int = 0
+
+    def load(self, image_tokens: Iterable[int]) -> Load:
+        """The load of images that have so many tokens each."""
+        total = patches = pairs = 0
+        for tokens in image_tokens:
+            found = round(tokens * self.patches_per_token)
+            total += tokens
+            patches += found
+            pairs += found * (min(self.tile, found) if self.tile else found)
+        return Load(image_tokens=total, patches=patches, patch_pairs=pairs)
+
+
+def packed(prompt: int, responses: Sequence[int], images: Load = Load()) -> Load:
+    """A prompt once with responses that see it and themselves."""
+    tokens = sum(responses)
+    seen = _causal(prompt) + sum(prompt * length + _causal(length) for length in responses)
+    return images + Load(tokens=prompt + tokens, attended=seen, targets=tokens)
+
+
+def padded(rows: Sequence[tuple[int, int]], images: Load = Load(), *, every_logit: bool = False) -> Load:
+    """One row per response, `(prompt, response)`, all as long as the longest.
+
+    Args:
+        images: of all rows.
+        every_logit: compute the logits of every position.
+    """
+    width = max(prompt + response for prompt, response in rows)
+    tokens = len(rows) * width
+    targets = tokens if every_logit else sum(response for _, response in rows)
+    return images + Load(tokens=tokens, attended=len(rows) * _causal(width), targets=targets)
+
+
+def in_chunks(load: Load, shape: ModelShape) -> Load:
+    """The load of one training pass, with the logits that are computed twice because not all fit into a chunk."""
+    chunk = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
+    return load + Load(again=load.targets if load.targets > chunk else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Floating-point operations by part of the model."""
+
+    language: float
+    attention: float
+    head: float
+    projector: float
+    vision: float
+
+    @property
+    def total(self) -> float:
+        return self.language + self.attention + self.head + self.projector + self.vision
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
+def forward(shape: ModelShape, load: Load) -> Work:
+    """Work of a forward pass."""
+    language = shape.language
+    return Work(
+        language=2 * language.matrices * load.tokens,
+        attention=4 * language.query * language.layers * load.attended,
+        head=2 * shape.vocabulary * language.hidden * load.targets,
+        projector=2 * shape.projector_matrices * load.image_tokens,
+        vision=0 if shape.vision is None else _tower(shape.vision, load),
+    )
+
+
+def training(shape: ModelShape, load: Load, *, learns: Iterable[Part], checkpointing: bool, adapter: int = 0) -> Work:
+    """Work of forward and backward passes.
+
+    The gradient of a weight costs a forward pass of that weight, and so does handing the gradient on to what lies
+    below, which happens down to the lowest part that learns. Checkpointed layers go forward once more.
+
+    Args:
+        learns: parts whose weights learn.
+        adapter: weights of an adapter on the language model, which learn.
+    """
+    learns = set(learns)
+    once = forward(shape, load)
+    again = 1 if checkpointing else 0
+    added = 2 * adapter * load.tokens * (3 + again)
+    own, tower = "language" in learns, "vision" in learns
+    second_logits = once.head * load.again / load.targets if load.targets else 0
+    return Work(
+        language=once.language * (2 + own + again) + added,
+        attention=once.attention * (3 + again),
+        head=once.head * (2 + own) + second_logits,
+        projector=once.projector * (1 + ("projector" in learns) + tower),
+        vision=once.vision * (3 + again if tower else 1),
+    )
+
+
+def _causal(tokens: int) -> int:
+    """Pairs in which a token sees itself or one before it."""
+    return tokens * (tokens + 1) // 2
+
+
+def _tower(vision: Transformer, load: Load) -> float:
+    windowed = vision.layers - vision.whole_layers if vision.window else 0
+    seen = (vision.layers - windowed) * load.patch_pairs + windowed * vision.window * load.patches
+    return 2 * vision.matrices * load.patches + 4 * vision.query * seen

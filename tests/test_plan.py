@@ -1,0 +1,421 @@
+"""`unidpo plan`: work against torch's own counter, memory against what is held, tokens against what is trained on."""
+
+import itertools
+import json
+import math
+import random
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2VLConfig
+
+from trainers import lora, trainer_of
+from unidpo import cli
+from unidpo.config import load_recipe
+from unidpo.encode import Encoder, plain_positions
+from unidpo.errors import RecipeError, UserError
+from unidpo.losses import SimPO
+from unidpo.models import load_processor
+from unidpo.plan import GPUS, Speed, gpu_by_name, plan_recipe
+from unidpo.plan.data import count_tokens, vision_of
+from unidpo.plan.memory import Setting, peak_memory, sharding_of, state_bytes
+from unidpo.plan.report import clock
+from unidpo.plan.shape import adapter_weights, build_model, from_config, shape_of
+from unidpo.plan.work import Load, Vision, forward, in_chunks, packed, padded, training
+from unidpo.sources import load_pairs
+from worlds import GOLDEN, group
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def qwen2_vl_2b():
+    """The shape of Qwen/Qwen2-VL-2B, from what its config.json says."""
+    text = {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
+    return shape_of(from_config(Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)))
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """A recipe of the golden model on a few ranked responses of its golden data."""
+    rng = random.Random(0)
+    words = ["red", "blue", "circle", "two", "left"]
+    rows = [
+        {
+            "prompt": f"What is {prompt}?",
+            "responses": [{"text": " ".join(rng.choices(words, k=n)), "score": float(n)} for n in (2, 5, 9)],
+        }
+        for prompt in range(5)
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"output: {tmp_path}/run\n"
+        f"model: {{name: {GOLDEN}/model, dtype: float32}}\n"
+        f"data: {{path: {tmp_path}/pairs.json, template: chatml}}\n"
+        "train: {global_batch_pairs: 4}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def plan_of(recipe_file):
+    def plan(*overrides, **options):
+        return plan_recipe(load_recipe(recipe_file, overrides), console=QUIET, **options)
+
+    return plan
+
+
+class TestTheSeedsEpoch:
+    """FACTS of the seed's data: 50,555 pairs, 12,503 prompts, 752 image tokens and 98 of text, 100 a response."""
+
+    PROMPT, RESPONSE = 752 + 98, 100
+    IMAGE = Vision(patches_per_token=4).load([752])
+
+    def work(self, shape, load, reference):
+        learning = training(shape, load, learns=["language"], checkpointing=True)
+        return learning.total + forward(shape, reference).total
+
+    @pytest.mark.parametrize(("every_logit", "expected"), [(True, 25e17), (False, 24e17)])
+    def test_padded_pairs_encode_four_images_a_pair(self, qwen2_vl_2b, every_logit, expected):
+        rows = [(self.PROMPT, self.RESPONSE)] * 2
+        load = padded(rows, self.IMAGE.times(2), every_logit=every_logit)
+        assert 50_555 * self.work(qwen2_vl_2b, load, load) == pytest.approx(expected, rel=0.025)
+
+    @pytest.mark.parametrize(("responses", "times", "expected"), [(2, 50_555, 10e17), (4, 12_503, 2.9e17)])
+    def test_packs_encode_one_image(self, qwen2_vl_2b, responses, times, expected):
+        text = packed(self.PROMPT, [self.RESPONSE] * responses)
+        assert times * self.work(qwen2_vl_2b, text + self.IMAGE, text) == pytest.approx(expected, rel=0.015)
+
+
+class TestShape:
+    def test_counts_weights_without_having_them(self, qwen2_vl_2b):
+        layer = 2 * 1536 * 1536 + 2 * 1536 * 256 + 3 * 1536 * 8960
+        assert qwen2_vl_2b.language.matrices == 28 * layer
+        assert sum(qwen2_vl_2b.weights.values()) == 2_208_985_600
+
+    def test_the_matrices_of_the_tower_are_its_blocks_and_its_patch_embedding(self, qwen2_vl_2b):
+        assert qwen2_vl_2b.vision.matrices == 32 * 12 * 1280**2 + 3 * 2 * 14 * 14 * 1280
+        assert qwen2_vl_2b.projector_matrices == 5120 * 5120 + 5120 * 1536
+
+    def test_an_adapter_is_counted_as_peft_makes_it(self):
+        section = load_recipe("recipes/tiny.yaml", ["lora={r: 4}"]).lora
+        hidden, wide, key_value = 128, 256, 64
+        both_sides = 2 * (hidden + hidden) + 2 * (hidden + key_value) + 3 * (hidden + wide)
+        assert adapter_weights(section, build_model(GOLDEN / "model")) == 3 * 4 * both_sides
+
+    def test_windows_and_soft_caps_keep_a_model_from_packs(self, gemma2):
+        assert not shape_of(build_model(gemma2)).packs
+
+
+def seen_by(query, key, is_causal, mask):
+    """Operations of scores and their sums, of what a query sees: torch itself would count what is masked out too."""
+    batch, heads, queries, width = query
+    keys = key[2]
+    seen = queries * keys - (queries * (queries - 1) // 2 if is_causal or mask is not None else 0)
+    return 4 * batch * heads * seen * width
+
+
+# The kernel of the CPU, which torch's counter passes over. Its backward pass hands gradients through both products.
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, dropout=0.0, is_causal=False, *, attn_mask=None, **_: seen_by(q, k, is_causal, attn_mask)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, out, lse, dropout, is_causal, *, attn_mask=None, **_: (
+            2 * seen_by(q, k, is_causal, attn_mask)
+        )
+    ),
+}
+
+
+def flops_of_a_step(tmp_path, groups, **options):
+    """Floating-point work of the trainer's passes, as torch counts it."""
+    trainer = trainer_of(tmp_path, groups, loss=SimPO(), batch=(2, 2), max_steps=1, attention="sdpa", **options)
+    step = trainer.training_step
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+
+    def counted(*arguments, **keywords):
+        with counter:
+            return step(*arguments, **keywords)
+
+    trainer.training_step = counted
+    trainer.train()
+    return counter.get_total_flops()
+
+
+class TestAgainstTorch:
+    """On the golden model, four pairs in two packs."""
+
+    LENGTHS = (30, 60)
+
+    def load(self, groups, vision=True):
+        encoder = Encoder(load_processor(GOLDEN / "model"), plain_positions)
+        counted = count_tokens(groups, encoder, skip_unreadable=False, on_progress=lambda *_: None)
+        tower = vision_of(encoder, patch_size=14)
+        each = [packed(t.prompt, t.responses, tower.load(t.images)) for t in counted.tokens]
+        return sum(each, Load())
+
+    # A layer that is computed again is left where its last tensor is known, before its last product.
+    @pytest.mark.parametrize(
+        ("frozen", "checkpointing", "tolerance"),
+        [
+            (("vision", "projector"), False, 0.002),
+            (("vision", "projector"), True, 0.05),
+            (("vision", "language"), False, 0.03),
+            ((), True, 0.06),
+        ],
+    )
+    def test_the_work_of_a_step_is_what_torch_counts(self, tmp_path, frozen, checkpointing, tolerance):
+        groups = [group(responses=self.LENGTHS, seed=i, row=i + 1, side=112) for i in range(4)]
+        learns = [part for part in ("vision", "projector", "language") if part not in frozen]
+        shape = shape_of(build_model(GOLDEN / "model"))
+        planned = training(shape, self.load(groups), learns=learns, checkpointing=checkpointing)
+        found = flops_of_a_step(tmp_path, groups, frozen=frozen, activation_checkpointing=checkpointing)
+        assert planned.total == pytest.approx(found, rel=tolerance)
+
+    def test_the_work_of_an_adapter(self, tmp_path):
+        groups = [group(images=0, responses=self.LENGTHS, seed=i, row=i + 1) for i in range(4)]
+        model = build_model(GOLDEN / "model")
+        shape = shape_of(model)
+        weights = 3 * 4 * ((128 + 128) + (128 + 64))  # 3 layers, rank 4, q_proj and v_proj
+        planned = training(shape, self.load(groups), learns=[], checkpointing=False, adapter=weights)
+        found = flops_of_a_step(tmp_path, groups, peft_config=lora())
+        assert planned.total == pytest.approx(found, rel=0.03)
+
+    def test_logits_of_several_chunks_are_computed_twice(self, tmp_path, monkeypatch):
+        for module in ("unidpo.logps", "unidpo.plan.work"):
+            monkeypatch.setattr(f"{module}.LOGITS_CHUNK_BYTES", 4 * 2080 * 50)
+        groups = [group(images=0, responses=self.LENGTHS, seed=i, row=i + 1) for i in range(4)]
+        shape = shape_of(build_model(GOLDEN / "model"))
+        halves = [in_chunks(self.load(groups[i : i + 2]), shape) for i in (0, 2)]
+        planned = training(shape, sum(halves, Load()), learns=["language"], checkpointing=False)
+        assert planned.total == pytest.approx(flops_of_a_step(tmp_path, groups), rel=0.002)
+
+
+class TestMemory:
+    def test_weights_gradients_and_moments_are_those_of_a_trainer(self, tmp_path, plan_of):
+        trainer = trainer_of(tmp_path, loss=SimPO(), max_steps=1)
+        gradients = []
+        zero = trainer.model.zero_grad
+        trainer.model.zero_grad = lambda *a, **k: (gradients.append(self.held(trainer.model, "grad")), zero(*a, **k))
+        trainer.train()
+        states = [t for s in trainer.optimizer.state.values() for name, t in s.items() if name != "step"]
+        memory = plan_of("loss={name: simpo}").memory
+        assert memory.weights == self.held(trainer.model, "data")
+        assert memory.optimizer == sum(state.nbytes for state in states)
+        assert max(gradients) == 4 * plan_of().learning
+
+    @staticmethod
+    def held(model, what):
+        tensors = [getattr(parameter, what) for parameter in model.parameters()]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def test_a_frozen_weight_takes_two_bytes_and_a_learning_one_sixteen(self, qwen2_vl_2b):
+        setting = Setting(learns=frozenset(["language"]))
+        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), passes_per_step=2, margin=False)
+        frozen = qwen2_vl_2b.weights["vision"] + qwen2_vl_2b.weights["projector"]
+        assert memory.weights == 2 * frozen + 4 * qwen2_vl_2b.weights["language"]
+        assert memory.optimizer == 8 * qwen2_vl_2b.weights["language"]
+
+    def test_checkpointing_trades_memory_for_work(self, plan_of):
+        overrides = ("train.per_device_train_batch_size=4",)
+        plain, checkpointed = plan_of(*overrides), plan_of(*overrides, "train.gradient_checkpointing=true")
+        assert checkpointed.memory.activations < plain.memory.activations
+        assert checkpointed.epoch_work.language == pytest.approx(4 / 3 * plain.epoch_work.language)
+
+    @pytest.mark.parametrize(
+        ("sharding", "weights", "states"),
+        [("ddp", 4, 8), ("zero2", 2, 12 / 8), ("zero3", 2 / 8, 12 / 8), ("fsdp", 4 / 8, 8 / 8)],
+    )
+    def test_sharding_divides_what_it_says(self, qwen2_vl_2b, sharding, weights, states):
+        """Bytes of each of eight GPUs per weight that learns. DeepSpeed keeps float32 weights with the states."""
+        setting = Setting(learns=frozenset(qwen2_vl_2b.weights), sharding=sharding, gpus=8)
+        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), passes_per_step=2, margin=False)
+        every = sum(qwen2_vl_2b.weights.values())
+        assert memory.weights == pytest.approx(weights * every)
+        assert memory.optimizer == pytest.approx(states * every)
+
+    @pytest.mark.parametrize(
+        ("name", "size"), [("adamw_torch_fused", 8), ("adamw_bnb_8bit", 2), ("lion_8bit", 1), ("sgd", 0), ("other", 8)]
+    )
+    def test_optimizers_keep_more_or_less(self, name, size):
+        assert state_bytes(name) == size
+
+    def test_a_deepspeed_file_says_how_weights_are_spread(self, recipe_file, tmp_path):
+        (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+        given = load_recipe(recipe_file, [f"train.deepspeed={tmp_path}/zero.json"])
+        assert sharding_of(given, 8) == "zero3"
+        with pytest.raises(RecipeError, match="cannot be read as a DeepSpeed file"):
+            sharding_of(load_recipe(recipe_file, [f"train.deepspeed={tmp_path}/none.json"]), 8)
+
+
+class TestTokens:
+    @pytest.mark.parametrize("layout", ["auto", "padded"])
+    def test_an_epoch_has_the_tokens_the_trainer_sees(self, recipe_file, plan_of, tmp_path, layout):
+        overrides = [f"model.attention={layout}", "train.per_device_train_batch_size=2", "data.group_by_prompt=true"]
+        trainer = trainer_of(
+            tmp_path / "run",
+            load_pairs(load_recipe(recipe_file).data.path, group_by_prompt=True),
+            batch=(2, 2),
+            attention=layout,
+            template="chatml",
+            loss=SimPO(),
+        )
+        trainer._prepare()
+        batches = [batch.responses for step in trainer.get_train_dataloader() for batch in step.batches]
+        plan = plan_of(*overrides)
+        assert plan.data.response_tokens == sum(int(batch.response_tokens.sum()) for batch in batches)
+        if layout == "auto":  # with padding the order, which is drawn, decides
+            assert plan.data.tokens == sum(batch.input_ids.numel() for batch in batches)
+
+    def test_images_have_the_processors_own_count(self):
+        encoder = Encoder(load_processor(GOLDEN / "model"), plain_positions)
+        groups = [group(images=2, side=112), group(images=1, seed=1, side=56)]
+        counted = count_tokens(groups, encoder, skip_unreadable=False, on_progress=lambda *_: None)
+        assert [tokens.images for tokens in counted.tokens] == [(16, 16), (4,)]
+        for each, tokens in zip(groups, counted.tokens, strict=True):
+            encoded = encoder.encode(each)
+            assert tokens.prompt == len(encoded.prompt_ids)
+            assert tokens.responses == tuple(map(len, encoded.response_ids))
+            patches = vision_of(encoder, patch_size=14).load(tokens.images).patches
+            assert patches == len(encoded.vision["pixel_values"])
+
+    def test_grouping_encodes_each_prompt_once(self, recipe_file, plan_of, tmp_path):
+        rows = json.loads((tmp_path / "pairs.json").read_text())
+        pairs = [
+            {"instruction": row["prompt"], "chosen": better["text"], "rejected": worse["text"]}
+            | {"score_chosen": better["score"], "score_rejected": worse["score"]}
+            for row in rows
+            for worse, better in itertools.combinations(row["responses"], 2)
+        ]
+        (tmp_path / "rows.json").write_text(json.dumps(pairs))
+        # 5 prompts of 3 responses, which make 3 pairs each; steps of 3 pairs, so that none is cut in two.
+        data = [f"data.path={tmp_path}/rows.json", "data.shuffle=false", "train.global_batch_pairs=3"]
+        apart, together = plan_of(*data), plan_of(*data, "data.group_by_prompt=true")
+        assert (apart.data.groups, together.data.groups) == (15, 5)
+        assert apart.data.pairs == together.data.pairs == 15
+        prompts = together.data.tokens - together.data.response_tokens
+        assert apart.data.tokens == 3 * prompts + 2 * together.data.response_tokens
+        assert [way.name for way in together.ways][-1] == "a pack per prompt"
+        assert together.ways[-1].work == pytest.approx(together.epoch_work.total + together.reference_work.total)
+
+    def test_prompts_that_do_not_fit_are_counted_and_said(self, plan_of):
+        lengths = plan_of().data
+        plan = plan_of(f"data.max_length={lengths.tokens // lengths.groups // 2 + 5}")
+        assert plan.data.cut + plan.data.too_long > 0
+        assert any("cut" in note or "no room" in note for note in plan.notes())
+
+    def test_nothing_that_fits_is_an_error(self, plan_of):
+        with pytest.raises(UserError, match=r"no prompt fits data\.max_length=3"):
+            plan_of("data.max_length=3")
+
+
+class TestReference:
+    def test_a_stored_one_is_one_forward_pass_whatever_the_epochs(self, plan_of):
+        once, thrice = plan_of(), plan_of("train.num_train_epochs=3")
+        assert once.reference_work == thrice.reference_work
+        assert thrice.total_work == pytest.approx(3 * once.epoch_work.total + once.reference_work.total)
+
+    def test_a_live_one_runs_along_and_is_held(self, plan_of):
+        stored, live = plan_of("train.num_train_epochs=2"), plan_of("train.num_train_epochs=2", "reference=live")
+        assert live.reference_work.head == pytest.approx(2 * stored.epoch_work.head / 3)
+        assert live.memory.weights == 2 * stored.memory.weights
+
+    def test_none_is_needed_by_simpo(self, plan_of):
+        assert plan_of("loss={name: simpo}").reference_work is None
+
+
+class TestTime:
+    def test_is_the_work_over_the_rate(self, plan_of):
+        plan = plan_of(speeds=(Speed(tflops=2.0),), gpus=2)
+        assert plan.times[0].total == pytest.approx(plan.total_work / 4e12)
+
+    def test_measured_pairs_a_second_decide_the_training(self, plan_of):
+        plan = plan_of("train.num_train_epochs=2", speeds=(Speed(pairs_per_second=0.5),))
+        assert plan.times[0].training == pytest.approx(2 * 15 / 0.5)
+        assert plan.times[0].reference == pytest.approx(60 * plan.reference_work.total / (2 * plan.epoch_work.total))
+
+    @pytest.mark.parametrize("name", ["H100", "h100", "NVIDIA H100 SXM", "H100-80GB"])
+    def test_cards_have_several_spellings(self, name):
+        assert gpu_by_name(name).tflops == 989
+
+    def test_every_card_of_the_table_is_found_by_its_name(self):
+        assert [gpu_by_name(gpu.name) for gpu in GPUS] == list(GPUS)
+
+    @pytest.mark.parametrize(
+        ("seconds", "said"),
+        [(1, "1.0 seconds"), (119, "119.0 seconds"), (120, "2.0 minutes"), (5400, "1.5 hours"), (10**6, "12 days")],
+    )
+    def test_is_said_in_a_fitting_unit(self, seconds, said):
+        assert clock(seconds) == said
+
+
+class TestCommand:
+    @pytest.fixture
+    def command(self, monkeypatch, capfd):
+        def run(*arguments):
+            monkeypatch.setattr(sys, "argv", ["unidpo", "plan", *map(str, arguments)])
+            with pytest.raises(SystemExit) as done:
+                cli.main()
+            out, err = capfd.readouterr()
+            return done.value.code or 0, out, err
+
+        return run
+
+    def test_prints_a_plan(self, command, recipe_file):
+        code, out, _ = command(recipe_file, "--gpu", "H100")
+        assert code == 0
+        for words in (
+            "15  of 5 prompts",
+            "Floating-point work",
+            "smallest card",
+            "H100, 40% of 989 TFLOP/s",
+            "estimates",
+        ):
+            assert words in out, words
+
+    def test_prints_json(self, command, recipe_file):
+        code, out, _ = command(recipe_file, "--json", "--rate", "3", "train.seed=1")
+        assert code == 0
+        plan = json.loads(out)
+        assert plan["data"]["pairs"] == 15
+        assert plan["times"][0]["training"] == pytest.approx(5)
+        assert math.isclose(
+            plan["memory"]["total"],
+            sum(
+                plan["memory"][p]
+                for p in ("weights", "gradients", "optimizer", "copies", "activations", "logits", "margin")
+            ),
+        )
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            (["--gpu", "H1000"], "no such card"),
+            (["--gpu", "H100", "--rate", "1"], "give one of --gpu, --tflops and --rate"),
+            (["--tflops", "0"], "must be a number above 0"),
+            (["--rate", "nan"], "must be a number above 0"),
+            (["--gpus", "0"], "--gpus"),
+            (["model.name=nowhere"], "nowhere"),
+            (["data.path=nowhere.json"], "nowhere.json"),
+            (["loss.betta=1"], "betta"),
+        ],
+    )
+    def test_says_what_is_wrong(self, command, recipe_file, arguments, reason):
+        code, _, err = command(recipe_file, *arguments)
+        assert code == 2
+        assert reason in err
+        assert "Traceback" not in err
