@@ -5,26 +5,30 @@ import json
 import math
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2VLConfig
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2VLConfig
 
 from trainers import lora, trainer_of
 from unidpo import cli
+from unidpo.attention import PACK_ATTENTION
 from unidpo.config import load_recipe
-from unidpo.encode import Encoder, plain_positions
+from unidpo.encode import EncodedGroup, Encoder, plain_positions
 from unidpo.errors import RecipeError, UserError
 from unidpo.losses import SimPO
 from unidpo.models import load_processor
+from unidpo.packs import pack
 from unidpo.plan import GPUS, Speed, gpu_by_name, plan_recipe
 from unidpo.plan.data import count_tokens, vision_of
 from unidpo.plan.memory import Setting, peak_memory, sharding_of, state_bytes
 from unidpo.plan.report import clock
 from unidpo.plan.shape import adapter_weights, build_model, from_config, shape_of
 from unidpo.plan.work import Load, Vision, forward, in_chunks, packed, padded, training
+from unidpo.policy import Policy
 from unidpo.sources import load_pairs
 from worlds import GOLDEN, group
 
@@ -205,6 +209,43 @@ class TestAgainstTorch:
         assert planned.total == pytest.approx(flops_of_a_step(tmp_path, groups), rel=0.002)
 
 
+LOAD = packed(300, [100, 100])
+
+
+def text_model(layers):
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+        tie_word_embeddings=True,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def kept_by_autograd(layers, *, narrow):
+    """Bytes of the tensors that a forward pass of `LOAD` saves, weights and their narrow copies left out."""
+    model = text_model(layers)
+    policy = Policy(model, model, lambda: torch.autocast("cpu", torch.bfloat16, enabled=narrow))
+    policy.set_attention(PACK_ATTENTION)
+    prompt, *responses = (torch.randint(100, (tokens,)) for tokens in (300, 100, 100))
+    encoded = EncodedGroup(prompt, torch.arange(300)[None], torch.zeros(300).long(), tuple(responses), (0, 0), {})
+    weights = {shape for p in model.parameters() for shape in (p.shape, p.T.shape if p.dim() == 2 else p.shape)}
+    saved = {}
+
+    def save(tensor):
+        if tensor.shape not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # which keeps the storage, and its address, alive
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        policy.response_logps(pack([encoded]))
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
 class TestMemory:
     def test_weights_gradients_and_moments_are_those_of_a_trainer(self, tmp_path, plan_of):
         trainer = trainer_of(tmp_path, loss=SimPO(), max_steps=1)
@@ -229,6 +270,24 @@ class TestMemory:
         frozen = qwen2_vl_2b.weights["vision"] + qwen2_vl_2b.weights["projector"]
         assert memory.weights == 2 * frozen + 4 * qwen2_vl_2b.weights["language"]
         assert memory.optimizer == 8 * qwen2_vl_2b.weights["language"]
+
+    @pytest.mark.parametrize("narrow", [False, True])
+    def test_a_layer_keeps_as_much_as_autograd_keeps_of_it(self, narrow):
+        """Bytes of the tensors saved for the backward pass: what two layers more add, which are nothing but layers."""
+        few, many = (kept_by_autograd(layers, narrow=narrow) for layers in (2, 4))
+        setting = Setting(learns=frozenset(["language"]), narrow=narrow)
+        shape = shape_of(text_model(2))
+        small, large = (
+            peak_memory(
+                replace(shape, language=replace(shape.language, layers=n)),
+                setting,
+                LOAD,
+                passes_per_step=2,
+                margin=False,
+            )
+            for n in (2, 4)
+        )
+        assert large.activations - small.activations == pytest.approx(many - few, rel=0.1)
 
     def test_checkpointing_trades_memory_for_work(self, plan_of):
         overrides = ("train.per_device_train_batch_size=4",)
