@@ -14,7 +14,7 @@ from unidpo.config import LoraSection
 from unidpo.errors import ModelError
 from unidpo.losses import DPO, SimPO, UniDPO
 from unidpo.models import language_linear_layers, load_policy, parts
-from unidpo.reference import weights_fingerprint
+from unidpo.stores import weights_fingerprint
 from unidpo.trainer import PreferenceTrainer
 from worlds import GOLDEN, group
 

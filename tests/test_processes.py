@@ -97,6 +97,7 @@ WAYS = {
     "fsdp2": ["train.fsdp=true"],
     "zero2": ["train.deepspeed={world}/zero2.json"],
     "zero3": ["train.deepspeed={world}/zero3.json"],
+    "zero3, features from disk": ["train.deepspeed={world}/zero3.json", "data.cache_image_features=true"],
     "zero3, padded": ["train.deepspeed={world}/zero3.json", "model.attention=padded"],
 }
 

@@ -14,16 +14,8 @@ from unidpo.models import load_config, load_policy
 from unidpo.packs import pack, pad
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.policy import Policy
-from unidpo.reference import (
-    UNREADABLE,
-    LogpStore,
-    ReferencePass,
-    default_cache,
-    lookup,
-    response_keys,
-    store_folder,
-    weights_fingerprint,
-)
+from unidpo.reference import LogpStore, ReferencePass, lookup, store_folder
+from unidpo.stores import UNREADABLE, content_keys, default_cache, weights_fingerprint
 from worlds import GOLDEN, group, tiny_policy
 
 
@@ -50,9 +42,9 @@ def groups():
 
 
 def keys_of(groups):
-    keys, lost = response_keys(groups)
-    assert lost == []
-    return keys
+    keys = content_keys(groups)
+    assert keys.lost == []
+    return keys.responses
 
 
 def fill(policy, store, groups, *, layout=pack, keys=None, **options):
@@ -300,10 +292,10 @@ def test_a_prompt_whose_image_is_gone_has_no_keys_and_its_rows_are_named(tmp_pat
     whole, gone = (group(images=2, responses=(2, 3), seed=seed, row=seed) for seed in (1, 2))
     pairs = (Pair(0, 1, 2, tmp_path / "pairs.json"), Pair(1, 0, 3, tmp_path / "pairs.json"))
     gone = replace(gone, images=(gone.images[0], tmp_path / "gone.png"), pairs=pairs)
-    keys, lost = response_keys([gone, whole, gone])
-    assert keys == [[UNREADABLE] * 2, *keys_of([whole]), [UNREADABLE] * 2]
-    assert [finding.row for finding in lost] == [2, 3] * 2
-    assert all("gone.png" in finding.message and finding.file == tmp_path / "pairs.json" for finding in lost)
+    keys = content_keys([gone, whole, gone])
+    assert keys.responses == [[UNREADABLE] * 2, *keys_of([whole]), [UNREADABLE] * 2]
+    assert [finding.row for finding in keys.lost] == [2, 3] * 2
+    assert all("gone.png" in finding.message and finding.file == tmp_path / "pairs.json" for finding in keys.lost)
 
 
 # --- where the numbers belong ----------------------------------------------------------------------------------------
@@ -337,10 +329,10 @@ def test_the_folder_depends_on_model_encoder_and_arithmetic(policy, tmp_path):
     other = tiny_policy()[2]
     other.max_length = 99
     cases = [
-        ("aa", encoder, "float32"),
-        ("ab", encoder, "float32"),
-        ("aa", encoder, "bfloat16"),
-        ("aa", other, "float32"),
+        ("aa", encoder, torch.float32),
+        ("ab", encoder, torch.float32),
+        ("aa", encoder, torch.bfloat16),
+        ("aa", other, torch.float32),
     ]
     folders = {store_folder(tmp_path, name, how, arithmetic=kind) for name, how, kind in cases}
     assert len(folders) == 4

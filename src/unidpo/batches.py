@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from unidpo.encode import EncodedGroup, Encoder
+from unidpo.encode import EncodedGroup, GroupEncoder
 from unidpo.errors import Finding, ImageError, UserError
 from unidpo.packs import Layout, Pack, PaddedRows, PairIndex, index_pairs, pack, used_responses
 from unidpo.pairs import Pair, PromptGroup
@@ -188,6 +188,7 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
     The attributes may be set until the first batch is drawn.
 
     Attributes:
+        encoder: what encodes groups.
         layout: how groups become a batch.
         ref_logps: for each group the stored log-probabilities of its responses, in nats, NaN where there is none; or
             `None`.
@@ -196,9 +197,9 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
             modules in each pass then. `None` for a process on its own.
     """
 
-    def __init__(self, groups: Sequence[PromptGroup], encoder: Encoder) -> None:
+    def __init__(self, groups: Sequence[PromptGroup], encoder: GroupEncoder) -> None:
         self._groups = groups
-        self._encoder = encoder
+        self.encoder = encoder
         self.stand_in: EncodedGroup | None = None
         self.layout: Layout = pack
         self.ref_logps: Sequence[Float[Tensor, " _"]] | None = None
@@ -222,13 +223,13 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
                     if found.isnan().any():
                         raise ImageError("it could not be read when the reference was computed")
                     ref_logps.append(found)
-                encoded.append(self._encoder.encode(group, used))
+                encoded.append(self.encoder.encode(group, used))
             except UserError as error:
                 del ref_logps[len(encoded) :]
                 lost += lost_rows(pairs, error)
                 continue
             shares.append((group, pairs))
-        if self.stand_in is not None and not any(group.vision for group in encoded):
+        if self.stand_in is not None and not any(group.has_images for group in encoded):
             encoded.append(self.stand_in)
             if self.ref_logps is not None:
                 ref_logps.append(torch.zeros(len(self.stand_in.response_ids), dtype=torch.float64))

@@ -7,9 +7,9 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jinja2
 import PIL.Image
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from unidpo.errors import DataError, Finding, ImageError, ModelError, UserError, from_findings
+from unidpo.features import ImageFeatures
 from unidpo.images import cap_pixels, capped_size, image_size, open_image
 from unidpo.pairs import IMAGE, Message, PromptGroup, Response
 
@@ -58,6 +59,7 @@ class EncodedGroup:
         cut_tokens: how many tokens each response lost to the limit.
         mm_token_type_ids: 1 at image tokens, else 0.
         vision: the image processor's tensors for all images of the prompt in order; empty for a text prompt.
+        features: what the model makes of the images, where it is known; `vision` is then without pixels.
     """
 
     prompt_ids: Int[Tensor, " prompt"]
@@ -66,10 +68,24 @@ class EncodedGroup:
     response_ids: tuple[Int[Tensor, " _"], ...]
     cut_tokens: tuple[int, ...]
     vision: Mapping[str, Tensor]
+    features: ImageFeatures | None = None
 
     @property
     def next_position(self) -> int:
         return int(self.position_ids.max()) + 1
+
+    @property
+    def has_images(self) -> bool:
+        return bool(self.vision) or self.features is not None
+
+
+@runtime_checkable
+class GroupEncoder(Protocol):
+    """What encodes groups: an `Encoder`, or one that knows the images already."""
+
+    def encode(self, group: PromptGroup, responses: Sequence[int] | None = None) -> EncodedGroup:
+        """See `Encoder.encode`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,21 +147,26 @@ class Encoder:
         """
         images = [self._prepare(open_image(source)) for source in group.images]
         prompt_ids, types, vision = self._tokenize(self.prompt_text(group.messages), images)
-        room = self.max_length - len(prompt_ids)
+        positions = self._position_ids(prompt_ids, types, vision)
+        prompt = EncodedGroup(prompt_ids, positions, types, response_ids=(), cut_tokens=(), vision=vision)
+        return self.with_responses(prompt, group, responses)
+
+    def with_responses(
+        self, prompt: EncodedGroup, group: PromptGroup, responses: Sequence[int] | None = None
+    ) -> EncodedGroup:
+        """A group's encoded prompt with all or some of the group's responses. Raises `PromptTooLong`."""
+        room = self.max_length - len(prompt.prompt_ids)
         if room < 1:
             raise PromptTooLong(
-                f"the prompt has {len(prompt_ids)} tokens and leaves no room for a response within "
+                f"the prompt has {len(prompt.prompt_ids)} tokens and leaves no room for a response within "
                 f"data.max_length={self.max_length}"
             )
         wanted = range(len(group.responses)) if responses is None else responses
         ids = [self.response_ids(group.responses[i]) for i in wanted]
-        return EncodedGroup(
-            prompt_ids=prompt_ids,
-            position_ids=self._position_ids(prompt_ids, types, vision),
-            mm_token_type_ids=types,
+        return replace(
+            prompt,
             response_ids=tuple(torch.tensor(each[:room]) for each in ids),
             cut_tokens=tuple(max(0, len(each) - room) for each in ids),
-            vision=vision,
         )
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
@@ -177,20 +198,27 @@ class Encoder:
     def prompt_tokens(self, group: PromptGroup) -> int:
         """Length of the prompt in tokens. Reads only the headers of images. Raises `ImageError`."""
         text_ids = self.tokenizer(self.prompt_text(group.messages), add_special_tokens=False)["input_ids"]
-        if not group.images:
-            return len(text_ids)
+        return len(text_ids) + (self._tokens_beside_marks(group, len(text_ids)) if group.images else 0)
+
+    def image_tokens(self, group: PromptGroup) -> int:
+        """Tokens that stand for a prompt's images, with what the processor puts between them; see `prompt_tokens`."""
+        text_ids = self.tokenizer(self.prompt_text(group.messages), add_special_tokens=False)["input_ids"]
+        return self._tokens_beside_marks(group, len(text_ids)) + len(group.images)
+
+    def _tokens_beside_marks(self, group: PromptGroup, text_tokens: int) -> int:
+        """What images add to a prompt that has so many tokens with a mark for each of them."""
         sizes = tuple(capped_size(image_size(source), self.max_pixels) for source in group.images)
         if sizes not in self._image_tokens:
             counted = self._patch_tokens(sizes)
             if counted is None or not self._patches_agree:
                 blanks = [PIL.Image.new("RGB", size) for size in sizes]
-                found = len(self._tokenize(self.prompt_text(group.messages), blanks)[0]) - len(text_ids)
+                found = len(self._tokenize(self.prompt_text(group.messages), blanks)[0]) - text_tokens
                 # Counting patches is quick and says for nearly every processor what running it on images would say;
                 # the first images show whether this is one of them.
                 self._patches_agree = counted == found
                 counted = found
             self._image_tokens[sizes] = counted
-        return len(text_ids) + self._image_tokens[sizes]
+        return self._image_tokens[sizes]
 
     def _patch_tokens(self, sizes: Sequence[tuple[int, int]]) -> int | None:
         """Tokens that images of these sizes add to their marks, by the processor's own count of patches."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unidpo.attention import BACKENDS, PACK_ATTENTIONS, Backend, PackAttentionError, missing
 from unidpo.config.schema import Attention
-from unidpo.encode import EncodedGroup, Encoder
+from unidpo.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.errors import ModelError, UserError
 from unidpo.packs import Layout, pack, pad, to_device
 from unidpo.pairs import PromptGroup
@@ -133,7 +133,7 @@ def _mean_logps(
         return policy.response_logps(batch) / batch.response_tokens
 
 
-def smallest(groups: Sequence[PromptGroup], encoder: Encoder) -> EncodedGroup:
+def smallest(groups: Sequence[PromptGroup], encoder: GroupEncoder) -> EncodedGroup:
     """The group to try a model on: one with an image where there is any, then the least text.
 
     Groups that cannot be read any more are passed over; their rows are told of where they are met.

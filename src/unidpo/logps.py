@@ -53,7 +53,7 @@ def _pack_sums(model: PreTrainedModel, pack: Pack, of_targets: _OfTargets) -> Te
         position_ids=pack.position_ids if len(pack.position_ids) == 1 else pack.position_ids[:, None],
         use_cache=False,
         segments=SegmentTable(pack.segments, pack.input_ids.device),
-        **pack.vision,
+        **_images(pack),
     ).last_hidden_state[0]
     head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
     values = _in_chunks(hidden[pack.predict_at], head, pack.targets, soft_cap, of_targets)
@@ -68,9 +68,9 @@ def _padded_sums(model: PreTrainedModel, rows: PaddedRows, of_targets: _OfTarget
         "input_ids": rows.input_ids,
         "attention_mask": rows.attention_mask,
         "use_cache": False,
-        **rows.vision,
+        **_images(rows),
     }
-    if rows.vision:
+    if rows.vision or rows.features is not None:
         takes = inspect.signature(type(model.base_model).forward).parameters
         names = [name for name in ("mm_token_type_ids", "token_type_ids") if name in takes]
         inputs |= dict.fromkeys(names, rows.mm_token_type_ids)
@@ -85,6 +85,13 @@ def _padded_sums(model: PreTrainedModel, rows: PaddedRows, of_targets: _OfTarget
             logits = logits[:, columns]
         values = of_targets(logits[is_target], targets[is_target])
     return _sum_by(is_target.nonzero()[:, 0], values, len(rows.response_tokens))
+
+
+def _images(batch: Pack | PaddedRows) -> dict[str, Any]:
+    """A batch's images as the model's forward takes them."""
+    if batch.features is None:
+        return dict(batch.vision)
+    return {**batch.vision, "mm_encoder_outputs": {"image": batch.features.as_output()}}
 
 
 def _sum_by(owner: Tensor, values: Tensor, responses: int) -> Tensor:

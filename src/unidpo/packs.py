@@ -12,9 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unidpo.encode import EncodedGroup
+from unidpo.features import ImageFeatures, join, without_pixels
 from unidpo.pairs import Pair, PromptGroup
 
 T = TypeVar("T")
+P = TypeVar("P", bound="Pack | PaddedRows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class Pack:
         position_ids: every response of a group goes on from the end of its prompt.
         segments: one per group, in order; `attention` reads who sees whom from them.
         vision: image tensors of all groups, each image once.
+        features: of the images, in the order of their tokens; takes the place of pixels in `vision`.
         predict_at: for every response token, in order, the position whose output predicts it: the position before
             it, which for a response's first token is the last one of its prompt.
         targets: the response tokens themselves.
@@ -54,6 +57,7 @@ class Pack:
     targets: Int[Tensor, " targets"]
     owner: Int[Tensor, " targets"]
     response_tokens: Int[Tensor, " responses"]
+    features: ImageFeatures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class PaddedRows:
     Attributes:
         input_ids, attention_mask, mm_token_type_ids: as the model's forward takes them.
         vision: image tensors, each image once per row it stands in.
+        features: as of a `Pack`, once per row too.
         is_target: marks the response tokens.
         response_tokens: targets per response.
     """
@@ -73,6 +78,7 @@ class PaddedRows:
     vision: Mapping[str, Tensor]
     is_target: Bool[Tensor, "responses width"]
     response_tokens: Int[Tensor, " responses"]
+    features: ImageFeatures | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,8 @@ def pack(groups: Sequence[EncodedGroup]) -> Pack:
         input_ids=torch.cat(ids),
         position_ids=torch.cat(positions, dim=1),
         segments=tuple(segments),
-        vision=_concatenate([group.vision for group in groups]),
+        vision=join_vision([group.vision for group in groups]),
+        features=_join_features(groups),
         predict_at=torch.cat(predict_at),
         targets=torch.cat(responses),
         owner=torch.repeat_interleave(torch.arange(len(responses)), response_tokens),
@@ -148,7 +155,8 @@ def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> PaddedRows:
         input_ids=_pad_right(ids, pad_token_id),
         attention_mask=inside.long(),
         mm_token_type_ids=_pad_right(types, 0),
-        vision=_concatenate([group.vision for group, _ in rows]),
+        vision=join_vision([group.vision for group, _ in rows]),
+        features=_join_features([group for group, _ in rows]),
         is_target=inside & (columns >= prompts[:, None]),
         response_tokens=lengths - prompts,
     )
@@ -194,7 +202,19 @@ def to_device(batch: T, device: torch.device) -> T:
     return replace(batch, **moved)  # type: ignore[type-var]
 
 
-def _concatenate(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def with_features(batch: P, features: ImageFeatures) -> P:
+    """The batch with features of its images in place of their pixels."""
+    return replace(batch, vision=without_pixels(batch.vision), features=features)
+
+
+def _join_features(groups: Sequence[EncodedGroup]) -> ImageFeatures | None:
+    features = join([group.features for group in groups if group.features is not None])
+    if features is not None and any(group.vision and group.features is None for group in groups):
+        raise ValueError("groups with features of their images and groups with pixels do not go into one batch")
+    return features
+
+
+def join_vision(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Image tensors one after another.
 
     Where groups differ beyond the first axis (tiles per image, images per prompt, height and width), zeros fill up to

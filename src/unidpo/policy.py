@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unidpo.attention import set_text_attention
+from unidpo.features import ImageFeatures, image_features
 from unidpo.logps import response_logps, response_logps_and_collisions
 from unidpo.packs import Pack, PaddedRows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,27 +46,31 @@ class Policy:
 
     def response_logps(self, batch: Pack | PaddedRows) -> Float[Tensor, " responses"]:
         """See `logps.response_logps`."""
-        return self._as_forward(response_logps, batch)
+        return self._as_forward(lambda: response_logps(self.plain, batch))
 
     def response_logps_and_collisions(self, batch: Pack | PaddedRows) -> Float[Tensor, "2 responses"]:
         """See `logps.response_logps_and_collisions`."""
-        return self._as_forward(response_logps_and_collisions, batch)
+        return self._as_forward(lambda: response_logps_and_collisions(self.plain, batch))
 
-    def _as_forward(
-        self, function: Callable[[PreTrainedModel, Pack | PaddedRows], Tensor], batch: Pack | PaddedRows
-    ) -> Tensor:
-        """`function` of the model and the batch.
+    def image_features(self, vision: Mapping[str, Tensor]) -> ImageFeatures:
+        """See `features.image_features`; without gradient, and without dropout."""
+        with self.measuring():
+            # Wrappers look for tensors in what a forward returns, and know dictionaries.
+            return ImageFeatures.from_tensors(self._as_forward(lambda: image_features(self.plain, vision).tensors))
+
+    def _as_forward(self, compute: Callable[[], T]) -> T:
+        """What `compute` gives.
 
         Wrappers gather weights and watch gradients around the forward of the module they hold, so the computation
         takes the place of that forward while it runs.
         """
 
-        def forward() -> Tensor:
+        def forward() -> T:
             with self.autocast():
-                return function(self.plain, batch)
+                return compute()
 
         with _forward_of(self.model, forward):
-            result: Tensor = self.wrapped()
+            result: T = self.wrapped()
         return result
 
     def without_adapter(self) -> AbstractContextManager[None]:

@@ -1,22 +1,17 @@
 """The reference as stored numbers: one log-probability per response, computed once and kept on disk.
 
 A store is a folder of Parquet parts, named by what the numbers depend on besides the response itself: the model's
-weights and arithmetic, the processor, the template and the limits. Parts are written whole and renamed into place,
-so a pass that is interrupted goes on where it stopped, and several writers do not meet.
+weights and arithmetic, the processor, the template and the limits.
 
 Where several processes train together, the main one alone reads and writes the store; each computes its share.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import os
-import platform
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,27 +23,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unidpo.batches import lost_rows
-from unidpo.encode import EncodedGroup, Encoder
-from unidpo.errors import Finding, ImageError, ModelError, UserError
-from unidpo.images import content_digest
+from unidpo.encode import EncodedGroup, Encoder, GroupEncoder
+from unidpo.errors import Finding, ModelError, UserError
 from unidpo.packs import Layout, to_device
-from unidpo.pairs import ImageSource, PromptGroup
+from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
-from unidpo.ranks import gather, is_main, on_main, rank, whole, world_size
+from unidpo.ranks import gather, is_main, on_main, rank, world_size
+from unidpo.stores import FLUSH_SECONDS, UNREADABLE, clear_unfinished, new_part
 
 _LOG = logging.getLogger(__name__)
-FLUSH_SECONDS = 30.0
 PASS_TOKENS = 8192
 """Tokens in one forward of the reference pass; without gradients this is small beside a training step."""
-UNREADABLE = b""
-"""Stands for the key of a response whose prompt cannot be read any more."""
-
 _SCHEMA = pa.schema([("key", pa.binary(16)), ("logp", pa.float64()), ("tokens", pa.int32())])
-
-
-def default_cache() -> Path:
-    """`$UNIDPO_CACHE`, else `~/.cache/unidpo`."""
-    return Path(os.environ.get("UNIDPO_CACHE") or Path.home() / ".cache" / "unidpo")
 
 
 class LogpStore:
@@ -66,7 +52,7 @@ class LogpStore:
         self._logps: dict[bytes, float] = dict(logps or {})
         self._new: dict[bytes, tuple[float, int]] = {}
         if logps is None:
-            self._clear_unfinished()
+            clear_unfinished(folder)
             self.reload()
 
     @classmethod
@@ -96,12 +82,6 @@ class LogpStore:
                 ) from error
             self._logps.update(zip(table["key"].to_pylist(), table["logp"].to_pylist(), strict=True))
 
-    def _clear_unfinished(self) -> None:
-        """Remove what killed processes of this machine were writing; others may be writing now."""
-        for path in self.folder.glob(f".{platform.node()}-*.tmp"):
-            if not _is_alive(int(path.name.removeprefix(f".{platform.node()}-").partition("-")[0])):
-                path.unlink(missing_ok=True)
-
     def __contains__(self, key: bytes) -> bool:
         return key in self._logps
 
@@ -123,85 +103,20 @@ class LogpStore:
         """Write what was added since the last flush as one part, atomically."""
         if not self._new:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         rows = [{"key": key, "logp": logp, "tokens": tokens} for key, (logp, tokens) in self._new.items()]
-        name = uuid.uuid4().hex
-        unfinished = self.folder / f".{platform.node()}-{os.getpid()}-{name}.tmp"
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), unfinished)
-        unfinished.replace(self.folder / f"part-{name}.parquet")
+        with new_part(self.folder, ".parquet") as unfinished:
+            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), unfinished)
         self._new.clear()
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def store_folder(cache: Path, fingerprint: str, encoder: Encoder, *, arithmetic: str) -> Path:
+def store_folder(cache: Path, fingerprint: str, encoder: Encoder, *, arithmetic: torch.dtype) -> Path:
     """Where the numbers of a model and an encoder belong.
 
     Args:
-        fingerprint: of the model, see `weights_fingerprint`.
+        fingerprint: of the model, see `stores.weights_fingerprint`.
         arithmetic: what else changes the numbers, such as the autocast dtype.
     """
-    return cache / "reference" / f"{fingerprint}-{encoder.fingerprint()}-{arithmetic}"
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """32 hex digits that name the weights: every parameter and buffer with name, shape, dtype and bytes.
-
-    Buffers that are not saved count too: rotary frequencies change with a setting of the configuration alone. Weights
-    that ZeRO-3 has spread over processes are brought together one by one; every process must call it then.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted((model.state_dict(keep_vars=True) | dict(model.named_buffers())).items()):
-        with whole(tensor):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def response_keys(groups: Iterable[PromptGroup]) -> tuple[list[list[bytes]], list[Finding]]:
-    """For each group the 16-byte keys of its responses, made of prompt, image contents and response text.
-
-    Each distinct image file is read once. Groups of which an image cannot be read any more have empty keys, and their
-    rows are among the findings.
-    """
-    digests: dict[Path | bytes, bytes] = {}
-
-    def image_digest(source: ImageSource) -> bytes:
-        if not isinstance(source, (Path, bytes)):
-            return content_digest(source)
-        if source not in digests:
-            digests[source] = content_digest(source)
-        return digests[source]
-
-    keys: list[list[bytes]] = []
-    lost: list[Finding] = []
-    for group in groups:
-        prompt = hashlib.blake2b(digest_size=16)
-        for message in group.messages:
-            _update(prompt, "role", message.role)
-            for part in message.content:
-                _update(prompt, *(("text", part) if isinstance(part, str) else ("mark", "")))
-        try:
-            for source in group.images:
-                _update(prompt, "image", image_digest(source))
-        except ImageError as error:
-            lost += lost_rows(group.pairs, error)
-            keys.append([UNREADABLE] * len(group.responses))
-            continue
-        keys.append([])
-        for response in group.responses:
-            key = prompt.copy()
-            _update(key, "response", response.text)
-            keys[-1].append(key.digest())
-    return keys, lost
+    return cache / "reference" / f"{fingerprint}-{encoder.fingerprint()}-{str(arithmetic).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +159,7 @@ class ReferencePass:
 
     Attributes:
         policy: the reference; put into eval mode meanwhile.
+        encoder: what encodes groups for it.
         layout: how encoded groups become a batch, `packs.pack` or the padded path.
         device: where batches go.
         stand_in: as in `batches.PlannedBatches`.
@@ -253,7 +169,7 @@ class ReferencePass:
     """
 
     policy: Policy
-    encoder: Encoder
+    encoder: GroupEncoder
     layout: Layout
     device: torch.device
     stand_in: EncodedGroup | None = None
@@ -262,20 +178,23 @@ class ReferencePass:
     on_progress: Callable[[int, int], None] = field(default=lambda done, total: None)
 
     def logps(
-        self, groups: Sequence[PromptGroup], folder: Path, *, complete: bool = False
+        self,
+        groups: Sequence[PromptGroup],
+        keys: Sequence[Sequence[bytes]],
+        folder: Path,
+        *,
+        complete: bool = False,
     ) -> list[Float[Tensor, " responses"]]:
         """The log-probabilities of each group's responses, in nats; NaN for rows that cannot be read any more.
 
         Args:
+            keys: of each group's responses, see `stores.content_keys`.
             folder: of the store.
             complete: whether the store must hold them all, because the model is not the reference any more.
 
         Raises:
             ModelError: it does not.
         """
-        keys, lost = on_main(lambda: response_keys(groups))
-        if lost:
-            self.on_lost(lost)
         store = LogpStore.shared(folder, keys)
         missing = {key for group in keys for key in group if key != UNREADABLE and key not in store}
         if complete and missing:
@@ -330,7 +249,7 @@ class ReferencePass:
         if batch is None and world_size() == 1:
             return None
         groups = [] if batch is None else batch.groups
-        if self.stand_in is not None and not any(group.vision for group in groups):
+        if self.stand_in is not None and not any(group.has_images for group in groups):
             groups = [*groups, self.stand_in]
         entries: list[tuple[bytes, float, int]] = []
         if groups:
@@ -380,10 +299,3 @@ def _flush(store: LogpStore) -> None:
 def lookup(store: LogpStore, keys: Sequence[Sequence[bytes]]) -> list[Float[Tensor, " responses"]]:
     """The stored log-probabilities of each group's responses, in nats; NaN for those it does not hold."""
     return [torch.tensor([store.get(key) for key in group], dtype=torch.float64) for group in keys]
-
-
-def _update(digest: hashlib.blake2b, kind: str, part: str | bytes) -> None:
-    # Kind and length come first, so that no two sequences of parts are the same bytes.
-    data = part.encode() if isinstance(part, str) else part
-    digest.update(f"{kind} {len(data)} ".encode())
-    digest.update(data)

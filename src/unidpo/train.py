@@ -231,11 +231,13 @@ def _trainer(
         global_batch_pairs=recipe.train.global_batch_pairs,
         max_tokens_per_pack=recipe.train.max_tokens_per_pack,
         attention=recipe.model.attention,
+        cache_image_features=recipe.data.cache_image_features,
         shuffle=recipe.data.shuffle,
         on_bad_row=recipe.data.on_bad_row,
         callbacks=[record] if record else [],
         on_pairs=record.add_pairs if record else None,
         on_reference_progress=record.show_reference if record else None,
+        on_feature_progress=record.show_features if record else None,
         benchmark=None if benchmarks is None else benchmarks.take,
     )
     trainer.remove_callback(PrinterCallback)
@@ -292,6 +294,10 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
     def show_reference(self, done: int, total: int) -> None:
         """Show how far the reference pass is."""
         self._stages.update("reference, responses", done, total)
+
+    def show_features(self, done: int, total: int) -> None:
+        """Show how far the features of images are."""
+        self._stages.update("features of images, prompts", done, total)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, train_dataloader: Any = None, **kwargs: Any

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +25,9 @@ from unidpo.adapters import adds_nothing_yet, with_adapter
 from unidpo.batches import Batch, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.checkpoints import published, writing_errors
 from unidpo.config.schema import Attention
-from unidpo.encode import Encoder, GroupTokens, fit_to_length, prompt_positions
-from unidpo.errors import DataError, Finding, Interrupted, ModelError, TrainingError, from_findings
+from unidpo.encode import EncodedGroup, Encoder, GroupEncoder, GroupTokens, fit_to_length, prompt_positions
+from unidpo.errors import DataError, Finding, Interrupted, ModelError, RecipeError, TrainingError, from_findings
+from unidpo.feature_store import FeaturePass, features_folder, features_problem, images_are_frozen, vision_fingerprint
 from unidpo.layouts import choose_layout, smallest
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.measures import Columns, Means, RewardShift, extend, joined, pair_columns
@@ -39,11 +40,12 @@ from unidpo.models import (
     load_processor,
     load_weights,
 )
-from unidpo.packs import Layout, pack, to_device, used_responses
+from unidpo.packs import Layout, pack, to_device, used_responses, with_features
 from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
 from unidpo.ranks import gather, is_main, on_main, rank, world_size
-from unidpo.reference import ReferencePass, default_cache, store_folder, weights_fingerprint
+from unidpo.reference import ReferencePass, store_folder
+from unidpo.stores import Keys, content_keys, default_cache, weights_fingerprint
 
 _LOG = logging.getLogger(__name__)
 _REWARD_SHIFT = "reward_shift.json"
@@ -76,19 +78,23 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         attention: `"auto"` packs prompts unless a check before the first step finds that the model's own forward pass
             disagrees, with the fastest attention backend there is; `"sdpa"`, `"varlen"`, `"flex"` and `"flash"` insist
             on packs by that backend; `"padded"` never packs.
+        cache_image_features: keep on disk what vision tower and projector, which must not learn, make of each image,
+            and neither run them nor open an image again.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
         on_bad_row: what a row that becomes unreadable during training does: stop the run, or be left out and named.
-        cache: folder of stored reference log-probabilities, `default_cache()` where `None`.
+        cache: folder of stored reference log-probabilities and features of images, `default_cache()` where `None`.
         callbacks: as `Trainer` takes them.
         on_pairs: called in the main process once per optimizer step with the step's pairs, see
             `measures.pair_columns`.
         on_reference_progress: called in the main process with responses done and responses to do.
+        on_feature_progress: called in the main process with prompts done and prompts to do, where features are kept.
         benchmark: called in the main process at each evaluation with the model in its own attention, the processor
             and the step; gives further metrics by name.
 
     Raises:
         DataError: the loss needs scores and some are missing; no prompt fits `max_length`.
         ModelError: the model cannot be used for this.
+        RecipeError: features of images are to be kept, and vision tower or projector learn.
     """
 
     def __init__(
@@ -109,12 +115,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         global_batch_pairs: int | None = None,
         max_tokens_per_pack: int | None = None,
         attention: Attention = "auto",
+        cache_image_features: bool = False,
         shuffle: bool = True,
         on_bad_row: Literal["error", "skip"] = "error",
         cache: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         on_pairs: Callable[[Columns], None] | None = None,
         on_reference_progress: Callable[[int, int], None] | None = None,
+        on_feature_progress: Callable[[int, int], None] | None = None,
         benchmark: Callable[[PreTrainedModel, Processor, int], Mapping[str, float]] | None = None,
     ) -> None:
         if loss.needs_scores:
@@ -136,12 +144,22 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         # After a wider type for what learns, in which the numbers round otherwise; before an adapter, without which
         # the reference is computed: runs with and without one share it where the weights' types are the same.
         self._fingerprint = weights_fingerprint(model) if loss.needs_reference and reference == "stored" else ""
+        # Like the weights' own, without an adapter.
+        self._vision_fingerprint = vision_fingerprint(model) if cache_image_features else None
+        whole = model
         if peft_config is not None:
             own_reference = loss.needs_reference and reference in ("stored", "live")
             model = with_adapter(model, peft_config, own_reference=own_reference, mixed_precision=mixed_precision)
             if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
                 # Such a checkpoint passes no gradient on unless one of its inputs asks for it.
                 model.enable_input_require_grads()  # type: ignore[operator]
+
+        self._images_are_frozen = (cache_image_features or reference == "live") and images_are_frozen(whole)
+        if cache_image_features and not self._images_are_frozen:
+            raise RecipeError(
+                "data.cache_image_features: features of images are kept only where vision tower and projector do not "
+                "learn; add both to model.freeze and leave them out of lora.target_modules, or set it to false"
+            )
 
         # transformers' loop accumulates over batches of its loader; here one batch is a whole optimizer step.
         args = copy.copy(args)
@@ -168,9 +186,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._on_pairs = on_pairs
         self._benchmark = benchmark
         self._on_reference_progress = on_reference_progress or (lambda done, total: None)
+        self._on_feature_progress = on_feature_progress or (lambda done, total: None)
         self._batches = PlannedBatches(self._groups, encoder)
         self._held_out_batches = PlannedBatches(self._held_out, encoder)
         self._live_reference: Policy | None = None
+        self._shares_features = False
         self._prepared = False
         self._stop_requested = False
         self._stopping = False
@@ -253,7 +273,10 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         those it came with, which may be the reference.
         """
         if not self._prepared:
-            stand_in = smallest(self._groups, self.encoder)
+            keys = self._content_keys()
+            if keys is not None and self._vision_fingerprint is not None:
+                self._prepare_features(keys)
+            stand_in = smallest(self._groups, self._batches.encoder)
             for batches in (self._batches, self._held_out_batches):
                 batches.stand_in = stand_in if world_size() > 1 else None
             choice = choose_layout(
@@ -267,7 +290,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             self.layout, self._attention_in_use = choice.layout, choice.attention
             self._batches.layout = self._held_out_batches.layout = self.layout
             if self.loss.needs_reference:
-                self._prepare_reference()
+                self._prepare_reference(keys)
+                self._shares_features = self._can_share_features(stand_in)
             self._prepared = True
         self.policy.set_attention(self._attention_in_use)
         if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -282,8 +306,44 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             return torch.bfloat16
         return torch.float16 if self.args.fp16 else self.policy.plain.dtype
 
-    def _prepare_reference(self) -> None:
+    def _content_keys(self) -> Keys | None:
+        """Of all groups; `None` where nothing is stored by them."""
+        if self._vision_fingerprint is None and (not self.loss.needs_reference or self.reference == "live"):
+            return None
+        keys = on_main(lambda: content_keys([*self._groups, *self._held_out]))
+        self._see_lost(keys.lost)
+        return keys
+
+    def _prepare_features(self, keys: Keys) -> None:
+        assert self._vision_fingerprint is not None
+        with self.policy.without_adapter():
+            encoder = FeaturePass(
+                policy=self.policy,
+                encoder=self.encoder,
+                device=self.args.device,
+                workers=self.args.dataloader_num_workers,
+                on_lost=self._see_lost,
+                on_progress=self._progress("feature", self._on_feature_progress),
+            ).run(
+                [*self._groups, *self._held_out],
+                keys,
+                features_folder(self._cache, self._vision_fingerprint, self.encoder, arithmetic=self._arithmetic),
+            )
+        self._batches.encoder = self._held_out_batches.encoder = encoder
+
+    def _can_share_features(self, stand_in: EncodedGroup) -> bool:
+        """Whether a live reference and the policy make the same of images and need not make it twice."""
+        known = stand_in.features is not None or not stand_in.has_images
+        if self.reference != "live" or not self._images_are_frozen or known:
+            return False
+        problem = features_problem(self.policy, to_device(self.layout([stand_in]), self.args.device))
+        if problem is not None:
+            _LOG.info("policy and reference each compute the features of images: %s", problem)
+        return problem is None
+
+    def _prepare_reference(self, keys: Keys | None) -> None:
         policy, fingerprint = self.policy, self._fingerprint
+        encoder: GroupEncoder = self._batches.encoder
         policy.set_attention(self._attention_in_use)
         if self.reference == "live":
             if not policy.has_adapter:
@@ -293,20 +353,23 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             model = load_policy(self.reference, dtype=policy.plain.dtype)
             fingerprint = weights_fingerprint(model)
             policy = self._beside(model)
-        arithmetic = str(self._arithmetic).removeprefix("torch.")
+            if self._vision_fingerprint is not None and vision_fingerprint(model) != self._vision_fingerprint:
+                encoder = self.encoder
+        assert keys is not None
         with self.policy.without_adapter():
             logps = ReferencePass(
                 policy=policy,
-                encoder=self.encoder,
+                encoder=encoder,
                 layout=self.layout,
                 device=self.args.device,
-                stand_in=self._batches.stand_in,
+                stand_in=smallest(self._groups, encoder) if world_size() > 1 else None,
                 workers=self.args.dataloader_num_workers,
                 on_lost=self._see_lost,
-                on_progress=self._reference_progress,
+                on_progress=self._progress("reference", self._on_reference_progress),
             ).logps(
                 [*self._groups, *self._held_out],
-                store_folder(self._cache, fingerprint, self.encoder, arithmetic=arithmetic),
+                keys.responses,
+                store_folder(self._cache, fingerprint, self.encoder, arithmetic=self._arithmetic),
                 # DeepSpeed has put a checkpoint's weights in place of those the reference is made of.
                 complete=self._resumed and self.is_deepspeed_enabled and policy.model is self.model,
             )
@@ -320,11 +383,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         beside.set_attention(self.policy.attention)
         return beside
 
-    def _reference_progress(self, done: int, total: int) -> None:
-        if any(gather([self._stop_requested])):
-            raise Interrupted("stopped in the reference pass; what is computed is kept")
-        if is_main():
-            self._on_reference_progress(done, total)
+    def _progress(self, what: str, tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            if any(gather([self._stop_requested])):
+                raise Interrupted(f"stopped in the {what} pass; what is computed is kept")
+            if is_main():
+                tell(done, total)
+
+        return progress
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -453,6 +519,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
+        batch = self._with_shared_features(batch)
         pairs, tokens = batch.pairs, batch.responses.response_tokens
         # Before the policy's own forward: wrappers do not expect another one between that and its backward.
         ref_logps = self._reference_logps(batch) if self.loss.needs_reference else None
@@ -481,6 +548,13 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             reward_shift=logps.new_tensor(self._reward_shift.value) if self.loss.needs_reward_shift else None,
         )
         return seen, self.loss(seen)
+
+    def _with_shared_features(self, batch: Batch) -> Batch:
+        """The features of the images computed once, where a live reference would compute the policy's own again."""
+        if not self._shares_features or self._policy_is_reference or not batch.responses.vision:
+            return batch
+        features = (self._live_reference or self.policy).image_features(batch.responses.vision)
+        return replace(batch, responses=with_features(batch.responses, features))
 
     def _reference_logps(self, batch: Batch) -> Tensor | None:
         """`None` while the policy is its own reference."""

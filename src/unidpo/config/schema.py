@@ -96,6 +96,8 @@ class DataSection(Section):
     """Width times height above which an image is scaled down."""
     group_by_prompt: bool = False
     """Whether pairs that share prompt and images become one group, encoded once."""
+    cache_image_features: bool = False
+    """Whether what a frozen vision tower and projector make of each image is kept on disk and not computed again."""
     shuffle: bool = True
     """Whether each epoch visits the pairs in a new order, drawn from `train.seed`."""
     on_bad_row: Literal["error", "skip"] = "error"
@@ -380,6 +382,16 @@ class Recipe(Section):
         if self.model.quantize == "int8" and self.lora is not None and self.lora.dora:
             # peft reads the lengths of the columns from bitsandbytes' 8-bit layers, which do not survive it.
             raise ValueError("`lora.dora` does not work over `model.quantize: int8`; use nf4, or plain LoRA")
+        return self
+
+    @model_validator(mode="after")
+    def _features_do_not_learn(self) -> Recipe:
+        frozen = {"vision", "projector"} <= set(self.model.freeze)
+        if self.data.cache_image_features and self.lora is None and not frozen:
+            raise ValueError(
+                "`data.cache_image_features` keeps what vision tower and projector make of an image, and here they "
+                "learn: set `model.freeze: [vision, projector]`, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

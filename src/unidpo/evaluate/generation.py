@@ -22,7 +22,7 @@ from unidpo.evaluate.predictions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
 from unidpo.evaluate.prompting import Prompter, PromptStyle
 from unidpo.images import cap_pixels, image_size, open_image
 from unidpo.models import Processor
-from unidpo.reference import weights_fingerprint
+from unidpo.stores import weights_fingerprint
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 """End an answer wherever the vocabulary has them, besides what the model itself ends with."""

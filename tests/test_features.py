@@ -1,0 +1,343 @@
+"""Features of images, computed once: shared by policy and reference, kept on disk, and equal to the plain path."""
+
+import functools
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import unidpo.feature_store
+from families import FAMILIES, Float64, difference, load_family, measure, pack_attention, prompts, save_family
+from trainers import lora, some_groups, trainer_of
+from unidpo import DPO
+from unidpo.config import recipe_from
+from unidpo.encode import Encoder, prompt_positions
+from unidpo.errors import ImageError, ModelError, RecipeError, UserError
+from unidpo.feature_store import (
+    FeaturePass,
+    FeatureStore,
+    features_folder,
+    features_problem,
+    vision_fingerprint,
+)
+from unidpo.layouts import padded_rows
+from unidpo.logps import response_logps
+from unidpo.models import freeze, load_policy
+from unidpo.packs import pack
+from unidpo.policy import Policy
+from unidpo.stores import content_keys
+from worlds import GOLDEN, group, tiny_policy
+
+SEEING = [name for name, family in FAMILIES.items() if family.processor is not None]
+
+
+def features_pass(model, encoder, **options):
+    return FeaturePass(Policy(model, model), encoder, torch.device("cpu"), **options)
+
+
+def kept(model, encoder, groups, folder, **options):
+    """The encoder that knows the features of all groups' images."""
+    return features_pass(model, encoder, **options).run(groups, content_keys(groups), folder)
+
+
+def in_files(groups, folder):
+    """The groups with their images as files."""
+    folder.mkdir(exist_ok=True)
+    moved = []
+    for number, one in enumerate(groups):
+        paths = []
+        for place, image in enumerate(one.images):
+            paths.append(folder / f"{number}-{place}.png")
+            image.save(paths[-1])
+        moved.append(replace(one, images=tuple(paths)))
+    return moved
+
+
+@pytest.fixture
+def groups(tmp_path):
+    """Six groups, every third without an image, two of the same prompt."""
+    made = some_groups(6, images=lambda i: 0 if i % 3 == 2 else 1)
+    made[4] = replace(made[1], responses=made[4].responses, pairs=made[4].pairs)
+    return in_files(made, tmp_path / "images")
+
+
+@pytest.fixture
+def towers(monkeypatch):
+    """Grows by the number of images in each forward of a Qwen2-VL vision tower."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Tower
+
+    calls, forward = [], Tower.forward
+
+    def counted(self, hidden_states, grid_thw, **kwargs):
+        calls.append(len(grid_thw))
+        return forward(self, hidden_states, grid_thw, **kwargs)
+
+    monkeypatch.setattr(Tower, "forward", counted)
+    return calls
+
+
+@pytest.fixture
+def blind(monkeypatch):
+    """From its call on, no image can be opened."""
+
+    def refuse(source):
+        raise AssertionError(f"{source} was opened")
+
+    return lambda: [monkeypatch.setattr(f"unidpo.{module}.open_image", refuse) for module in ("encode", "images")]
+
+
+# --- equality --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_features_from_disk_give_the_log_probabilities_and_gradients_of_pixels(name, tmp_path):
+    world = load_family(save_family(FAMILIES[name], tmp_path / "model"))
+    freeze(world.model, ("vision", "projector"))
+    groups = prompts(images=True)
+    with Float64():
+        encoder = kept(world.model, world.encoder, groups, tmp_path / "features")
+    assert len(encoder.store) == 3
+
+    def packs(encoder):
+        with pack_attention(world.model):
+            return response_logps(world.model, pack([encoder.encode(one) for one in groups]))
+
+    def padded(encoder):
+        return response_logps(world.model, padded_rows(world.encoder)([encoder.encode(one) for one in groups]))
+
+    for layout in [padded] if FAMILIES[name].refuses else [packs, padded]:
+        ways = [functools.partial(layout, each) for each in (encoder, world.encoder)]
+        found = difference(*(measure(world, groups, lambda *_, way=way: way()) for way in ways))
+        assert found.logps < 1e-9
+        assert found.gradients < 1e-9
+
+
+def trajectory(trainer):
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    return losses, {name: weight.detach() for name, weight in trainer.policy.plain.named_parameters()}
+
+
+def assert_same(ours, theirs):
+    assert len(ours[0]) == len(theirs[0]) > 1
+    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-6)
+    for name, weight in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], weight, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_run_with_features_from_disk_is_the_plain_run_and_the_next_one_sees_nothing(groups, tmp_path, towers, blind):
+    def run(name, **options):
+        return trajectory(
+            trainer_of(tmp_path / name, groups, max_steps=-1, num_train_epochs=2, eval_dataset=groups[:1], **options)
+        )
+
+    plain = run("plain", cache=tmp_path / "plain-cache")
+    towers.clear()
+    said = []
+    options = {"cache_image_features": True, "cache": tmp_path / "cache"}
+    assert_same(run("stored", on_feature_progress=lambda *done: said.append(done), **options), plain)
+    assert said == [(0, 3), (3, 3)]
+    tried = 2 + 2 + 1  # the padded rows of a prompt with and without features, and the prompt for its size
+    assert sum(towers) == tried + 3
+    towers.clear()
+    blind()
+    assert_same(run("again", **options), plain)
+    assert towers == []
+
+
+@pytest.mark.parametrize(("adapter", "attention"), [(False, "sdpa"), (True, "padded")])
+def test_a_live_reference_takes_the_policys_features(tmp_path, towers, monkeypatch, adapter, attention):
+    options = {
+        "batch": (2, 1),
+        "max_steps": 3,
+        "reference": "live",
+        "attention": attention,
+        "loss": DPO(beta=0.1),
+        "learning_rate": 1e-3,
+    }
+
+    def run(name):
+        trainer = trainer_of(tmp_path / name, peft_config=lora() if adapter else None, **options)
+        trainer._prepare()
+        towers.clear()
+        return trajectory(trainer), len(towers)
+
+    shared, calls = run("shared")
+    assert calls == 3, "a forward pass per step"
+    monkeypatch.setattr("unidpo.trainer.features_problem", lambda *_: "told so")
+    plain, calls = run("plain")
+    assert calls == 1 + 2 * 2, "two per step from the second on, when the policy is not the reference any more"
+    assert_same(shared, plain)
+
+
+def test_a_vision_tower_that_learns_shares_nothing(tmp_path, towers):
+    trainer = trainer_of(tmp_path, batch=(2, 1), reference="live", frozen=("projector",), learning_rate=1e-3)
+    trainer._prepare()
+    towers.clear()
+    trainer.train()
+    assert len(towers) == 1 + 2
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_pass_goes_on_where_its_parts_end(groups, tmp_path, towers, monkeypatch):
+    monkeypatch.setattr("unidpo.feature_store.PASS_IMAGE_TOKENS", 1)  # a forward per prompt
+    monkeypatch.setattr("unidpo.feature_store.FLUSH_SECONDS", -1.0)
+    model, _, encoder = tiny_policy()
+    folder, left = tmp_path / "features", tmp_path / "left"
+
+    def kill(done, total):
+        if done == 2:  # what a kill leaves: parts, and one that was being written
+            shutil.copytree(folder, left)
+            (left / f".{unidpo.stores.platform.node()}-{2**22 + 1}-ab.tmp").write_bytes(b"half a part")
+
+    kept(model, encoder, groups, folder, on_progress=kill)
+    said = []
+    encoder = kept(model, encoder, groups, left, on_progress=lambda *done: said.append(done))
+    assert said == [(0, 1), (1, 1)]
+    assert len(encoder.store) == 3
+    assert list(left.glob(".*")) == []
+
+
+def test_an_interrupted_pass_keeps_what_it_had(groups, tmp_path, monkeypatch):
+    monkeypatch.setattr("unidpo.feature_store.PASS_IMAGE_TOKENS", 1)
+    model, _, encoder = tiny_policy()
+
+    def interrupt(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(model, encoder, groups, tmp_path / "features", on_progress=interrupt)
+    assert len(FeatureStore(tmp_path / "features")) == 2
+
+
+def test_only_prompts_that_are_new_are_computed(groups, tmp_path):
+    model, _, encoder = tiny_policy()
+    kept(model, encoder, groups[:2], tmp_path / "features")
+    copies = in_files(some_groups(1), tmp_path / "elsewhere")  # the first prompt again, its image in another place
+    said = []
+    more = [*copies, *groups]
+    store = kept(model, encoder, more, tmp_path / "features", on_progress=lambda *done: said.append(done)).store
+    assert said == [(0, 1), (1, 1)]
+    assert len(store) == 3
+
+
+def test_a_prompt_of_text_alone_is_encoded_as_ever(tmp_path, towers):
+    model, _, encoder = tiny_policy()
+    text = [group(images=0)]
+    ours, plain = kept(model, encoder, text, tmp_path / "features").encode(text[0]), encoder.encode(text[0])
+    assert not (tmp_path / "features").exists()
+    assert towers == []
+    assert ours.features is None
+    assert torch.equal(pack([ours]).input_ids, pack([plain]).input_ids)
+
+
+def test_an_image_that_goes_bad_loses_its_rows_and_no_others(groups, tmp_path):
+    model, _, encoder = tiny_policy()
+    keys = content_keys(groups)
+    groups[0].images[0].write_bytes(b"no image")
+    lost = []
+    ours = features_pass(model, encoder, on_lost=lost.extend).run(groups, keys, tmp_path / "features")
+    assert [finding.row for finding in lost] == [1]
+    with pytest.raises(ImageError, match="could not be read when"):
+        ours.encode(groups[0])
+    assert ours.encode(groups[1]).features is not None
+
+
+def test_pixels_and_features_do_not_go_into_one_batch(groups, tmp_path):
+    model, _, encoder = tiny_policy()
+    ours = kept(model, encoder, groups, tmp_path / "features")
+    with pytest.raises(ValueError, match="pixels"):
+        pack([ours.encode(groups[0]), encoder.encode(groups[1])])
+
+
+def test_a_damaged_part_is_named(groups, tmp_path):
+    model, _, encoder = tiny_policy()
+    kept(model, encoder, groups, tmp_path / "features")
+    (part,) = (tmp_path / "features").iterdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / part.name).write_bytes(part.read_bytes()[:-50])
+    with pytest.raises(UserError, match=rf"{part.name}.*delete"):
+        FeatureStore(tmp_path / "damaged")
+
+
+def test_room_is_seen_to_before_anything_is_computed(groups, tmp_path, monkeypatch, caplog):
+    model, _, encoder = tiny_policy()
+    with caplog.at_level("INFO", "unidpo"):
+        kept(model, encoder, groups, tmp_path / "features")
+    size = sum(part.stat().st_size for part in (tmp_path / "features").iterdir())
+    (announced,) = [record for record in caplog.messages if "they take about" in record]
+    number, unit = announced.split("about ")[1].split()[:2]
+    assert size == pytest.approx(float(number) * {"KiB": 1024}[unit], rel=0.3)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 99, 99))
+    with pytest.raises(UserError, match=r"need about .* 3 prompts, and the disk has 99 B free; .*UNIDPO_CACHE"):
+        kept(model, encoder, groups, tmp_path / "full")
+    assert not (tmp_path / "full").exists()
+
+
+# --- what features depend on -----------------------------------------------------------------------------------------
+
+
+def test_the_folder_depends_on_tower_projector_and_encoder_and_not_on_the_language_model(tmp_path):
+    model, processor, encoder = tiny_policy()
+    before = vision_fingerprint(model)
+
+    def changed(name):
+        other = load_policy(GOLDEN / "model")
+        with torch.no_grad():
+            dict(other.named_parameters())[name].view(-1)[0] += 1e-3
+        return vision_fingerprint(other)
+
+    prints = {before, changed("model.visual.blocks.0.norm1.weight"), changed("model.visual.merger.mlp.0.weight")}
+    model.config.vision_config.spatial_merge_size = 4
+    prints.add(vision_fingerprint(model))
+    assert len(prints) == 4
+    assert changed("model.language_model.norm.weight") == before
+    smaller = Encoder(processor, prompt_positions(model), max_pixels=56 * 56)
+    cases = [(encoder, torch.float32), (smaller, torch.float32), (encoder, torch.bfloat16)]
+    assert len({features_folder(tmp_path, before, how, arithmetic=kind) for how, kind in cases}) == 3
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"frozen": ("vision",)}, {"frozen": ()}, {"adapter": ["qkv", "q_proj"]}])
+def test_features_of_what_learns_are_not_kept(tmp_path, options):
+    if targets := options.pop("adapter", None):
+        options["peft_config"] = lora()
+        options["peft_config"].target_modules = set(targets)
+    with pytest.raises(RecipeError, match=r"data\.cache_image_features: .* learn.*model\.freeze"):
+        trainer_of(tmp_path, cache_image_features=True, **options)
+
+
+def test_a_model_whose_forward_takes_no_features_cannot_keep_them(groups, tmp_path, monkeypatch):
+    model, _, encoder = tiny_policy()
+    monkeypatch.setattr("unidpo.feature_store.takes_features", lambda model: False)
+    with pytest.raises(ModelError, match=r"takes none.*data\.cache_image_features=false"):
+        kept(model, encoder, groups, tmp_path / "features")
+
+
+def test_a_model_that_makes_something_else_of_features_is_found_out(groups, monkeypatch):
+    model, _, encoder = tiny_policy()
+    batch = pack([encoder.encode(groups[0])])
+    with pack_attention(model):
+        assert features_problem(Policy(model, model), batch) is None
+        right = unidpo.policy.image_features
+        monkeypatch.setattr("unidpo.policy.image_features", lambda *given: _doubled(right(*given)))
+        assert "log-probabilities differ" in features_problem(Policy(model, model), batch)
+
+
+def _doubled(features):
+    return replace(features, pooled=2 * features.pooled)
+
+
+def test_a_recipe_that_keeps_features_of_what_learns_is_refused():
+    plain = {"output": "run", "model": {"name": "m"}, "data": {"path": "pairs.json", "cache_image_features": True}}
+    recipe_from(plain)
+    learning = plain | {"model": {"name": "m", "freeze": ["vision"]}}
+    recipe_from(learning | {"lora": {}})
+    with pytest.raises(RecipeError, match=r"`data.cache_image_features` .* they learn: set `model.freeze:"):
+        recipe_from(learning)
