@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -48,6 +49,7 @@ SETTINGS = {
     "pair packs": PAIRS,
     "pair packs, checkpointing": [*PAIRS, "train.gradient_checkpointing=true"],
     "prompt packs": PROMPTS,
+    "prompt packs, features on disk": [*PROMPTS, "data.cache_image_features=true"],
 }
 RECIPE = """
 output: {folder}/run
@@ -55,8 +57,9 @@ model: {{name: {folder}/model, dtype: float32}}
 data: {{path: {folder}/pairs.json, shuffle: false}}
 loss: {{name: simpo}}
 """
-# The kernel of the CPU, which torch does not count by itself.
-CPU_ATTENTION = {
+# What torch does not count by itself: products that are added in place, and the attention kernel of the CPU.
+UNCOUNTED = {
+    torch.ops.aten.addmm_: lambda own, left, right, **_: 2 * math.prod(left) * right[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: (
         sdpa_flop_count(q, k, v)
     ),
@@ -79,7 +82,7 @@ def main() -> None:
         for name, overrides in SETTINGS.items():
             runs[name] = compare(folder, [override.format(folder=folder) for override in overrides])
             ratios = (f"{what} {values['planned'] / values['measured']:.2f}" for what, values in runs[name].items())
-            print(f"{name:28}", *ratios, flush=True)
+            print(f"{name:32}", *ratios, flush=True)
     if options.dry_run:
         print(json.dumps(runs, indent=2))
     else:
@@ -132,6 +135,8 @@ def measure(recipe: Any) -> dict[str, float]:
         processing_class=load_processor(recipe.model.name),
         global_batch_pairs=recipe.train.global_batch_pairs,
         attention=recipe.model.attention,
+        cache_image_features=recipe.data.cache_image_features,
+        cache=Path(recipe.output) / "cache",
         shuffle=False,
     )
     trainer.train()
@@ -165,7 +170,7 @@ class Measured(PreferenceTrainer):
     work = 0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self.work += counter.get_total_flops()
         return loss

@@ -14,19 +14,14 @@ from unidpo import DPO
 from unidpo.config import recipe_from
 from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import ImageError, ModelError, RecipeError, UserError
-from unidpo.feature_store import (
-    FeaturePass,
-    FeatureStore,
-    features_folder,
-    features_problem,
-    vision_fingerprint,
-)
+from unidpo.feature_pass import FeaturePass, _Share, features_problem
+from unidpo.feature_store import FeatureStore, vision_fingerprint
 from unidpo.layouts import padded_rows
 from unidpo.logps import response_logps
 from unidpo.models import freeze, load_policy
 from unidpo.packs import pack
 from unidpo.policy import Policy
-from unidpo.stores import content_keys
+from unidpo.stores import content_keys, numbers_folder
 from worlds import GOLDEN, group, tiny_policy
 
 SEEING = [name for name, family in FAMILIES.items() if family.processor is not None]
@@ -165,7 +160,7 @@ def test_a_live_reference_takes_the_policys_features(tmp_path, towers, monkeypat
 
     shared, calls = run("shared")
     assert calls == 3, "a forward pass per step"
-    monkeypatch.setattr("unidpo.trainer.features_problem", lambda *_: "told so")
+    monkeypatch.setattr("unidpo.preparation.features_problem", lambda *_: "told so")
     plain, calls = run("plain")
     assert calls == 1 + 2 * 2, "two per step from the second on, when the policy is not the reference any more"
     assert_same(shared, plain)
@@ -183,7 +178,7 @@ def test_a_vision_tower_that_learns_shares_nothing(tmp_path, towers):
 
 
 def test_a_killed_pass_goes_on_where_its_parts_end(groups, tmp_path, towers, monkeypatch):
-    monkeypatch.setattr("unidpo.feature_store.PASS_IMAGE_TOKENS", 1)  # a forward per prompt
+    monkeypatch.setattr("unidpo.feature_pass.PASS_IMAGE_TOKENS", 1)  # a forward per prompt
     monkeypatch.setattr("unidpo.feature_store.FLUSH_SECONDS", -1.0)
     model, _, encoder = tiny_policy()
     folder, left = tmp_path / "features", tmp_path / "left"
@@ -202,7 +197,7 @@ def test_a_killed_pass_goes_on_where_its_parts_end(groups, tmp_path, towers, mon
 
 
 def test_an_interrupted_pass_keeps_what_it_had(groups, tmp_path, monkeypatch):
-    monkeypatch.setattr("unidpo.feature_store.PASS_IMAGE_TOKENS", 1)
+    monkeypatch.setattr("unidpo.feature_pass.PASS_IMAGE_TOKENS", 1)
     model, _, encoder = tiny_policy()
 
     def interrupt(done, total):
@@ -278,6 +273,51 @@ def test_room_is_seen_to_before_anything_is_computed(groups, tmp_path, monkeypat
     assert not (tmp_path / "full").exists()
 
 
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_what_stops_another_process_stops_this_one_and_what_it_had_is_kept(groups, tmp_path, monkeypatch):
+    problem = UserError("the disk of another process is full")
+
+    def gather(values):
+        return [*values, _Share(problem=problem)] if isinstance(values[0], _Share) else values
+
+    monkeypatch.setattr("unidpo.feature_pass.gather", gather)
+    model, _, encoder = tiny_policy()
+    with pytest.raises(UserError, match="of another process"):
+        kept(model, encoder, groups, tmp_path / "features")
+    assert len(FeatureStore(tmp_path / "features")) == 3
+
+
+def test_a_folder_that_another_process_does_not_see_is_refused_before_the_pass(groups, tmp_path, monkeypatch, towers):
+    elsewhere = iter([True, False])  # nothing to see at first; then the new folder
+    monkeypatch.setattr("unidpo.feature_store.gather", lambda values: [*values, next(elsewhere)])
+    model, _, encoder = tiny_policy()
+    with pytest.raises(UserError, match="not every process sees this folder"):
+        kept(model, encoder, groups, tmp_path / "features")
+    assert sum(towers) == 2 + 2 + 1, "none but those of the trial"
+    assert [*(tmp_path / "features").iterdir()] == []
+
+
+def test_images_that_another_process_alone_does_not_see_are_an_error_in_all(groups, tmp_path, monkeypatch):
+    elsewhere = [ImageError("0-0.png: no such file")]
+    monkeypatch.setattr("unidpo.feature_pass.gather", lambda values: [*values, *elsewhere])
+    model, _, encoder = tiny_policy()
+    with pytest.raises(ImageError, match="no such file"):
+        kept(model, encoder, groups, tmp_path / "features")
+
+
+def test_what_others_wrote_is_found_though_the_folder_does_not_list_it(groups, tmp_path, monkeypatch):
+    model, _, encoder = tiny_policy()
+    folder = tmp_path / "features"
+    theirs = kept(model, encoder, groups[:1], folder).store
+    monkeypatch.setattr("unidpo.feature_store.gather", lambda values: [*values, theirs._places])
+    ours = FeatureStore(folder, {})
+    monkeypatch.setattr("unidpo.feature_store.require_seen", lambda *_: None)
+    (key,) = theirs._places
+    assert key in ours.with_those_of_others()
+
+
 # --- what features depend on -----------------------------------------------------------------------------------------
 
 
@@ -298,7 +338,7 @@ def test_the_folder_depends_on_tower_projector_and_encoder_and_not_on_the_langua
     assert changed("model.language_model.norm.weight") == before
     smaller = Encoder(processor, prompt_positions(model), max_pixels=56 * 56)
     cases = [(encoder, torch.float32), (smaller, torch.float32), (encoder, torch.bfloat16)]
-    assert len({features_folder(tmp_path, before, how, arithmetic=kind) for how, kind in cases}) == 3
+    assert len({numbers_folder(tmp_path, "features", before, how, arithmetic=kind) for how, kind in cases}) == 3
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -315,7 +355,7 @@ def test_features_of_what_learns_are_not_kept(tmp_path, options):
 
 def test_a_model_whose_forward_takes_no_features_cannot_keep_them(groups, tmp_path, monkeypatch):
     model, _, encoder = tiny_policy()
-    monkeypatch.setattr("unidpo.feature_store.takes_features", lambda model: False)
+    monkeypatch.setattr("unidpo.feature_pass.takes_features", lambda model: False)
     with pytest.raises(ModelError, match=r"takes none.*data\.cache_image_features=false"):
         kept(model, encoder, groups, tmp_path / "features")
 

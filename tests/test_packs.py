@@ -8,7 +8,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from unidpo.attention import PACK_ATTENTION, set_text_attention
 from unidpo.batches import Plan, PlannedBatches
-from unidpo.logps import response_logps, token_logps
+from unidpo.logps import response_logps
 from unidpo.packs import index_pairs, pack, pad, to_device
 from unidpo.pairs import Pair
 from worlds import group, tiny_policy
@@ -136,24 +136,6 @@ def test_each_image_and_each_token_once_and_no_logits_at_prompt_positions():
 def _rows(args, kwargs):
     states = args[0] if args else next(v for k, v in kwargs.items() if "hidden" in k or "pixel" in k)
     return len(states)
-
-
-def test_the_head_in_chunks_equals_the_head_at_once(monkeypatch):
-    torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, dtype=torch.float64)
-    hidden = torch.randn(23, 8, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 50, (23,))
-    whole = token_logps(hidden, head, targets)
-    whole.sum().backward()
-    expected, hidden.grad = hidden.grad, None
-    sizes = []
-    head.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
-    monkeypatch.setattr("unidpo.logps.LOGITS_CHUNK_BYTES", 4 * 50 * 5)
-    chunked = token_logps(hidden, head, targets)
-    assert sizes == [5, 5, 5, 5, 3]
-    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
-    chunked.sum().backward()
-    torch.testing.assert_close(hidden.grad, expected, rtol=0, atol=1e-12)
 
 
 def test_positions_of_every_response_go_on_from_its_prompt():

@@ -1,5 +1,6 @@
 """`unidpo plan`: work against torch's own counter, memory against what is held, tokens against what is trained on."""
 
+import io
 import itertools
 import json
 import math
@@ -11,26 +12,27 @@ import pytest
 import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2VLConfig
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2VLConfig, Qwen3VLConfig
 
 from trainers import lora, trainer_of
 from unidpo import cli
 from unidpo.attention import PACK_ATTENTION
 from unidpo.config import load_recipe
 from unidpo.encode import EncodedGroup, Encoder, plain_positions
-from unidpo.errors import RecipeError, UserError
+from unidpo.errors import ModelError, RecipeError, UserError
+from unidpo.features import image_features
 from unidpo.losses import SimPO
 from unidpo.models import load_processor
 from unidpo.packs import pack
 from unidpo.plan import GPUS, Speed, gpu_by_name, plan_recipe
 from unidpo.plan.data import count_tokens, vision_of
-from unidpo.plan.memory import Setting, peak_memory, sharding_of, state_bytes
+from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of, state_bytes
 from unidpo.plan.report import clock
 from unidpo.plan.shape import adapter_weights, build_model, from_config, shape_of
 from unidpo.plan.work import Load, Vision, forward, in_chunks, packed, padded, training
 from unidpo.policy import Policy
 from unidpo.sources import load_pairs
-from worlds import GOLDEN, group
+from worlds import GOLDEN, group, tiny_policy
 
 QUIET = Console(quiet=True)
 
@@ -132,8 +134,10 @@ def seen_by(query, key, is_causal, mask):
     return 4 * batch * heads * seen * width
 
 
-# The kernel of the CPU, which torch's counter passes over. Its backward pass hands gradients through both products.
-ATTENTION = {
+# What torch's counter passes over: products that are added in place, and the attention kernel of the CPU, whose
+# backward pass hands gradients through both products.
+UNCOUNTED = {
+    torch.ops.aten.addmm_: lambda own, left, right, **_: 2 * math.prod(left) * right[1],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, dropout=0.0, is_causal=False, *, attn_mask=None, **_: seen_by(q, k, is_causal, attn_mask)
     ),
@@ -149,7 +153,7 @@ def flops_of_a_step(tmp_path, groups, **options):
     """Floating-point work of the trainer's passes, as torch counts it."""
     trainer = trainer_of(tmp_path, groups, loss=SimPO(), batch=(2, 2), max_steps=1, attention="sdpa", **options)
     step = trainer.training_step
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    counter = FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
 
     def counted(*arguments, **keywords):
         with counter:
@@ -165,10 +169,10 @@ class TestAgainstTorch:
 
     LENGTHS = (30, 60)
 
-    def load(self, groups, vision=True):
+    def load(self, groups, *, stored=False):
         encoder = Encoder(load_processor(GOLDEN / "model"), plain_positions)
         counted = count_tokens(groups, encoder, skip_unreadable=False, on_progress=lambda *_: None)
-        tower = vision_of(encoder, patch_size=14)
+        tower = replace(vision_of(encoder, patch_size=14), stored=stored)
         each = [packed(t.prompt, t.responses, tower.load(t.images)) for t in counted.tokens]
         return sum(each, Load())
 
@@ -199,14 +203,23 @@ class TestAgainstTorch:
         found = flops_of_a_step(tmp_path, groups, peft_config=lora())
         assert planned.total == pytest.approx(found, rel=0.03)
 
-    def test_logits_of_several_chunks_are_computed_twice(self, tmp_path, monkeypatch):
-        for module in ("unidpo.logps", "unidpo.plan.work"):
-            monkeypatch.setattr(f"{module}.LOGITS_CHUNK_BYTES", 4 * 2080 * 50)
+    @pytest.mark.parametrize("chunk", [50, 97, 10**6])
+    def test_all_logits_but_the_last_chunk_are_computed_twice(self, tmp_path, monkeypatch, chunk):
+        for module in ("unidpo.head", "unidpo.plan.work"):
+            monkeypatch.setattr(f"{module}.LOGITS_CHUNK_BYTES", 4 * 2080 * chunk)
         groups = [group(images=0, responses=self.LENGTHS, seed=i, row=i + 1) for i in range(4)]
         shape = shape_of(build_model(GOLDEN / "model"))
         halves = [in_chunks(self.load(groups[i : i + 2]), shape) for i in (0, 2)]
         planned = training(shape, sum(halves, Load()), learns=["language"], checkpointing=False)
         assert planned.total == pytest.approx(flops_of_a_step(tmp_path, groups), rel=0.002)
+
+    def test_the_work_of_a_step_with_features_from_disk(self, tmp_path):
+        groups = [group(responses=self.LENGTHS, seed=i, row=i + 1, side=112) for i in range(4)]
+        load, shape = self.load(groups, stored=True), shape_of(build_model(GOLDEN / "model"))
+        planned = training(shape, load, learns=["language"], checkpointing=False)
+        found = flops_of_a_step(tmp_path, groups, cache_image_features=True)
+        assert planned.vision == planned.projector == 0
+        assert planned.total == pytest.approx(found, rel=0.002)
 
 
 LOAD = packed(300, [100, 100])
@@ -288,6 +301,28 @@ class TestMemory:
             for n in (2, 4)
         )
         assert large.activations - small.activations == pytest.approx(many - few, rel=0.1)
+
+    @pytest.mark.parametrize(("narrow", "made"), [(False, 4), (True, 4 + 2)])
+    def test_a_table_that_is_the_head_too_has_one_gradient_besides_those_that_are_there(
+        self, qwen2_vl_2b, narrow, made
+    ):
+        """Made in 16 bits where the arithmetic is, and then in 32."""
+        setting = Setting(learns=frozenset(["language"]), narrow=narrow)
+        first, later = (
+            peak_memory(qwen2_vl_2b, setting, Load(tokens=1), passes_per_step=n, margin=False) for n in (1, 2)
+        )
+        table, learning = 151936 * 1536, qwen2_vl_2b.weights["language"]
+        assert first.gradients == 4 * learning
+        assert later.gradients == 4 * learning + made * table
+
+    @pytest.mark.parametrize("narrow", [False, True])
+    def test_logits_take_one_chunk_and_a_step(self, qwen2_vl_2b, narrow):
+        setting = Setting(learns=frozenset(), adapter=1000, narrow=narrow)
+        load = packed(1, [2**26 // 151936])  # which fills a chunk
+        memory = peak_memory(qwen2_vl_2b, setting, load, passes_per_step=1, margin=False)
+        chunk, step = 2**28, 2**25
+        assert memory.moment == "logits"
+        assert memory.logits == pytest.approx(chunk / 2 + 2 * step if narrow else chunk + step, rel=0.01)
 
     def test_checkpointing_trades_memory_for_work(self, plan_of):
         overrides = ("train.per_device_train_batch_size=4",)
@@ -395,6 +430,96 @@ class TestReference:
 
     def test_none_is_needed_by_simpo(self, plan_of):
         assert plan_of("loss={name: simpo}").reference_work is None
+
+
+class TestFeatures:
+    @pytest.fixture
+    def plan_of(self, plan_of, tmp_path):
+        """Of four prompts with an image, the last one twice."""
+        rows = []
+        for i in (0, 1, 2, 3, 3):
+            (tmp_path / f"{i}.png").exists() or group(seed=i, side=112).images[0].save(tmp_path / f"{i}.png")
+            responses = [{"text": f"red {len(rows)}", "score": 2.0}, {"text": "a blue circle", "score": 1.0}]
+            rows.append({"prompt": f"<image>What is {i}?", "images": [f"{i}.png"], "responses": responses})
+        (tmp_path / "pairs.json").write_text(json.dumps(rows))
+        return plan_of
+
+    def test_move_the_tower_from_steps_and_reference_to_one_pass(self, plan_of):
+        more = "train.num_train_epochs=3"
+        seeing, stored = plan_of(more), plan_of(more, "data.cache_image_features=true")
+        once = stored.features.work
+        assert (once.language, once.attention, once.head) == (0, 0, 0)
+        # An epoch has five images, the reference pass and that of the features the four distinct ones.
+        assert once.vision == pytest.approx(4 / 5 * seeing.epoch_work.vision)
+        assert stored.epoch_work == replace(seeing.epoch_work, vision=0, projector=0)
+        assert stored.reference_work == replace(seeing.reference_work, vision=0, projector=0)
+        assert stored.total_work == pytest.approx(
+            3 * stored.epoch_work.total + stored.reference_work.total + once.total, rel=1e-9
+        )
+        assert stored.data == seeing.data
+        assert stored.ways[:2] == seeing.ways[:2]
+        assert stored.ways[-1].work < seeing.ways[-1].work
+
+    def test_work_and_disk_are_those_of_the_pass(self, tmp_path, plan_of):
+        plan = plan_of("data.cache_image_features=true")
+        groups = load_pairs(tmp_path / "pairs.json")
+        model, _, encoder = tiny_policy()
+        work = disk = 0
+        for one in groups[:4]:
+            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+                features = image_features(model, encoder.encode(one).vision)
+            work += counter.get_total_flops()
+            disk += features.pooled.nbytes
+        assert plan.features.work.total == pytest.approx(work, rel=0.002)
+        assert plan.features.disk == disk
+
+    def test_of_a_deepstack_take_a_vector_for_each_of_its_layers(self):
+        text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16, "vocab_size": 99}
+        vision = {"depth": 4, "hidden_size": 32, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1, 2]}
+        shape = shape_of(from_config(Qwen3VLConfig(text_config=text, vision_config=vision)))
+        assert features_bytes(shape, 10, narrow=True) == 10 * 4 * 32 * 2
+
+    def test_leave_nothing_of_the_tower_in_memory(self, qwen2_vl_2b):
+        setting, seeing = Setting(learns=frozenset(["language"])), packed(850, [100, 100], Vision(4).load([752]))
+        moments = [
+            peak_memory(replace(qwen2_vl_2b, language=replace(qwen2_vl_2b.language, layers=0)), setting, load, **once)
+            for once in [{"passes_per_step": 1, "margin": False}]
+            for load in (seeing, seeing.with_features())
+        ]
+        pixels, features = 752 * 4 * 4 * 3 * 2 * 14**2, 752 * 1536 * 2
+        assert moments[0].activations - moments[1].activations == pixels - features
+
+    def test_pass_takes_time_at_the_rate_of_training(self, plan_of):
+        overrides = ("data.cache_image_features=true", "loss={name: simpo}")
+        by_rate, by_work = plan_of(*overrides, speeds=(Speed(pairs_per_second=5), Speed(tflops=1e-3))).times
+        assert by_rate.training == pytest.approx(1)
+        assert by_rate.features / by_rate.training == pytest.approx(by_work.features / by_work.training)
+        assert by_rate.total == by_rate.training + by_rate.features > by_rate.training
+
+    def test_are_seen_by_a_live_reference_too(self, plan_of):
+        # It takes those of the policy, stored or not; a reference that is another model sees the images itself.
+        assert plan_of("reference=live").reference_work.vision == 0
+        other = plan_of(f"reference={GOLDEN}/model", "data.cache_image_features=true")
+        assert other.reference_work.vision > 0 == other.epoch_work.vision
+
+    def test_cost_nothing_without_images(self, recipe_file):
+        recipe = load_recipe(recipe_file, ["data.cache_image_features=true"])
+        assert plan_recipe(recipe, console=QUIET).features is None
+
+    def test_that_an_adapter_changes_are_an_error(self, plan_of):
+        with pytest.raises(ModelError, match=r"data\.cache_image_features needs .* do not learn"):
+            plan_of("data.cache_image_features=true", "lora={r: 4, target_modules: [fc1, q_proj]}")
+
+    def test_are_told_in_table_and_json(self, plan_of):
+        plan = plan_of("data.cache_image_features=true", speeds=(Speed(tflops=1e-3),))
+        console = Console(width=160, record=True, quiet=False, file=io.StringIO())
+        plan.render(console)
+        out = console.export_text()
+        for words in ("features of images", "on disk", "features of images cost nothing where"):
+            assert words in out, words
+        plain = json.loads(json.dumps(plan.to_json()))
+        assert plain["features"]["work"]["total"] == plan.features.work.total
+        assert plain["times"][0]["features"] == plan.times[0].features > 0
 
 
 class TestTime:

@@ -14,8 +14,8 @@ from unidpo.models import load_config, load_policy
 from unidpo.packs import pack, pad
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.policy import Policy
-from unidpo.reference import LogpStore, ReferencePass, lookup, store_folder
-from unidpo.stores import UNREADABLE, content_keys, default_cache, weights_fingerprint
+from unidpo.reference import LogpStore, ReferencePass, lookup
+from unidpo.stores import UNREADABLE, content_keys, default_cache, numbers_folder, weights_fingerprint
 from worlds import GOLDEN, group, tiny_policy
 
 
@@ -334,7 +334,7 @@ def test_the_folder_depends_on_model_encoder_and_arithmetic(policy, tmp_path):
         ("aa", encoder, torch.bfloat16),
         ("aa", other, torch.float32),
     ]
-    folders = {store_folder(tmp_path, name, how, arithmetic=kind) for name, how, kind in cases}
+    folders = {numbers_folder(tmp_path, "reference", name, how, arithmetic=kind) for name, how, kind in cases}
     assert len(folders) == 4
     assert {folder.parent for folder in folders} == {tmp_path / "reference"}
 

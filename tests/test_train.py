@@ -181,7 +181,8 @@ def test_the_model_loads_generates_and_has_learned(finished):
 
 def test_a_second_run_finds_the_reference(finished, tmp_path, monkeypatch):
     monkeypatch.setenv("UNIDPO_CACHE", str(finished[0] / "cache"))
-    code, printed = unidpo("train", write_recipe(tmp_path), "loss.beta=1.0", "train.max_steps=1")
+    others = ("loss.beta=1.0", "loss.perf_gamma=1.5", "loss.quality_eta=0.3")
+    code, printed = unidpo("train", write_recipe(tmp_path), *others, "train.max_steps=1")
     assert code == 0
     assert re.search(r"reference: 96 responses found in .*, 0 computed", printed)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -12,10 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from unidpo.encode import EncodedGroup, GroupEncoder
-from unidpo.errors import Finding, ImageError, UserError
+from unidpo.errors import DataError, Finding, ImageError, UserError, from_findings
 from unidpo.packs import Layout, Pack, PaddedRows, PairIndex, index_pairs, pack, used_responses
 from unidpo.pairs import Pair, PromptGroup
+from unidpo.ranks import is_main
 
+_LOG = logging.getLogger(__name__)
 _Share: TypeAlias = tuple[int, tuple[int, ...]]
 """A group by its index, and places among its pairs."""
 
@@ -243,6 +247,34 @@ def lost_rows(pairs: Sequence[Pair], error: UserError) -> list[Finding]:
     """The rows of some pairs as findings that say why they cannot be used any more."""
     rows = sorted({(pair.row, pair.file) for pair in pairs}, key=str)
     return [Finding("lost-row", str(error), file=file, row=row) for row, file in rows]
+
+
+class LostRows:
+    """What becomes of rows that cannot be read any more: they stop all, or are named once and left out.
+
+    Args:
+        stop: whether they stop all.
+    """
+
+    def __init__(self, *, stop: bool) -> None:
+        self._stop = stop
+        self._seen: set[tuple[str | Path | None, int | None]] = set()  # file and row
+
+    def see(self, findings: Sequence[Finding]) -> None:
+        """Take in what all processes lost; every process must. Raises `DataError` where it stops all."""
+        if findings and self._stop:
+            raise from_findings(DataError, f"{len(findings)} rows cannot be read any more", findings)
+        for finding in findings:
+            place = (finding.file, finding.row)
+            if place not in self._seen:  # once, not in every epoch
+                if is_main():
+                    _LOG.warning("skipped: %s", finding)
+                self._seen.add(place)
+
+    def warn(self) -> None:
+        """Say how many there were, if any."""
+        if self._seen:
+            _LOG.warning("%d rows could not be read any more and were skipped", len(self._seen))
 
 
 class StepLoader(DataLoader[Step]):

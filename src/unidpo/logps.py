@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from unidpo.attention import SegmentTable
+from unidpo.head import OfTargets, capped, for_head, of_tokens, target_logps, target_logps_and_collisions
 from unidpo.packs import Pack, PaddedRows
-
-# Bytes of float32 logits held at a time; the head's extra memory is a small multiple of this, whatever the batch.
-LOGITS_CHUNK_BYTES = 256 * 2**20
-
-# Logits (targets, vocab) and targets → what is wanted of each target, (targets,) or (targets, n).
-_OfTargets: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def response_logps(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Tensor, " responses"]:
@@ -29,7 +22,7 @@ def response_logps(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Te
     Logits are taken at response positions only and in float32 (float64 in a float64 model). Divide by
     `batch.response_tokens` for nats per token. Gradients flow where the model is trained.
     """
-    return _summed(model, batch, _target_logps)
+    return _summed(model, batch, target_logps)
 
 
 def response_logps_and_collisions(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Tensor, "2 responses"]:
@@ -38,15 +31,18 @@ def response_logps_and_collisions(model: PreTrainedModel, batch: Pack | PaddedRo
     `Σ_v π(v)²` is the probability that two draws from the policy are the same token. Nothing of the size of the
     vocabulary is held beyond a chunk.
     """
-    return _summed(model, batch, _target_logps_and_collisions).T
+    return _summed(model, batch, target_logps_and_collisions).T
 
 
-def _summed(model: PreTrainedModel, batch: Pack | PaddedRows, of_targets: _OfTargets) -> Tensor:
+def _summed(model: PreTrainedModel, batch: Pack | PaddedRows, of_targets: OfTargets) -> Tensor:
     """Sums over each response's tokens, (responses,) or (responses, n)."""
-    return _pack_sums(model, batch, of_targets) if isinstance(batch, Pack) else _padded_sums(model, batch, of_targets)
+    with for_head(model) as weight:
+        if isinstance(batch, Pack):
+            return _pack_sums(model, batch, weight, of_targets)
+        return _padded_sums(model, batch, weight, of_targets)
 
 
-def _pack_sums(model: PreTrainedModel, pack: Pack, of_targets: _OfTargets) -> Tensor:
+def _pack_sums(model: PreTrainedModel, pack: Pack, weight: Tensor | None, of_targets: OfTargets) -> Tensor:
     hidden = model.base_model(
         input_ids=pack.input_ids[None],
         # One axis is what plain rotary models take, (1, tokens); M-RoPE models take (3, 1, tokens).
@@ -56,11 +52,11 @@ def _pack_sums(model: PreTrainedModel, pack: Pack, of_targets: _OfTargets) -> Te
         **_images(pack),
     ).last_hidden_state[0]
     head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
-    values = _in_chunks(hidden[pack.predict_at], head, pack.targets, soft_cap, of_targets)
+    values = of_tokens(hidden[pack.predict_at], head, pack.targets, of_targets, weight=weight, soft_cap=soft_cap)
     return _sum_by(pack.owner, values, len(pack.response_tokens))
 
 
-def _padded_sums(model: PreTrainedModel, rows: PaddedRows, of_targets: _OfTargets) -> Tensor:
+def _padded_sums(model: PreTrainedModel, rows: PaddedRows, weight: Tensor | None, of_targets: OfTargets) -> Tensor:
     # Columns that predict a target in some row; prompts are left out where a model must compute its own logits.
     columns = rows.is_target[:, 1:].any(0).nonzero()[:, 0]
     is_target, targets = rows.is_target[:, columns + 1], rows.input_ids[:, columns + 1]
@@ -77,7 +73,7 @@ def _padded_sums(model: PreTrainedModel, rows: PaddedRows, of_targets: _OfTarget
     if _head_is_known(model):
         hidden = model.base_model(**inputs).last_hidden_state[:, columns][is_target]
         head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
-        values = _in_chunks(hidden, head, targets[is_target], soft_cap, of_targets)
+        values = of_tokens(hidden, head, targets[is_target], of_targets, weight=weight, soft_cap=soft_cap)
     else:
         # The class's forward: on the instance `policy` may have put one that ends here.
         logits = type(model).forward(model, logits_to_keep=columns, **inputs).logits
@@ -119,61 +115,7 @@ def _head_is_known(model: PreTrainedModel) -> bool:
         with torch.no_grad():
             own = type(model).forward(model, input_ids=ids, use_cache=False).logits
             hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)
-            ours = None if hidden is None or head is None else _capped(head(hidden), _soft_cap(model))
+            ours = None if hidden is None or head is None else capped(head(hidden), _soft_cap(model))
         model.train(was_training)
         _KNOWN_HEADS[model] = ours is not None and bool((ours - own).abs().max() <= 0.01 * own.abs().max())
     return _KNOWN_HEADS[model]
-
-
-def token_logps(
-    hidden: Float[Tensor, "targets hidden"],
-    head: torch.nn.Module,
-    targets: Int[Tensor, " targets"],
-    *,
-    soft_cap: float | None = None,
-) -> Float[Tensor, " targets"]:
-    """Log-probability of each target token, in nats, from the hidden state that predicts it.
-
-    The vocabulary is met in chunks of `LOGITS_CHUNK_BYTES`; where there are several, a chunk's logits are computed
-    again in the backward pass instead of being kept.
-
-    Args:
-        soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)`, as in Gemma 2 (arXiv:2408.00118 section 2).
-    """
-    return _in_chunks(hidden, head, targets, soft_cap, _target_logps)
-
-
-def _in_chunks(
-    hidden: Tensor, head: torch.nn.Module, targets: Tensor, soft_cap: float | None, of_targets: _OfTargets
-) -> Tensor:
-    def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return of_targets(_capped(head(hidden), soft_cap), targets)
-
-    weight: Tensor = head.weight  # type: ignore[assignment]
-    # A weight that ZeRO-3 has spread has no rows until the head is called.
-    rows: int = getattr(weight, "ds_shape", weight.shape)[0]
-    size = max(1, LOGITS_CHUNK_BYTES // (4 * rows))
-    if len(targets) <= size:
-        return of_chunk(hidden, targets)
-    chunks = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-    return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False) for h, t in chunks])
-
-
-def _capped(logits: Tensor, soft_cap: float | None) -> Tensor:
-    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
-
-
-def _target_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = _full_precision(logits)
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _target_logps_and_collisions(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = _full_precision(logits)
-    with torch.no_grad():
-        collisions = (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
-    return torch.stack([_target_logps(logits, targets), collisions], dim=1)
-
-
-def _full_precision(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()

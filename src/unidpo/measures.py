@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from unidpo.batches import Batch
+from unidpo.errors import Finding, TrainingError, from_findings
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 
 Columns: TypeAlias = Mapping[str, Sequence[Any]]
@@ -71,6 +73,19 @@ def joined(parts: Iterable[Columns]) -> dict[str, list[Any]]:
     for part in parts:
         extend(together, part)
     return together if together and together["row"] else {}
+
+
+def require_finite(columns: Columns) -> None:
+    """Raise `TrainingError`, which names the pairs, where a loss is no finite number."""
+    pairs = zip(columns["loss"], columns["file"], columns["row"], strict=True)
+    findings = [
+        Finding("loss-not-finite", f"the loss of this pair is {loss}", file, row)
+        for loss, file, row in pairs
+        if not math.isfinite(loss)
+    ]
+    if findings:
+        title = "the loss is not a finite number any more; a smaller train.learning_rate helps most often"
+        raise from_findings(TrainingError, title, findings)
 
 
 class Means:

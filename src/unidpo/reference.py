@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from unidpo.batches import lost_rows
-from unidpo.encode import EncodedGroup, Encoder, GroupEncoder
+from unidpo.encode import EncodedGroup, GroupEncoder
 from unidpo.errors import Finding, ModelError, UserError
 from unidpo.packs import Layout, to_device
 from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
 from unidpo.ranks import gather, is_main, on_main, rank, world_size
-from unidpo.stores import FLUSH_SECONDS, UNREADABLE, clear_unfinished, new_part
+from unidpo.stores import FLUSH_SECONDS, UNREADABLE, clear_unfinished, new_part, part_name
 
 _LOG = logging.getLogger(__name__)
 PASS_TOKENS = 8192
@@ -100,23 +100,13 @@ class LogpStore:
         self._new[key] = (logp, tokens)
 
     def flush(self) -> None:
-        """Write what was added since the last flush as one part, atomically."""
+        """Write what was added since the last flush as one part, atomically. Raises `UserError` where it cannot."""
         if not self._new:
             return
         rows = [{"key": key, "logp": logp, "tokens": tokens} for key, (logp, tokens) in self._new.items()]
-        with new_part(self.folder, ".parquet") as unfinished:
+        with new_part(self.folder / part_name(".parquet")) as unfinished:
             pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), unfinished)
         self._new.clear()
-
-
-def store_folder(cache: Path, fingerprint: str, encoder: Encoder, *, arithmetic: torch.dtype) -> Path:
-    """Where the numbers of a model and an encoder belong.
-
-    Args:
-        fingerprint: of the model, see `stores.weights_fingerprint`.
-        arithmetic: what else changes the numbers, such as the autocast dtype.
-    """
-    return cache / "reference" / f"{fingerprint}-{encoder.fingerprint()}-{str(arithmetic).removeprefix('torch.')}"
 
 
 @dataclass(frozen=True, slots=True)

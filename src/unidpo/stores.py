@@ -15,15 +15,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from unidpo.batches import lost_rows
-from unidpo.errors import Finding, ImageError
+from unidpo.encode import Encoder
+from unidpo.errors import Finding, ImageError, UserError
 from unidpo.images import content_digest
 from unidpo.pairs import ImageSource, PromptGroup
 from unidpo.ranks import whole
 
+NUMBERS = 1
+"""Names how stored numbers are computed. To be raised whenever code here changes what the same model makes of the same
+prompt (encoding, positions, attention, head, features) beyond the rounding between two batches; what was stored before
+is then computed anew."""
 FLUSH_SECONDS = 30.0
 """After this much work, what it gave goes to the disk."""
 UNREADABLE = b""
@@ -35,17 +42,56 @@ def default_cache() -> Path:
     return Path(os.environ.get("UNIDPO_CACHE") or Path.home() / ".cache" / "unidpo")
 
 
+def numbers_folder(cache: Path, kind: str, fingerprint: str, encoder: Encoder, *, arithmetic: torch.dtype) -> Path:
+    """Where the numbers of a model and an encoder belong.
+
+    Args:
+        kind: what they are; a folder of the cache.
+        fingerprint: of what of the model they depend on, see `weights_fingerprint`.
+        arithmetic: what it computes in, such as the autocast dtype.
+    """
+    dtype = str(arithmetic).removeprefix("torch.")
+    return cache / kind / f"{fingerprint}-{encoder.fingerprint()}-{dtype}-{NUMBERS}"
+
+
+def make_folder(folder: Path) -> None:
+    """See that it is there. Raises `UserError` where it cannot be made."""
+    with _said(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
-def new_part(folder: Path, suffix: str) -> Iterator[Path]:
-    """A file to write, which becomes a part of the folder at the end, whole, or does not appear at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = uuid.uuid4().hex
-    unfinished = folder / f".{platform.node()}-{os.getpid()}-{name}.tmp"
+def new_part(part: Path) -> Iterator[Path]:
+    """A file to write, which becomes the part at the end, whole, or does not appear at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    make_folder(part.parent)
+    unfinished = part.with_name(f".{platform.node()}-{os.getpid()}-{part.stem}.tmp")
     try:
-        yield unfinished
-        unfinished.replace(folder / f"part-{name}{suffix}")
+        with _said(part.parent):
+            yield unfinished
+            unfinished.replace(part)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def part_name(suffix: str) -> str:
+    """A name that no part has yet."""
+    return f"part-{uuid.uuid4().hex}{suffix}"
+
+
+@contextlib.contextmanager
+def _said(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    # safetensors and Arrow have words of their own for a full disk.
+    except (OSError, SafetensorError, pa.ArrowException) as error:
+        raise UserError(
+            f"{folder}: cannot be written ({' '.join(str(error).split())}); free some space, or set UNIDPO_CACHE to a "
+            "folder with room; what lies there already is kept"
+        ) from error
 
 
 def clear_unfinished(folder: Path) -> None:

@@ -6,10 +6,8 @@ import contextlib
 import copy
 import itertools
 import json
-import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,33 +19,24 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
-from unidpo.adapters import adds_nothing_yet, with_adapter
-from unidpo.batches import Batch, PlannedBatches, Step, StepLoader, StepSampler
+from unidpo.adapters import adds_nothing_yet
+from unidpo.batches import Batch, LostRows, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.checkpoints import published, writing_errors
 from unidpo.config.schema import Attention
-from unidpo.encode import EncodedGroup, Encoder, GroupEncoder, GroupTokens, fit_to_length, prompt_positions
-from unidpo.errors import DataError, Finding, Interrupted, ModelError, RecipeError, TrainingError, from_findings
-from unidpo.feature_store import FeaturePass, features_folder, features_problem, images_are_frozen, vision_fingerprint
-from unidpo.layouts import choose_layout, smallest
+from unidpo.encode import Encoder, GroupTokens, fit_to_length, prompt_positions
+from unidpo.errors import DataError, Finding, Interrupted, ModelError
+from unidpo.learner import make_learner
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
-from unidpo.measures import Columns, Means, RewardShift, extend, joined, pair_columns
-from unidpo.models import (
-    Part,
-    Processor,
-    freeze,
-    keep_trainable_in_float32,
-    load_policy,
-    load_processor,
-    load_weights,
-)
-from unidpo.packs import Layout, pack, to_device, used_responses, with_features
+from unidpo.measures import Columns, Means, RewardShift, extend, joined, pair_columns, require_finite
+from unidpo.models import Part, Processor, load_policy, load_processor, load_weights
+from unidpo.objective import Objective, require_scores
+from unidpo.packs import Layout, pack, to_device, used_responses
 from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
+from unidpo.preparation import Preparation
 from unidpo.ranks import gather, is_main, on_main, rank, world_size
-from unidpo.reference import ReferencePass, store_folder
-from unidpo.stores import Keys, content_keys, default_cache, weights_fingerprint
+from unidpo.stores import default_cache
 
-_LOG = logging.getLogger(__name__)
 _REWARD_SHIFT = "reward_shift.json"
 
 
@@ -126,7 +115,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         benchmark: Callable[[PreTrainedModel, Processor, int], Mapping[str, float]] | None = None,
     ) -> None:
         if loss.needs_scores:
-            _require_scores([*train_dataset, *(eval_dataset or ())], loss)
+            require_scores([*train_dataset, *(eval_dataset or ())], loss)
         name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
         if not isinstance(model, PreTrainedModel):
             model = load_policy(model)
@@ -136,30 +125,18 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         )
         groups = fit_to_length(train_dataset, encoder)
         held_out = fit_to_length(eval_dataset or [], encoder)
-        mixed_precision = args.bf16 or args.fp16
-        if peft_config is None:
-            freeze(model, frozen)
-            if mixed_precision and not is_deepspeed_zero3_enabled():  # whose optimizer holds them so
-                keep_trainable_in_float32(model)
-        # After a wider type for what learns, in which the numbers round otherwise; before an adapter, without which
-        # the reference is computed: runs with and without one share it where the weights' types are the same.
-        self._fingerprint = weights_fingerprint(model) if loss.needs_reference and reference == "stored" else ""
-        # Like the weights' own, without an adapter.
-        self._vision_fingerprint = vision_fingerprint(model) if cache_image_features else None
-        whole = model
-        if peft_config is not None:
-            own_reference = loss.needs_reference and reference in ("stored", "live")
-            model = with_adapter(model, peft_config, own_reference=own_reference, mixed_precision=mixed_precision)
-            if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
-                # Such a checkpoint passes no gradient on unless one of its inputs asks for it.
-                model.enable_input_require_grads()  # type: ignore[operator]
-
-        self._images_are_frozen = (cache_image_features or reference == "live") and images_are_frozen(whole)
-        if cache_image_features and not self._images_are_frozen:
-            raise RecipeError(
-                "data.cache_image_features: features of images are kept only where vision tower and projector do not "
-                "learn; add both to model.freeze and leave them out of lora.target_modules, or set it to false"
-            )
+        learner = make_learner(
+            model,
+            args,
+            peft_config=peft_config,
+            frozen=frozen,
+            reference=reference if loss.needs_reference else None,
+            cache_image_features=cache_image_features,
+        )
+        model = learner.model
+        self._fingerprint = learner.fingerprint
+        self._vision_fingerprint = learner.vision_fingerprint
+        self._images_are_frozen = learner.images_are_frozen
 
         # transformers' loop accumulates over batches of its loader; here one batch is a whole optimizer step.
         args = copy.copy(args)
@@ -181,7 +158,6 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._max_tokens_per_pack = max_tokens_per_pack
         self._attention: Attention = attention
         self._shuffle = shuffle
-        self._on_bad_row = on_bad_row
         self._cache = cache or default_cache()
         self._on_pairs = on_pairs
         self._benchmark = benchmark
@@ -189,17 +165,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._on_feature_progress = on_feature_progress or (lambda done, total: None)
         self._batches = PlannedBatches(self._groups, encoder)
         self._held_out_batches = PlannedBatches(self._held_out, encoder)
-        self._live_reference: Policy | None = None
-        self._shares_features = False
         self._prepared = False
         self._stop_requested = False
         self._stopping = False
         self._resumed = False
-        # Until an update has changed the weights, the policy is its own reference: see docs/decisions.
-        self._policy_is_reference = reference in ("stored", "live") and adds_nothing_yet(model)
+        self._objective = Objective(loss, reference in ("stored", "live") and adds_nothing_yet(model))
         self._means = Means()
         self._reward_shift = RewardShift()
-        self._lost: set[tuple[str | Path | None, int | None]] = set()  # file and row
+        self._lost = LostRows(stop=on_bad_row == "error")
         super().__init__(
             model=model,
             args=args,
@@ -237,7 +210,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         """
         self._resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
-            self._policy_is_reference = False
+            self._objective.policy_is_reference = False
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
             kept = Path(str(resume_from_checkpoint)) / _REWARD_SHIFT
@@ -245,8 +218,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
                 self._reward_shift = RewardShift(**json.loads(kept.read_text("utf-8")))
         with self._attention_restored():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self._lost:
-            _LOG.warning("%d rows could not be read any more and were skipped", len(self._lost))
+        self._lost.warn()
         if self._stopping:
             raise Interrupted(f"stopped after step {self.state.global_step}, of which there is a checkpoint")
         return output
@@ -273,25 +245,18 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         those it came with, which may be the reference.
         """
         if not self._prepared:
-            keys = self._content_keys()
-            if keys is not None and self._vision_fingerprint is not None:
-                self._prepare_features(keys)
-            stand_in = smallest(self._groups, self._batches.encoder)
+            prepared = self._preparation().run()
+            self.layout, self._attention_in_use = prepared.choice.layout, prepared.choice.attention
             for batches in (self._batches, self._held_out_batches):
-                batches.stand_in = stand_in if world_size() > 1 else None
-            choice = choose_layout(
-                self.policy,
-                self.encoder,
-                stand_in,
-                attention=self._attention,
-                arithmetic=self._arithmetic,
-                device=self.args.device,
-            )
-            self.layout, self._attention_in_use = choice.layout, choice.attention
-            self._batches.layout = self._held_out_batches.layout = self.layout
-            if self.loss.needs_reference:
-                self._prepare_reference(keys)
-                self._shares_features = self._can_share_features(stand_in)
+                batches.encoder, batches.stand_in, batches.layout = prepared.encoder, prepared.stand_in, self.layout
+            if prepared.ref_logps is not None:
+                own = len(self._groups)
+                self._batches.ref_logps, self._held_out_batches.ref_logps = (
+                    prepared.ref_logps[:own],
+                    prepared.ref_logps[own:],
+                )
+            self._objective.live_reference = prepared.live_reference
+            self._objective.shares_features = prepared.shares_features
             self._prepared = True
         self.policy.set_attention(self._attention_in_use)
         if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
@@ -300,88 +265,28 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             # need it.
             self.policy.plain.disable_input_require_grads()
 
-    @property
-    def _arithmetic(self) -> torch.dtype:
-        if self.args.bf16:
-            return torch.bfloat16
-        return torch.float16 if self.args.fp16 else self.policy.plain.dtype
-
-    def _content_keys(self) -> Keys | None:
-        """Of all groups; `None` where nothing is stored by them."""
-        if self._vision_fingerprint is None and (not self.loss.needs_reference or self.reference == "live"):
-            return None
-        keys = on_main(lambda: content_keys([*self._groups, *self._held_out]))
-        self._see_lost(keys.lost)
-        return keys
-
-    def _prepare_features(self, keys: Keys) -> None:
-        assert self._vision_fingerprint is not None
-        with self.policy.without_adapter():
-            encoder = FeaturePass(
-                policy=self.policy,
-                encoder=self.encoder,
-                device=self.args.device,
-                workers=self.args.dataloader_num_workers,
-                on_lost=self._see_lost,
-                on_progress=self._progress("feature", self._on_feature_progress),
-            ).run(
-                [*self._groups, *self._held_out],
-                keys,
-                features_folder(self._cache, self._vision_fingerprint, self.encoder, arithmetic=self._arithmetic),
-            )
-        self._batches.encoder = self._held_out_batches.encoder = encoder
-
-    def _can_share_features(self, stand_in: EncodedGroup) -> bool:
-        """Whether a live reference and the policy make the same of images and need not make it twice."""
-        known = stand_in.features is not None or not stand_in.has_images
-        if self.reference != "live" or not self._images_are_frozen or known:
-            return False
-        problem = features_problem(self.policy, to_device(self.layout([stand_in]), self.args.device))
-        if problem is not None:
-            _LOG.info("policy and reference each compute the features of images: %s", problem)
-        return problem is None
-
-    def _prepare_reference(self, keys: Keys | None) -> None:
-        policy, fingerprint = self.policy, self._fingerprint
-        encoder: GroupEncoder = self._batches.encoder
-        policy.set_attention(self._attention_in_use)
-        if self.reference == "live":
-            if not policy.has_adapter:
-                self._live_reference = self._beside(copy.deepcopy(policy.plain))
-            return
-        if self.reference != "stored":
-            model = load_policy(self.reference, dtype=policy.plain.dtype)
-            fingerprint = weights_fingerprint(model)
-            policy = self._beside(model)
-            if self._vision_fingerprint is not None and vision_fingerprint(model) != self._vision_fingerprint:
-                encoder = self.encoder
-        assert keys is not None
-        with self.policy.without_adapter():
-            logps = ReferencePass(
-                policy=policy,
-                encoder=encoder,
-                layout=self.layout,
-                device=self.args.device,
-                stand_in=smallest(self._groups, encoder) if world_size() > 1 else None,
-                workers=self.args.dataloader_num_workers,
-                on_lost=self._see_lost,
-                on_progress=self._progress("reference", self._on_reference_progress),
-            ).logps(
-                [*self._groups, *self._held_out],
-                keys.responses,
-                store_folder(self._cache, fingerprint, self.encoder, arithmetic=self._arithmetic),
-                # DeepSpeed has put a checkpoint's weights in place of those the reference is made of.
-                complete=self._resumed and self.is_deepspeed_enabled and policy.model is self.model,
-            )
-        own = len(self._groups)
-        self._batches.ref_logps, self._held_out_batches.ref_logps = logps[:own], logps[own:]
-
-    def _beside(self, model: PreTrainedModel) -> Policy:
-        """A frozen model beside the policy, whole in every process."""
-        model = model.to(self.args.device).requires_grad_(False).eval()
-        beside = Policy(model, model, self.accelerator.autocast)
-        beside.set_attention(self.policy.attention)
-        return beside
+    def _preparation(self) -> Preparation:
+        arithmetic = torch.float16 if self.args.fp16 else self.policy.plain.dtype
+        return Preparation(
+            policy=self.policy,
+            encoder=self.encoder,
+            groups=self._groups,
+            held_out=self._held_out,
+            reference=self.reference if self.loss.needs_reference else None,
+            attention=self._attention,
+            arithmetic=torch.bfloat16 if self.args.bf16 else arithmetic,
+            device=self.args.device,
+            fingerprint=self._fingerprint,
+            vision_fingerprint=self._vision_fingerprint,
+            images_are_frozen=self._images_are_frozen,
+            # DeepSpeed has put a checkpoint's weights in place of those the reference is made of.
+            complete=self._resumed and self.is_deepspeed_enabled,
+            cache=self._cache,
+            workers=self.args.dataloader_num_workers,
+            on_lost=self._lost.see,
+            on_feature_progress=self._progress("feature", self._on_feature_progress),
+            on_reference_progress=self._progress("reference", self._on_reference_progress),
+        )
 
     def _progress(self, what: str, tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
         def progress(done: int, total: int) -> None:
@@ -468,7 +373,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             TrainingError: the loss is not a finite number; names the pairs.
         """
         reports = gather([_Report(inputs.pairs, inputs.lost, self._stop_requested)])
-        self._see_lost([finding for report in reports for finding in report.lost])
+        self._lost.see([finding for report in reports for finding in report.lost])
         if any(report.stop for report in reports):
             self._stopping = True
             self.control.should_save = self.control.should_training_stop = True
@@ -491,15 +396,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._record(joined(gather([columns])))
         # A warm-up's first update may be made with learning rate 0 and change nothing.
         if any(group["lr"] > 0 for group in self.optimizer.param_groups):
-            self._policy_is_reference = False
+            self._objective.policy_is_reference = False
         return total
 
     def _record(self, columns: Columns) -> None:
         """Take in the pairs of a step, of all processes. Raises `TrainingError` where a loss is not finite."""
         if not columns:
             return
-        if not all(map(math.isfinite, columns["loss"])):
-            raise _not_a_number(columns)
+        require_finite(columns)
         self._means.add(columns)
         self._reward_shift.add(columns)
         if self._on_pairs is not None and is_main():
@@ -507,65 +411,9 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             visit = {"step": [self.state.global_step + 1] * length, "epoch": [self.state.epoch or 0.0] * length}
             self._on_pairs({**visit, **columns})
 
-    def _see_lost(self, lost: Sequence[Finding]) -> None:
-        if lost and self._on_bad_row == "error":
-            raise from_findings(DataError, f"{len(lost)} rows cannot be read any more", lost)
-        for finding in lost:
-            place = (finding.file, finding.row)
-            if place not in self._lost:  # once, not in every epoch
-                if is_main():
-                    _LOG.warning("skipped: %s", finding)
-                self._lost.add(place)
-
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
-        batch = self._with_shared_features(batch)
-        pairs, tokens = batch.pairs, batch.responses.response_tokens
-        # Before the policy's own forward: wrappers do not expect another one between that and its backward.
-        ref_logps = self._reference_logps(batch) if self.loss.needs_reference else None
-        collisions = None
-        if self.loss.needs_collisions:
-            logps, collisions = self.policy.response_logps_and_collisions(batch.responses)
-            collisions = collisions / tokens
-        else:
-            logps = self.policy.response_logps(batch.responses)
-        if self.loss.needs_reference and self._policy_is_reference:
-            ref_logps = logps.detach()
-        if self.loss.length_normalized:
-            logps = logps / tokens
-            ref_logps = None if ref_logps is None else ref_logps / tokens
-        seen = PairLogps(
-            chosen_logps=logps[pairs.chosen],
-            rejected_logps=logps[pairs.rejected],
-            ref_chosen_logps=None if ref_logps is None else ref_logps[pairs.chosen],
-            ref_rejected_logps=None if ref_logps is None else ref_logps[pairs.rejected],
-            chosen_scores=pairs.chosen_scores,
-            rejected_scores=pairs.rejected_scores,
-            chosen_tokens=tokens[pairs.chosen],
-            rejected_tokens=tokens[pairs.rejected],
-            chosen_collisions=None if collisions is None else collisions[pairs.chosen],
-            rejected_collisions=None if collisions is None else collisions[pairs.rejected],
-            reward_shift=logps.new_tensor(self._reward_shift.value) if self.loss.needs_reward_shift else None,
-        )
-        return seen, self.loss(seen)
-
-    def _with_shared_features(self, batch: Batch) -> Batch:
-        """The features of the images computed once, where a live reference would compute the policy's own again."""
-        if not self._shares_features or self._policy_is_reference or not batch.responses.vision:
-            return batch
-        features = (self._live_reference or self.policy).image_features(batch.responses.vision)
-        return replace(batch, responses=with_features(batch.responses, features))
-
-    def _reference_logps(self, batch: Batch) -> Tensor | None:
-        """`None` while the policy is its own reference."""
-        if self._policy_is_reference:
-            return None
-        if batch.ref_logps is not None:
-            return batch.ref_logps
-        reference = self._live_reference or self.policy
-        with self.policy.without_adapter(), reference.measuring():
-            ref_logps: Tensor = reference.response_logps(batch.responses)
-        return ref_logps
+        return self._objective.of_pairs(self.policy, batch, reward_shift=self._reward_shift.value)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -604,7 +452,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         sampler = self._sampler(self._held_out, self._held_out_tokens, per_pack=per_pack, shuffle=False)
         columns: dict[str, list[Any]] = {}
         for step in self._loader(self._held_out_batches, sampler):
-            self._see_lost([finding for lost in gather([step.lost]) for finding in lost])
+            self._lost.see([finding for lost in gather([step.lost]) for finding in lost])
             for batch in step.batches:
                 batch = to_device(batch, self.args.device)
                 with self.policy.measuring():
@@ -626,28 +474,6 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     def floating_point_ops(self, inputs: Any) -> int:
         """0: transformers estimates this from padded token counts, which packs do not have."""
         return 0
-
-
-def _not_a_number(columns: Columns) -> TrainingError:
-    pairs = zip(columns["loss"], columns["file"], columns["row"], strict=True)
-    findings = [
-        Finding("loss-not-finite", f"the loss of this pair is {loss}", file, row)
-        for loss, file, row in pairs
-        if not math.isfinite(loss)
-    ]
-    title = "the loss is not a finite number any more; a smaller train.learning_rate helps most often"
-    return from_findings(TrainingError, title, findings)
-
-
-def _require_scores(groups: Sequence[PromptGroup], loss: PreferenceLoss) -> None:
-    findings = [
-        Finding("missing-score", f"{type(loss).__name__} needs a score for both responses", pair.file, pair.row)
-        for group in groups
-        for pair in group.pairs
-        if group.score_margin(pair) is None
-    ]
-    if findings:
-        raise from_findings(DataError, f"{len(findings)} pairs have no scores; add them, or use DPO or SimPO", findings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,16 @@ from rich.console import Console
 
 from unidpo.config import Recipe
 from unidpo.encode import Encoder, plain_positions
+from unidpo.errors import ModelError
+from unidpo.feature_store import images_are_frozen
+from unidpo.features import takes_features
 from unidpo.losses import make_loss
 from unidpo.models import Part, load_processor
 from unidpo.plan.data import (
     Counted,
     Layout,
     count_tokens,
+    distinct_images,
     padded_pairs,
     passes,
     prompt_packs,
@@ -22,8 +26,8 @@ from unidpo.plan.data import (
     vision_of,
 )
 from unidpo.plan.gpus import GPUS, UTILISATION, gpu_by_name
-from unidpo.plan.memory import Setting, peak_memory, sharding_of
-from unidpo.plan.report import Data, Plan, Speed, Time, Way
+from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of
+from unidpo.plan.report import Data, Features, Plan, Speed, Time, Way
 from unidpo.plan.shape import ModelShape, adapter_weights, build_model, shape_of
 from unidpo.plan.work import Load, Vision, Work, forward, in_chunks, training
 from unidpo.progress import Stages
@@ -51,6 +55,8 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     setting = setting_of(recipe, shape, gpus=gpus)
     if recipe.lora is not None:
         setting = replace(setting, adapter=adapter_weights(recipe.lora, model))
+    frozen = images_are_frozen(model) if setting.adapter else not setting.learns & {"vision", "projector"}
+    takes = frozen and takes_features(model)
     encoder = Encoder(
         load_processor(recipe.model.name, trust_remote_code=trust),
         plain_positions,
@@ -66,7 +72,14 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         )
     with_images = any(tokens.images for tokens in counted.tokens)
     vision = vision_of(encoder, patch_size=shape.patch_size) if with_images else Vision()
-    layout = Layout(shape.packs and recipe.model.attention != "padded", vision)
+    stores = recipe.data.cache_image_features and with_images
+    if stores and not takes:
+        raise ModelError(
+            f"{recipe.model.name}: data.cache_image_features needs a forward that takes features of images, and a "
+            "vision tower and projector that do not learn, nor an adapter in them; set it to false"
+        )
+    features = _features(shape, setting, distinct_images(counted, vision)) if stores else None
+    layout = Layout(shape.packs and recipe.model.attention != "padded", replace(vision, stored=stores))
     sampler = sampler_of(recipe, counted, packs=layout.packs, gpus=gpus)
     steps = list(passes(sampler, counted, layout))
     epoch = sum((in_chunks(load, shape) for step in steps for load in step), Load())
@@ -74,8 +87,9 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     passes_per_step = -(-max(map(len, steps)) // gpus)
     epochs = _epochs(recipe, steps=len(steps))
     once = training(shape, epoch, learns=setting.learns, checkpointing=setting.checkpointing, adapter=setting.adapter)
-    reference = _reference(recipe, shape, counted, layout, epoch, epochs) if loss.needs_reference else None
-    total = epochs * once.total + (reference.total if reference else 0.0)
+    beside = epoch.with_features() if takes else epoch  # a live reference takes the policy's features
+    reference = _reference(recipe, shape, counted, layout, beside, epochs) if loss.needs_reference else None
+    apart = (reference.total if reference else 0.0) + (features.work.total if features else 0.0)
     return Plan(
         model=recipe.model.name,
         gpus=gpus,
@@ -89,10 +103,11 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         largest_pass=largest.tokens,
         epoch_work=once,
         reference_work=reference,
-        total_work=total,
-        ways=_ways(shape, setting, counted, layout, referenced=loss.needs_reference),
+        features=features,
+        total_work=epochs * once.total + apart,
+        ways=_ways(shape, setting, counted, layout, referenced=loss.needs_reference, features=features),
         memory=peak_memory(shape, setting, largest, passes_per_step=passes_per_step, margin=True),
-        times=tuple(_time(speed, recipe, counted, once, reference, epochs, gpus) for speed in speeds),
+        times=tuple(_time(speed, recipe, counted, once, reference, features, epochs, gpus) for speed in speeds),
         reference=recipe.reference if loss.needs_reference else None,
     )
 
@@ -119,6 +134,11 @@ def _epochs(recipe: Recipe, *, steps: int) -> float:
     return most / steps if most > 0 else recipe.train.num_train_epochs
 
 
+def _features(shape: ModelShape, setting: Setting, images: Load) -> Features:
+    disk = features_bytes(shape, images.image_tokens, narrow=setting.narrow)
+    return Features(forward(shape, images), disk)
+
+
 def _reference(recipe: Recipe, shape: ModelShape, counted: Counted, layout: Layout, epoch: Load, epochs: float) -> Work:
     """Work of the reference: one pass over the distinct responses, or, live, a forward pass in each step."""
     if recipe.reference == "live":
@@ -128,13 +148,22 @@ def _reference(recipe: Recipe, shape: ModelShape, counted: Counted, layout: Layo
         )
     if recipe.reference != "stored":
         shape = shape_of(build_model(recipe.reference, trust_remote_code=recipe.model.trust_remote_code))
+        # Whether its tower is the policy's only the weights would tell.
+        layout = replace(layout, vision=replace(layout.vision, stored=False))
     return forward(shape, sum(reference_passes(counted, layout), Load()))
 
 
 def _ways(
-    shape: ModelShape, setting: Setting, counted: Counted, layout: Layout, *, referenced: bool
+    shape: ModelShape,
+    setting: Setting,
+    counted: Counted,
+    layout: Layout,
+    *,
+    referenced: bool,
+    features: Features | None,
 ) -> tuple[Way, ...]:
     """One epoch of this data, policy and reference, laid out in other ways."""
+    plain, once = replace(layout.vision, stored=False), features.work.total if features else 0.0
 
     def work(load: Load, reference: Load) -> float:
         found = training(
@@ -142,8 +171,8 @@ def _ways(
         )
         return found.total + (forward(shape, reference).total if referenced else 0.0)
 
-    every = padded_pairs(counted, layout.vision, every_logit=True)
-    selective = padded_pairs(counted, layout.vision, every_logit=False)
+    every = padded_pairs(counted, plain, every_logit=True)
+    selective = padded_pairs(counted, plain, every_logit=False)
     ways = [
         Way("padded pairs, every logit", work(every, every)),
         Way("padded pairs, logits of responses", work(selective, selective)),
@@ -152,9 +181,9 @@ def _ways(
         stored = sum(reference_passes(counted, layout), Load())
         pairs = sum((in_chunks(load, shape) for load in prompt_packs(counted, layout, together=False)), Load())
         prompts = [in_chunks(load, shape) for load in prompt_packs(counted, layout, together=True)]
-        ways.append(Way("a pack per pair", work(pairs, stored)))
+        ways.append(Way("a pack per pair", once + work(pairs, stored)))
         together = sum(prompts, Load())
-        ways.append(Way("a pack per prompt", work(together, together)))
+        ways.append(Way("a pack per prompt", once + work(together, together)))
     return tuple(ways)
 
 
@@ -176,12 +205,23 @@ def _data(counted: Counted, epoch: Load, layout: Layout) -> Data:
 
 
 def _time(
-    speed: Speed, recipe: Recipe, counted: Counted, once: Work, reference: Work | None, epochs: float, gpus: int
+    speed: Speed,
+    recipe: Recipe,
+    counted: Counted,
+    once: Work,
+    reference: Work | None,
+    features: Features | None,
+    epochs: float,
+    gpus: int,
 ) -> Time:
     training_seconds = speed.seconds(once.total, pairs=counted.pairs, gpus=gpus) * epochs
-    # Measured pairs per second hold the work of a live reference already.
-    if reference is None or (speed.pairs_per_second is not None and recipe.reference == "live"):
-        return Time(speed, training_seconds, 0.0)
     # At the rate at which the training's own work is done.
-    share = reference.total / (epochs * once.total)
-    return Time(speed, training_seconds, share * training_seconds)
+    per_operation = training_seconds / (epochs * once.total)
+    # Measured pairs per second hold the work of a live reference already.
+    held = speed.pairs_per_second is not None and recipe.reference == "live"
+    return Time(
+        speed,
+        training=training_seconds,
+        reference=0.0 if reference is None or held else per_operation * reference.total,
+        features=0.0 if features is None else per_operation * features.work.total,
+    )

@@ -223,6 +223,12 @@ def reference_passes(counted: Counted, layout: Layout) -> Iterator[Load]:
         yield layout.load(shares)
 
 
+def distinct_images(counted: Counted, vision: Vision) -> Load:
+    """The images of every distinct prompt, once."""
+    prompts = {group.prompt_key(): tokens for group, tokens in zip(counted.groups, counted.tokens, strict=True)}
+    return sum((vision.load(tokens.images) for tokens in prompts.values()), Load())
+
+
 def prompt_packs(counted: Counted, layout: Layout, *, together: bool) -> Iterator[Load]:
     """An epoch with a pack per pair, or with a pack per distinct prompt that holds all its distinct responses."""
     prompts: dict[Hashable, tuple[Tokens, dict[str, int]]] = {}

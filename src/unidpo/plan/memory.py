@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from unidpo.config import Recipe
 from unidpo.errors import RecipeError
-from unidpo.logps import LOGITS_CHUNK_BYTES
+from unidpo.head import LOGITS_CHUNK_BYTES, STEP_BYTES
 from unidpo.models import Part
 from unidpo.plan.shape import ModelShape, Transformer
 from unidpo.plan.work import Load
@@ -133,17 +133,18 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_s
     passing = layer.passing + (layer.kept if setting.checkpointing else 0)
     before = held.gradients if passes_per_step > 1 else 0.0
     late_copies = held.copies / (layers if setting.checkpointing else 1)
-    # A weight that is embeddings and head gets two gradients, and their sum is a third.
+    logits = _logits_bytes(shape, setting, load.targets)
+    at_head = before + (held.narrow_head_gradient or held.head_gradient)
+    widened = before + held.narrow_head_gradient + held.head_gradient
+    # A tied table's gradient waits for that of the lookups; another's is added to those that are there at once.
+    behind_head = before if passes_per_step > 1 and not shape.tied else before + held.head_gradient
+    at_end = held.gradients + held.head_gradient * (passes_per_step > 1)
     moments = {
         "images": (before, held.copies, tower + tower_passing, 0.0),
-        "logits": (before + held.head_gradient, held.copies, kept, _logits_bytes(shape, setting, load.targets)),
-        "first layer of the backward pass": (before + held.head_gradient, late_copies, kept + passing, 0.0),
-        "end of the backward pass": (
-            held.gradients + held.passing_gradients * ((passes_per_step > 1) + 2 * shape.tied),
-            late_copies,
-            tower + passing,
-            0.0,
-        ),
+        "logits": (at_head, held.copies, kept, logits),
+        "gradient of the head": (widened, held.copies, kept, 0.0),
+        "first layer of the backward pass": (behind_head, late_copies, kept + passing, 0.0),
+        "end of the backward pass": (at_end, late_copies, tower + passing, 0.0),
         "update": (held.gradients, 0.0, 0.0, 0.0),
     }
     found = [Memory(name, held.weights, g, held.optimizer, c, a, lo) for name, (g, c, a, lo) in moments.items()]
@@ -163,8 +164,8 @@ class _Held:
 
     Attributes:
         gradients: at the end of the backward pass.
-        head_gradient: those that the head's backward pass makes.
-        passing_gradients: of the largest weight, before they are added to those that are there.
+        head_gradient: of the head's weight, or of a table of embeddings, before it is added to those that are there.
+        narrow_head_gradient: the same in 16 bits, as it is made, where the weight is wider.
     """
 
     weights: float
@@ -172,7 +173,7 @@ class _Held:
     optimizer: float
     copies: float
     head_gradient: float
-    passing_gradients: float
+    narrow_head_gradient: float
 
     @classmethod
     def of(cls, shape: ModelShape, setting: Setting) -> _Held:
@@ -183,12 +184,12 @@ class _Held:
         engine = setting.sharding.startswith("zero")
         gpus, stage = setting.gpus, int(setting.sharding[-1]) if engine else 0
         frozen_bytes: float = frozen * size + shape.quantizable * (_weight_bytes(setting, size) - size)
-        learning_bytes: float = learning * (size if engine else 4)
-        gradient: float = learning * (size if engine else 4)
+        wide = size if engine else 4
+        learning_bytes: float = learning * wide
+        gradient: float = learning * wide
         # DeepSpeed keeps float32 weights with the optimizer's states.
         states: float = learning * (state_bytes(setting.optimizer) + (4 if engine and setting.narrow else 0))
         copies: float = 2 * learning if setting.narrow and not engine else 0
-        whole_gradient, embeddings = gradient, 4 * shape.largest_weight if "language" in setting.learns else 0
         if setting.sharding == "ddp":
             gradient *= 2  # its buckets
         if engine:
@@ -205,8 +206,8 @@ class _Held:
         if setting.live_reference and not setting.adapter:
             weights += own * 4 + frozen * size  # whole in every process
         spread = stage > 1 or setting.sharding == "fsdp"
-        passing = 0.0 if spread else float(embeddings)
-        return cls(weights, gradient, states, copies, min(passing, whole_gradient), passing)
+        head = 0 if spread or "language" not in setting.learns else shape.largest_weight
+        return cls(weights, gradient, states, copies, wide * head, size * head if size < wide else 0)
 
 
 def _weight_bytes(setting: Setting, size: int) -> float:
@@ -246,10 +247,15 @@ def _ends(shape: ModelShape, setting: Setting) -> float:
     return float(shape.language.hidden * (4 + 3 * _residual(setting)))
 
 
+def features_bytes(shape: ModelShape, image_tokens: int, *, narrow: bool) -> int:
+    """Of the features of images, in memory or on disk."""
+    return image_tokens * shape.features * shape.language.hidden * (2 if narrow else 4)
+
+
 def _tower_bytes(shape: ModelShape, setting: Setting, load: Load) -> tuple[float, float]:
     """Bytes of the images and what the vision tower keeps, and of what passes through it in its forward pass."""
     if shape.vision is None or not load.patches:
-        return 0.0, 0.0
+        return float(features_bytes(shape, load.image_tokens, narrow=setting.narrow)), 0.0
     size = 2 if setting.narrow else 4
     tower = shape.vision
     pixels = 4 * 3 * 2 * shape.patch_size**2 * load.patches
@@ -262,6 +268,9 @@ def _tower_bytes(shape: ModelShape, setting: Setting, load: Load) -> tuple[float
 
 
 def _logits_bytes(shape: ModelShape, setting: Setting, targets: int) -> float:
-    """Of a chunk, in its backward pass: logits, two gradients, two steps to one of them, and logits in 16 bits."""
+    """Of a chunk, which its gradient takes the place of, and of a step over some of its rows in float32."""
     chunk = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
-    return float(min(targets, chunk) * shape.vocabulary * (5 * 4 + (2 if setting.narrow else 0)))
+    logits = min(targets, chunk) * shape.vocabulary
+    # Logits in 16 bits are widened for it first.
+    step = min(4 * logits, STEP_BYTES) * (2 if setting.narrow else 1)
+    return float(logits * (2 if setting.narrow else 4) + step)

@@ -74,15 +74,29 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Time:
-    """Seconds of a run at some speed."""
+    """Seconds of a run at some speed: of its steps, of a reference and of features of images computed before them."""
 
     speed: Speed
     training: float
     reference: float
+    features: float
 
     @property
     def total(self) -> float:
-        return self.training + self.reference
+        return self.training + self.reference + self.features
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Features of images that are kept on disk.
+
+    Attributes:
+        work: of the pass that computes them.
+        disk: bytes.
+    """
+
+    work: Work
+    disk: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +118,7 @@ class Plan:
         largest_pass: tokens of the longest one.
         epoch_work: of training, one epoch.
         reference_work: of the reference, the whole run; `None` where the loss needs none.
+        features: of images, where they are kept on disk.
         total_work: of the run.
         ways: the same data laid out otherwise.
         memory: on each GPU.
@@ -122,6 +137,7 @@ class Plan:
     largest_pass: int
     epoch_work: Work
     reference_work: Work | None
+    features: Features | None
     total_work: float
     ways: tuple[Way, ...]
     memory: Memory
@@ -141,6 +157,8 @@ class Plan:
         plain["epoch_work"]["total"] = self.epoch_work.total
         if self.reference_work is not None:
             plain["reference_work"]["total"] = self.reference_work.total
+        if self.features is not None:
+            plain["features"]["work"]["total"] = self.features.work.total
         for time, values in zip(self.times, plain["times"], strict=True):
             values["total"] = time.total
         plain["utilisation"] = UTILISATION
@@ -159,6 +177,8 @@ class Plan:
                 notes.append(f"{count:,} {what}")
         if self.reference not in (None, "live"):
             notes.append("the reference costs nothing where its numbers are stored already; the weights would tell")
+        if self.features is not None:
+            notes.append("features of images cost nothing where they are stored already; the weights would tell")
         if any(time.speed.gpu for time in self.times):
             notes.append(
                 f"that a card reaches {UTILISATION:.0%} of its peak is assumed; --tflops or --rate take a measured rate"
@@ -200,6 +220,9 @@ class Plan:
             ),
         ]
         work: list[tuple[str, ...]] = [("training, an epoch", operations(self.epoch_work.total))]
+        if self.features is not None:
+            disk = f"once, before the reference; {gigabytes(self.features.disk)} on disk"
+            work.append(("features of images", operations(self.features.work.total), disk))
         if self.reference_work is not None:
             when = "in each step" if self.reference == "live" else "once, before the first step"
             work.append(("reference", operations(self.reference_work.total), when))
@@ -210,14 +233,7 @@ class Plan:
         memory = [(name, gigabytes(size)) for name, size in sum_of(self.memory).items() if size]
         fits = f"{self.fits[0]} GB" if self.fits else "none"
         held: list[tuple[str, ...]] = [*memory, ("smallest card", fits, f"of those up to {_SIZES[-1]} GB")]
-        times: list[tuple[str, ...]] = [
-            (
-                str(time.speed),
-                clock(time.total),
-                f"of it the reference {clock(time.reference)}" if time.reference else "",
-            )
-            for time in self.times
-        ]
+        times: list[tuple[str, ...]] = [(str(time.speed), clock(time.total), _said_apart(time)) for time in self.times]
         cards = f" on {self.gpus} GPUs" if self.gpus > 1 else ""
         return [
             (f"{self.model}: {learns}", tokens),
@@ -226,6 +242,12 @@ class Plan:
             (f"Memory{per_gpu}, at its worst in: {self.memory.moment}", held),
             *([(f"Time{cards}", times)] if times else []),
         ]
+
+
+def _said_apart(time: Time) -> str:
+    apart = (("the reference", time.reference), ("features of images", time.features))
+    said = ", ".join(f"{what} {clock(seconds)}" for what, seconds in apart if seconds)
+    return f"of it {said}" if said else ""
 
 
 def rounded(count: float) -> str:

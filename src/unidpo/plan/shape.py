@@ -55,6 +55,8 @@ class ModelShape:
         tied: whether the head's weight is that of the embeddings.
         largest_weight: elements of the largest single weight.
         quantizable: weights in the linear layers of the language model, which `model.quantize` takes.
+        features: vectors of the language model's width that stand for an image token: one, and one for each layer of
+            the tower that is handed on besides (Qwen3-VL's deepstack).
         packs: whether attention is plainly causal in all layers, which packs need.
         patch_size: pixels along a side of an image patch.
     """
@@ -67,6 +69,7 @@ class ModelShape:
     tied: bool
     largest_weight: int
     quantizable: int
+    features: int
     packs: bool
     patch_size: int
 
@@ -123,6 +126,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         tied=head.weight is model.get_input_embeddings().weight,
         largest_weight=max(parameter.numel() for parameter in model.parameters()),
         quantizable=sum(layer.weight.numel() for layer in linear),
+        features=1 + len(getattr(vision_config, "deepstack_visual_indexes", None) or ()),
         packs=kinds == {"full_attention"} and getattr(config, "attn_logit_softcapping", None) is None,
         patch_size=_patch_size(vision_config),
     )

@@ -6,9 +6,9 @@ A multiplication with an addition counts as two. Elementwise work (norms, activa
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
-from unidpo.logps import LOGITS_CHUNK_BYTES
+from unidpo.head import LOGITS_CHUNK_BYTES
 from unidpo.models import Part
 from unidpo.plan.shape import ModelShape, Transformer
 
@@ -21,8 +21,9 @@ class Load:
         tokens: of the language model, image tokens included.
         attended: pairs of a token and one it sees, within prompts and responses.
         targets: positions whose logits are computed.
-        again: those of `targets` whose logits are computed a second time in the backward pass, see `logps`.
-        image_tokens: image tokens that the projector makes.
+        again: those of `targets` whose logits are computed a second time in the backward pass, see `head`.
+        image_tokens: those of `tokens` that stand for images.
+        projected: image tokens that the projector makes; the features of others are at hand.
         patches: image patches through the vision tower.
         patch_pairs: pairs of patches that see each other where a layer sees a whole image (or tile).
     """
@@ -32,6 +33,7 @@ class Load:
     targets: int = 0
     again: int = 0
     image_tokens: int = 0
+    projected: int = 0
     patches: int = 0
     patch_pairs: int = 0
 
@@ -43,6 +45,10 @@ class Load:
         """The same load `count` times."""
         return Load(*(count * getattr(self, name) for name in self.__slots__))
 
+    def with_features(self) -> Load:
+        """The same where the features of all images are at hand: neither vision tower nor projector runs."""
+        return replace(self, projected=0, patches=0, patch_pairs=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Vision:
@@ -51,10 +57,12 @@ class Vision:
     Attributes:
         patches_per_token: patches of the vision tower for one token of the language model.
         tile: patches that see each other, where images are cut into tiles of one size; 0 for whole images.
+        stored: whether the features of images are read from disk.
     """
 
     patches_per_token: float = 0.0
     tile: int = 0
+    stored: bool = False
 
     def load(self, image_tokens: Iterable[int]) -> Load:
         """The load of images that have so many tokens each."""
@@ -64,7 +72,8 @@ class Vision:
             total += tokens
             patches += found
             pairs += found * (min(self.tile, found) if self.tile else found)
-        return Load(image_tokens=total, patches=patches, patch_pairs=pairs)
+        load = Load(image_tokens=total, projected=total, patches=patches, patch_pairs=pairs)
+        return load.with_features() if self.stored else load
 
 
 def packed(prompt: int, responses: Sequence[int], images: Load = Load()) -> Load:
@@ -88,9 +97,9 @@ def padded(rows: Sequence[tuple[int, int]], images: Load = Load(), *, every_logi
 
 
 def in_chunks(load: Load, shape: ModelShape) -> Load:
-    """The load of one training pass, with the logits that are computed twice because not all fit into a chunk."""
+    """The load of one training pass, with the logits that are computed twice: all but those of the last chunk."""
     chunk = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
-    return load + Load(again=load.targets if load.targets > chunk else 0)
+    return load + Load(again=max(0, load.targets - 1) // chunk * chunk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +127,7 @@ def forward(shape: ModelShape, load: Load) -> Work:
         language=2 * language.matrices * load.tokens,
         attention=4 * language.query * language.layers * load.attended,
         head=2 * shape.vocabulary * language.hidden * load.targets,
-        projector=2 * shape.projector_matrices * load.image_tokens,
+        projector=2 * shape.projector_matrices * load.projected,
         vision=0 if shape.vision is None else _tower(shape.vision, load),
     )
 

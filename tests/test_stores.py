@@ -1,0 +1,69 @@
+"""What stored numbers have in common: folders that name their version, and a disk that has no room."""
+
+import resource
+
+import pytest
+import torch
+
+from unidpo.errors import UserError
+from unidpo.feature_store import FeatureStore
+from unidpo.features import image_features
+from unidpo.reference import LogpStore
+from unidpo.stores import numbers_folder
+from worlds import group, tiny_policy
+
+
+@pytest.fixture(scope="module")
+def world():
+    """The golden model, its encoder, and a prompt with an image."""
+    model, _, encoder = tiny_policy()
+    return model, encoder, encoder.encode(group())
+
+
+def logps(folder, world):
+    store = LogpStore(folder)
+    for number in range(100):
+        store.add(number.to_bytes(16), -1.0, 1)
+    return store
+
+
+def features(folder, world):
+    model, _, prompt = world
+    store = FeatureStore(folder)
+    store.add(b"key of a prompt.", prompt, image_features(model, prompt.vision))
+    return store
+
+
+@pytest.mark.parametrize("filled", [logps, features])
+def test_a_disk_without_room_is_named_and_nothing_half_written_stays(filled, world, tmp_path):
+    filled(tmp_path, world).flush()
+    store = filled(tmp_path, world)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(UserError, match=rf"{tmp_path}: cannot be written \(.*too large.*UNIDPO_CACHE"):
+            store.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len([*tmp_path.iterdir()]) == 1
+    store.flush()  # what was added is not forgotten
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("filled", [logps, features])
+def test_a_folder_that_cannot_be_made_is_named(filled, world, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/store: cannot be written \(.*Not a directory"):
+        filled(tmp_path / "file" / "store", world).flush()
+
+
+@pytest.mark.parametrize("kind", ["reference", "features"])
+def test_numbers_of_another_version_are_not_found(kind, world, tmp_path, monkeypatch):
+    def folder():
+        return numbers_folder(tmp_path, kind, "aa", world[1], arithmetic=torch.float32)
+
+    before = folder()
+    assert before == folder()
+    monkeypatch.setattr("unidpo.stores.NUMBERS", 10**6)
+    assert before != folder()
+    assert before.parent == folder().parent == tmp_path / kind
