@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
@@ -46,20 +47,29 @@ class Clock(TrainerCallback):
     """Takes the time at the seams of optimizer steps, as a callback of `Trainer` or called by a loop.
 
     The passes of a step include reading and preparing its data and the norm of its gradient; its update is apart.
+
+    Args:
+        watch: entered for the passes of the second step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: AbstractContextManager[Any] | None = None) -> None:
         self.passes: list[Seconds] = []
         self.updates: list[Seconds] = []
+        self._watch = watch
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._last = Seconds.now()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.passes.append(self._since_last())
+        if self._watch and len(self.passes) == 2:
+            self._watch.__exit__(None, None, None)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.updates.append(self._since_last())
+        if self._watch and len(self.updates) == 1:
+            self._watch.__enter__()
+            self._last = Seconds.now()
 
     def _since_last(self) -> Seconds:
         before, self._last = self._last, Seconds.now()

@@ -18,7 +18,12 @@ BLOCK = re.compile(r"(?<=<!-- measured: )([\w-]+)( -->\n).*?(?=<!-- end -->)", r
 # The published setting's epoch: pairs, prompts.
 EPOCH = (50_555, 12_503)
 # Times faster than, parts of the memory of: the padded rows with logits of responses, the loop with all logits.
-AIMS = {"pair packs": (2.2, 7.0), "prompt packs": (10.0, 30.0)}
+AIMS = {
+    "pair packs": (2.2, 7.0),
+    "pair packs, features": (2.2, 7.0),
+    "prompt packs": (10.0, 30.0),
+    "prompt packs, features": (10.0, 30.0),
+}
 MEMORY_AIMS = (0.6, 0.4)
 GPU_HEAD = ("variant", "pairs/s", "FLOP utilisation", "peak GiB", "epoch", "with the reference pass")
 Record = Mapping[str, Any]
@@ -94,6 +99,21 @@ def _memory(record: Record | None) -> str:
     return "\n\n".join([f"{_machine(record)}. {libraries}", _table(head, rows)])
 
 
+def _profile(record: Record | None) -> str:
+    if record is None:
+        return "Not measured yet: `python -m benchmarks.profile`."
+    rows = []
+    for name, found in record["variants"].items():
+        kinds = found["cpu_seconds_per_pair"]
+        total, work = sum(kinds.values()), found["work_per_pair"] / 1e9
+        seconds = [f"{value:.2f}" for value in (total, *kinds.values(), found["system_seconds_per_pair"])]
+        rows.append([VARIANTS[name].title, *seconds, f"{work:,.0f}", f"{work / total:.0f}"])
+    head = ["variant", "CPU s/pair", "matrix products", "attention", "other operations", "outside of them"]
+    rate = f"A plain matrix product of 1,024 × 1,024 reaches {record['matmul_per_second'] / 1e9:.0f} GFLOP/s."
+    table = _table([*head, "system's part", "GFLOP/pair", "GFLOP/s"], rows)
+    return "\n\n".join([f"{_machine(record)}. {rate}", table])
+
+
 def _curves(record: Record | None) -> str:
     if record is None:
         return _not_yet(["curve", "R² of a straight line"], "--curves")
@@ -102,21 +122,22 @@ def _curves(record: Record | None) -> str:
         straight = ", ".join(f"{VARIANTS[each].title} {value:.3f}" for each, value in curve["r_squared"].items())
         rows.append([CURVES[name].label, straight])
         plots.append(f"![CPU seconds per step against {CURVES[name].label}](images/speed-{name}.svg)")
-    return "\n\n".join([_machine(record) + ".", _table(["cost against", "R² of a straight line"], rows), *plots])
+    return "\n\n".join(
+        [f"{_machine(record)}; {_runs(record)}.", _table(["cost against", "R² of a straight line"], rows), *plots]
+    )
 
 
-PARTS = {"speed-cpu": _cpu, "speed-gpu": _gpu, "memory-cpu": _memory, "speed-curves": _curves}
+PARTS = {"speed-cpu": _cpu, "speed-gpu": _gpu, "memory-cpu": _memory, "profile-cpu": _profile, "speed-curves": _curves}
 
 
 def _where(record: Record) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     checkpointing = f"{'with' if record['gradient_checkpointing'] else 'without'} gradient checkpointing"
     sizes = f"{record['pairs_per_step']} pairs a step, {record['pairs_per_pass']} a pass"
-    runs = "one run" if record["runs"] == 1 else f"medians of {record['runs']} interleaved runs"
     differences = ", ".join(f"{what} {value:.0e}" for what, value in record["largest_difference"].items())
     return (
         f"{_machine(record)}; {versions}; {record['parameters'] / 1e6:,.0f} million parameters, {record['dtype']}, "
-        f"{checkpointing}, {sizes}; {runs}. Largest relative difference between the variants: {differences}."
+        f"{checkpointing}, {sizes}; {_runs(record)}. Largest relative difference between the variants: {differences}."
     )
 
 
@@ -125,23 +146,28 @@ def _machine(record: Record) -> str:
     return f"{record['date']}: {record['gpu'] or record['processor']}, {threads}"
 
 
+def _runs(record: Record) -> str:
+    return "one run" if record["runs"] == 1 else f"medians of {record['runs']} interleaved runs"
+
+
 def _stored(record: Record) -> str:
     found = [
-        f"{VARIANTS[name].title.removesuffix(', stored reference')} {seconds:.2f}"
+        f"{name} {seconds:.2f}"
         for name, variant in record["variants"].items()
         if (seconds := variant["reference_cpu_seconds_per_pair"]) is not None
     ]
     return (
-        f"The pass that stores the reference is not in these figures. It runs once, before the first step, and costs, "
-        f"in CPU seconds per pair: {'; '.join(found)}. A second run over the same data does not need it."
+        f"The passes that store the reference and image features are not in these figures. They run once, before the "
+        f"first step, and cost, in CPU seconds per pair: {'; '.join(found)}. A second run over the same data does not "
+        f"need them."
     )
 
 
 def _aims(record: Record) -> str:
     rows = []
     others = ("selective", "loop")
-    for name, times in AIMS.items():
-        for other, aim in zip(others, times, strict=True):
+    for name in filter(record["variants"].__contains__, AIMS):
+        for other, aim in zip(others, AIMS[name], strict=True):
             got = _ratio(record, other, name, "cpu_seconds_per_pair")
             rows.append([_short(name), f"CPU time, {_short(other)}", f"≥ {aim:g} × faster", f"{got:.1f} ×", got >= aim])
         for other, aim in zip(others, MEMORY_AIMS, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Setting:
         prompts: in an optimizer step of those that lay prompts, from which the pairs are taken.
         steps: the first warms up and is compared, the others are measured.
         seed: of the data.
+        watch: entered for the passes of the second step, as a profiler is.
     """
 
     shape: Shape
@@ -34,6 +36,7 @@ class Setting:
     prompts: int
     steps: int
     seed: int = 0
+    watch: AbstractContextManager[Any] | None = None
 
     @property
     def per_prompt(self) -> int:

@@ -29,6 +29,7 @@ class Variant:
         layout: what is laid together: all pairs of a prompt, one pair, or every response with a prompt of its own.
         live: a reference model runs along.
         all_logits: of all positions, not of the responses alone.
+        vision: images are seen in the step; else their features were stored.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Variant:
     layout: Literal["prompts", "pairs", "rows"]
     live: bool = True
     all_logits: bool = False
+    vision: bool = True
 
 
 def prompts_of(setting: Setting) -> list[PromptGroup]:
@@ -54,11 +56,13 @@ def pairs_of(setting: Setting) -> list[PromptGroup]:
     return as_pairs(prompts_of(setting), setting.per_prompt)
 
 
-def unidpo(setting: Setting, groups: Sequence[PromptGroup], *, reference: str, groups_per_pass: int) -> Taken:
+def unidpo(
+    setting: Setting, groups: Sequence[PromptGroup], *, reference: str, groups_per_pass: int, features: bool = False
+) -> Taken:
     """The package's own trainer on these groups."""
     each = len(groups[0].pairs)
     pairs = each * len(groups) // (setting.steps + 1)
-    clock = Clock()
+    clock = Clock(setting.watch)
     rows: list[dict[str, Any]] = []
     marks: list[Seconds] = []
     trainer = PreferenceTrainer(
@@ -73,9 +77,11 @@ def unidpo(setting: Setting, groups: Sequence[PromptGroup], *, reference: str, g
         template="chatml",
         shuffle=False,
         cache=setting.work / "cache",
+        cache_image_features=features,
         callbacks=[clock],
         on_pairs=lambda columns: rows.append(dict(columns)),
         on_reference_progress=lambda done, total: marks.append(Seconds.now()),
+        on_feature_progress=lambda done, total: marks.append(Seconds.now()),
     )
     trainer.train()
     # Of each prompt the pairs that the other variants have, too.
@@ -107,7 +113,7 @@ def trl(setting: Setting) -> Taken:
         keep_trainable_in_float32(policy)
     processor = load_processor(setting.model)
     processor.chat_template = CHATML
-    clock = Clock()
+    clock = Clock(setting.watch)
     trainer = DPOTrainer(
         policy,
         ref_model=reference,
@@ -147,20 +153,27 @@ def _history(trainer: Any) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _pair_packs(setting: Setting, reference: str) -> Taken:
-    return unidpo(setting, pairs_of(setting), reference=reference, groups_per_pass=setting.shape.pairs_per_pass)
+def _packs(title: str, layout: Literal["prompts", "pairs"], *, live: bool = False, features: bool = False) -> Variant:
+    groups_of = prompts_of if layout == "prompts" else pairs_of
 
+    def run(setting: Setting) -> Taken:
+        return unidpo(
+            setting,
+            groups_of(setting),
+            reference="live" if live else "stored",
+            groups_per_pass=setting.shape.pairs_per_pass,
+            features=features,
+        )
 
-def _prompt_packs(setting: Setting) -> Taken:
-    return unidpo(setting, prompts_of(setting), reference="stored", groups_per_pass=setting.shape.pairs_per_pass)
+    return Variant(f"unidpo, {title}", run, layout, live=live, vision=not features)
 
 
 VARIANTS = {
-    "prompt packs": Variant("unidpo, prompt packs, stored reference", _prompt_packs, "prompts", live=False),
-    "pair packs": Variant(
-        "unidpo, pair packs, stored reference", lambda s: _pair_packs(s, "stored"), "pairs", live=False
-    ),
-    "live": Variant("unidpo, pair packs, live reference", lambda s: _pair_packs(s, "live"), "pairs"),
+    "prompt packs": _packs("prompt packs, stored reference", "prompts"),
+    "prompt packs, features": _packs("prompt packs, stored reference and image features", "prompts", features=True),
+    "pair packs": _packs("pair packs, stored reference", "pairs"),
+    "pair packs, features": _packs("pair packs, stored reference and image features", "pairs", features=True),
+    "live": _packs("pair packs, live reference", "pairs", live=True),
     "selective": Variant("padded rows, logits of responses", lambda s: train_padded(s, pairs_of(s), selective), "rows"),
     "trl": Variant("TRL's DPOTrainer", trl, "rows", all_logits=not torch.cuda.is_available()),
     "loop": Variant(

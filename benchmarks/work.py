@@ -38,9 +38,11 @@ def group_work(shape: Shape, variant: Variant, *, image: int, prompt: int, respo
     """Work of one group in a step. Lengths in tokens; `prompt` includes the image."""
     rows = [[response] for response in responses] if variant.layout == "rows" else [responses]
     language = sum(_language(shape, variant, prompt, row) for row in rows)
-    vision = len(rows) * _vision(shape, image)
-    # Backward costs twice what forward does; the frozen vision tower has none.
-    return 3 * language + vision + variant.live * (language + vision)
+    vision = variant.vision * len(rows) * _vision(shape, image)
+    # Backward costs twice what forward does; the frozen vision tower has none. A live reference computes all of it
+    # again, but in packs takes the features that the policy's pass made.
+    towers = 1 + (variant.live and variant.layout == "rows")
+    return (3 + variant.live) * language + towers * vision
 
 
 def _language(shape: Shape, variant: Variant, prompt: int, responses: Sequence[int]) -> float:
