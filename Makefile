@@ -40,7 +40,8 @@ $(EVAL_INSTALLED): pyproject.toml constraints.txt constraints-eval.txt
 
 # One thread: process CPU time is compared. About an hour on one core.
 bench: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --shape cpu
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --shape cpu --pairs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.profile
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --curves
 
