@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 
 from unidpo.check import GroupLengths, check_data
 from unidpo.check.measure import epoch_tokens, estimated_lengths, spread
 from unidpo.check.report import sparkline
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.terminal import Terminal
 
 
 def group(prompt: str, texts: str, pairs: list[tuple[int, int]], row: int = 1) -> PromptGroup:
@@ -86,7 +86,7 @@ def test_small_counts_are_seen_beside_large_ones() -> None:
 
 def printed(path: Path, encoding: str, **options: Any) -> str:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    check_data(path, **options).render(Console(file=file, width=120))
+    check_data(path, **options).render(Terminal(file=file, width=120))
     file.flush()
     return file.buffer.getvalue().decode(encoding)
 

@@ -36,12 +36,14 @@ class Finding:
     severity: Severity = "error"
 
     def __str__(self) -> str:
-        where = [str(self.file)] if self.file is not None else []
+        """One printable line, whatever the file, its keys and its values hold; the fields stay exact."""
+        where = [printable(str(self.file), most=500)] if self.file is not None else []
         if self.row is not None:
             where.append(f"row {self.row}")
         if self.key is not None:
-            where.append(f"`{self.key}`")
-        return f"{', '.join(where)}: {self.message}" if where else self.message
+            where.append(f"`{printable(self.key, most=200)}`")
+        message = printable(self.message)
+        return f"{', '.join(where)}: {message}" if where else message
 
 
 class UserError(Exception):
@@ -52,6 +54,13 @@ class UserError(Exception):
     def __init__(self, message: str, *, findings: Sequence[Finding] = ()) -> None:
         super().__init__(message)
         self.findings = tuple(findings)
+
+    def __str__(self) -> str:
+        """The message in printable lines. All but the first are indented, so that a line break in a file's name
+        cannot pass for a line of ours.
+        """
+        first, *more = super().__str__().split("\n")
+        return "\n".join([printable(first), *(f"  {printable(line.strip())}" for line in more)])
 
 
 class DataError(UserError):
@@ -100,10 +109,25 @@ def from_findings(error: type[E], title: str, findings: Sequence[Finding], *, mo
     return error("\n".join(lines), findings=findings)
 
 
+def printable(text: str, *, most: int = 2000) -> str:
+    """Foreign text as it may stand in a message: on one line, at most about ``most`` long, and without a character
+    that a terminal would obey or hide. Line breaks, escape sequences, and marks that turn the direction of writing
+    are written as in a Python string.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]}...{text[-(most // 2) :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(value: object, *, most: int = 120) -> str:
-    """A value of the user's as it may stand in a message: quoted, on one line, printable, at most ``most`` long."""
-    text = repr(str(value) if isinstance(value, Path) else value)
-    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2) :]}"
+    """A value of the user's as it may stand in a message: as `printable`, and quoted."""
+    try:
+        text = repr(str(value) if isinstance(value, Path) else value)
+    except (ValueError, RecursionError):  # a number of too many digits, a list in a list in a list ...
+        text = f"<{type(value).__name__}>"
+    return printable(text, most=most)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -33,6 +33,7 @@ from unidpo.progress import Stages
 from unidpo.ranks import is_main, on_main, wait_for_all, world_size
 from unidpo.runs import LEDGER_COLUMNS, Ledger, Metrics, RunFolder
 from unidpo.sources import mix, select_pairs, split_by_prompt
+from unidpo.terminal import Terminal
 from unidpo.trainer import PreferenceTrainer
 
 _LOG = logging.getLogger("unidpo")
@@ -50,7 +51,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         UserError: something in the recipe, the data, the model or the run folder cannot be used.
     """
     args = _training_arguments(recipe)  # which joins the processes, where there are several
-    console = (console or Console(stderr=True)) if is_main() else Console(quiet=True)
+    console = (console or Terminal(stderr=True)) if is_main() else Console(quiet=True)
     _log_to(console)
     for name in (recipe.model.name, *([recipe.reference] if recipe.reference not in ("stored", "live") else [])):
         load_config(name, trust_remote_code=recipe.model.trust_remote_code)  # before the data is read, image by image

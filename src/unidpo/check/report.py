@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unidpo.check.measure import EpochTokens, Spread
-from unidpo.errors import Finding
+from unidpo.errors import Finding, printable
 from unidpo.pairs import PromptGroup
 
 _EXAMPLES = 3
@@ -104,12 +104,12 @@ class CheckReport:
             color = "red" if severity == "error" else "yellow"
             console.print(Text.assemble((f"{severity} ", color), (kind, "bold"), f"  {len(findings):,}"))
             for finding in findings[:_EXAMPLES]:
-                console.print(Text(_printable(f"  {replace(finding, file=None)}", console)), soft_wrap=True)
+                console.print(Text(f"  {replace(finding, file=None)}"), soft_wrap=True)
             if len(findings) > _EXAMPLES:
                 console.print(Text(f"  ... and {len(findings) - _EXAMPLES:,} more", "dim"))
         if kinds:
             console.print()
-        console.print(Text(_printable(self.file, console), "bold"), soft_wrap=True)
+        console.print(Text(printable(self.file), "bold"), soft_wrap=True)
         console.print(self._table(_has_blocks(console)))
         if self.usable_rows:
             console.print()
@@ -173,11 +173,6 @@ def sparkline(counts: tuple[int, ...], blocks: bool = True) -> str:
 
 def _has_blocks(console: Console) -> bool:
     return console.encoding.startswith("utf")
-
-
-def _printable(text: str, console: Console) -> str:
-    """The text with what the terminal's encoding lacks written as escapes."""
-    return text.encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 def _short(number: int) -> str:

@@ -5,21 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from unidpo.terminal import Terminal
 
 WORK_FAILED, INPUT_WRONG, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0: the work failed; the input was wrong; Ctrl-C."""
 
 
-def results() -> Console:
+def results() -> Terminal:
     """Standard output: what was asked for."""
-    from rich.console import Console
+    from unidpo.terminal import Terminal
 
-    return Console()
+    return Terminal()
 
 
-def messages() -> Console:
+def messages() -> Terminal:
     """Standard error: progress, warnings and errors."""
-    from rich.console import Console
+    from unidpo.terminal import Terminal
 
-    return Console(stderr=True)
+    return Terminal(stderr=True)

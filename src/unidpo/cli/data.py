@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from unidpo.cli.consoles import INPUT_WRONG, messages, results
+from unidpo.errors import printable
 
 data = typer.Typer(help="Check, convert, move and fetch preference data.", no_args_is_help=True)
 
@@ -40,17 +40,18 @@ def check(
     """Report every problem of a data set, with its row. Exits with 2 where a row cannot be used."""
     from unidpo.check import check_data, write_usable
     from unidpo.progress import Stages
+    from unidpo.sources.files import json_bytes
 
     options = {} if model is None else _limits_of(model, max_length)
     with Stages(messages()) as stages:
         report = check_data(file, images=images, scan_images=scan_images, on_progress=stages.update, **options)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), ensure_ascii=False, indent=2))
+        typer.echo(json_bytes(report.to_json(), Path(file), indent=2))
     else:
         report.render(results())
     if fix is not None:
         rows = write_usable(report, fix)
-        messages().print(f"{fix}: {rows} usable rows written", markup=False, highlight=False, soft_wrap=True)
+        _say(f"{fix}: {rows} usable rows written")
     if report.errors:
         raise typer.Exit(INPUT_WRONG)
 
@@ -195,4 +196,4 @@ def _words(text: str) -> list[str]:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        messages().print(line, markup=False, highlight=False, soft_wrap=True)
+        messages().print(printable(line), markup=False, highlight=False, soft_wrap=True)

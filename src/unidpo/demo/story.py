@@ -32,6 +32,7 @@ from unidpo.demo.digits import DigitsWorld, Kind, Question, is_correct, load_wor
 from unidpo.errors import UserError
 from unidpo.models import load_policy, load_processor
 from unidpo.progress import Stages
+from unidpo.terminal import Terminal
 
 TRAIN_PROMPTS = 800
 SAMPLES_PER_PROMPT = 4
@@ -66,7 +67,7 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
     Raises:
         UserError: `out` holds something that is no demo, or scikit-learn is missing.
     """
-    console = console or Console()
+    console = console or Terminal()
     transformers.logging.disable_progress_bar()
     start = time.perf_counter()
     world = load_world()
