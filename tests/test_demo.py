@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,10 +144,17 @@ def test_grading_noise_has_the_stated_rate() -> None:
     assert {noisy_grade(read("47"), "47", generator, noise=0.0) for _ in range(100)} == {5}
 
 
-def test_missing_scikit_learn_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r'pip install "unidpo\[demo\]"'):
-        load_world()
+def test_missing_scikit_learn_says_what_to_install_before_torch_is_imported() -> None:
+    code = (
+        "import sys; sys.modules['sklearn'] = None; sys.argv = ['unidpo', 'demo']\n"
+        "try:\n    from unidpo.cli import main; main()\n"
+        "finally:\n    print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 2
+    assert ran.stderr == "the demo needs the handwritten digits of scikit-learn: pip install scikit-learn\n"
+    assert ran.stdout == "[]\n"
+    assert not Path("demo").exists()
 
 
 # The data set

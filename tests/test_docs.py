@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -270,6 +271,17 @@ def test_the_quick_start_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("model/config.json", "metrics.jsonl", "config.json", "environment.json"):
         assert (folder / name).is_file(), name
     assert list(folder.glob("pairs.parquet/*.parquet"))
+
+
+def test_what_the_readme_installs_runs_its_first_command() -> None:
+    from unidpo.demo import require_digits
+
+    (install,) = [block for block in blocks("README.md", "bash") if "pip install" in block]
+    (extra,) = re.findall(r'-e "\.\[(\w+)\]"', install)
+    packages = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"][extra]
+    assert install.splitlines()[-1] == "unidpo demo"
+    assert any(package.startswith("scikit-learn") for package in packages)
+    require_digits()
 
 
 def test_commands_in_the_docs_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """The losses against the reference's numbers, against the formula retyped with `math`, and by their properties."""
 
 import json
+import math
+import re
 from dataclasses import fields, replace
 from decimal import Decimal, localcontext
 from pathlib import Path
@@ -335,8 +337,35 @@ class TestRecipes:
             recipe(**section)
         assert [finding.key for finding in caught.value.findings] == [f"loss.{key}"]
 
+    @pytest.mark.parametrize(
+        ("name", "key"), [(name, field.name) for name, loss in LOSSES.items() for field in fields(loss)]
+    )
+    def test_python_refuses_what_a_recipe_refuses(self, name, key):
+        given = [-1.0, 0, 1e-9, 0.4999, 0.5, 1, 3.0, 1e30, math.nan, math.inf, None, True, "1", "sq", [1.0]]
+        for value in given:
+            try:
+                from_recipe = make_loss(**recipe(name=name, **{key: value}).loss.model_dump())
+            except RecipeError as error:
+                (finding,) = error.findings
+                with pytest.raises(ValueError, match=re.escape(f"{LOSSES[name].__name__}: `{key}` {finding.message}")):
+                    built_with(name, key, value)
+            else:
+                assert built_with(name, key, value) == from_recipe, value
+
+    def test_all_wrong_values_of_a_loss_are_named_at_once(self):
+        with pytest.raises(ValueError, match="UniDPO: `beta` must be greater than 0, not -1; `perf_gamma` must be"):
+            UniDPO(beta=-1, perf_gamma=-2)
+
     def test_no_bound_is_null(self):
         assert make_loss(**recipe(name="wpo", max_weight=None).loss.model_dump()) == WPO(max_weight=None)
+
+
+def built_with(name, key, value):
+    """The loss with this value; its own checks alone, without those of types that tests add to every constructor."""
+    loss = make_loss(name)
+    object.__setattr__(loss, key, value)
+    loss.__post_init__()
+    return loss
 
 
 def recipe(**loss):

@@ -73,6 +73,9 @@ def demo(
     seed: Annotated[int, typer.Option(help="Source of every random choice.")] = 0,
 ) -> None:
     """Tell the whole story on real handwritten digits, on a CPU: data, check, training, before and after."""
+    from unidpo.demo import require_digits
+
+    require_digits()  # before torch takes its seconds to import
     from unidpo.demo.story import run_demo
 
     run_demo(out, seed=seed, console=results())

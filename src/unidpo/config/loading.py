@@ -180,6 +180,18 @@ def _validate(values: Mapping[str, Any], problems: _Problems) -> Recipe:
     return recipe
 
 
+def wrong_values_of_loss(name: str, loss: object) -> list[str]:
+    """What a recipe would refuse of a loss's attributes, e.g. "`beta` must be greater than 0, not -1"."""
+    section = LOSS_SECTIONS[name]
+    try:
+        section.model_validate(
+            {"name": name} | {key: getattr(loss, key) for key in section.model_fields if key != "name"}
+        )
+    except ValidationError as error:
+        return [f"`{key}` {message}" for key, _, message in map(_explain, error.errors(include_url=False))]
+    return []
+
+
 def _explain(detail: ErrorDetails) -> tuple[str, str, str]:
     """Dotted key, kind and message of one validation error."""
     names = [str(part) for part in detail["loc"]]

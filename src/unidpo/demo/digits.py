@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 from PIL import Image
 
-from unidpo.errors import UserError
+from unidpo.demo import require_digits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -105,10 +105,9 @@ def load_world() -> DigitsWorld:
     Raises:
         UserError: scikit-learn, which carries the scans, is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError('the demo needs the handwritten digits of scikit-learn: pip install "unidpo[demo]"') from error
+    require_digits()
+    from sklearn.datasets import load_digits
+
     raw: Any = load_digits()
     ink = np.stack([_enlarge(scan) for scan in raw.images])
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(ink))

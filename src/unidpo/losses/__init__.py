@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 LOSSES: Mapping[str, Callable[..., PreferenceLoss]] = {
-    "uni_dpo": UniDPO,
-    "mm_dpo": MMDPO,
-    "odpo": ODPO,
-    "rpo": RPO,
-    "dpo": DPO,
-    "simpo": SimPO,
-    "ipo": IPO,
-    "mpo": MPO,
-    "wpo": WPO,
+    UniDPO.name: UniDPO,
+    MMDPO.name: MMDPO,
+    ODPO.name: ODPO,
+    RPO.name: RPO,
+    DPO.name: DPO,
+    SimPO.name: SimPO,
+    IPO.name: IPO,
+    MPO.name: MPO,
+    WPO.name: WPO,
 }
 """Losses by the name a recipe gives them."""
 

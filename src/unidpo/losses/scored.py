@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from unidpo.losses.terms import (
+    Bounded,
     LossTerms,
     PairLogps,
     Pairs,
@@ -50,7 +51,7 @@ def nll_gate(chosen_logps: Pairs, ref_chosen_logps: Pairs, chosen_scores: Pairs,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UniDPO:
+class UniDPO(Bounded):
     """Uni-DPO (arXiv:2506.10054): `w_quality · w_performance · (−log σ(βΔ)) + calibrated NLL`.
 
     `Δ = (π_w − π_l) − (ρ_w − ρ_l)`, all in nats per token. The performance weight is differentiated through, as in
@@ -73,6 +74,7 @@ class UniDPO:
     tau_good: float = 2.5
     detach_performance_weight: bool = False
 
+    name: ClassVar[str] = "uni_dpo"
     length_normalized: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True
@@ -104,7 +106,7 @@ class UniDPO:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MMDPO:
+class MMDPO(Bounded):
     """MM-DPO (arXiv:2502.10391, dynamic reward scaling): DPO with `β(δ) = β₀ (1 + w (1 − e^(−kδ)))` per pair.
 
     δ is the score margin. The paper's β(δ) lies in [β₀, (1 + w) β₀], which holds for δ ≥ 0; a reversed pair, whose
@@ -121,6 +123,7 @@ class MMDPO:
     w: float = 0.5
     k: float = 0.5
 
+    name: ClassVar[str] = "mm_dpo"
     length_normalized: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True
@@ -135,7 +138,7 @@ class MMDPO:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ODPO:
+class ODPO(Bounded):
     """DPO with an offset (arXiv:2402.10571): `−log σ(βΔ − α log(S_w − S_l))`.
 
     The offset is negative for margins below 1 and falls without bound towards a tie, where loss and gradient vanish.
@@ -149,6 +152,7 @@ class ODPO:
     beta: float = 0.1
     alpha: float = 1.0
 
+    name: ClassVar[str] = "odpo"
     length_normalized: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True
@@ -183,7 +187,7 @@ DISTANCES: Mapping[Distance, Callable[[Pairs, Pairs], Pairs]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RPO:
+class RPO(Bounded):
     """Reward-aware preference optimization (arXiv:2502.00203): `D[βΔ ‖ η(S_w − S_l)]`.
 
     The difference of the implicit rewards is fitted to that of the scores instead of growing without bound; a reversed
@@ -201,6 +205,7 @@ class RPO:
     eta: float = 1.0
     distance: Distance = "bwd_kl"
 
+    name: ClassVar[str] = "rpo"
     length_normalized: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True

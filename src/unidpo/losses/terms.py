@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unidpo.config.loading import wrong_values_of_loss
+
 Pairs: TypeAlias = Float[Tensor, " pairs"]
 
 
@@ -96,6 +98,24 @@ class PreferenceLoss(Protocol):
     needs_reward_shift: ClassVar[bool]
 
     def __call__(self, pairs: PairLogps) -> LossTerms: ...
+
+
+class Bounded:
+    """A loss whose hyper-parameters have the types and ranges of its section in a recipe.
+
+    Attributes:
+        name: how a recipe calls it.
+
+    Raises:
+        ValueError: values are of the wrong type or outside of their range; all of them are named.
+    """
+
+    __slots__ = ()
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if problems := wrong_values_of_loss(self.name, self):
+            raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}")
 
 
 def combine(

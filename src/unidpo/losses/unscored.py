@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
-from unidpo.losses.terms import LossTerms, PairLogps, combine, implicit_rewards, logratio_margin
+from unidpo.losses.terms import Bounded, LossTerms, PairLogps, combine, implicit_rewards, logratio_margin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DPO:
+class DPO(Bounded):
     """DPO (arXiv:2305.18290, eq. 7), with label smoothing (cDPO) and optional averaging over tokens.
 
     Attributes:
@@ -25,6 +25,7 @@ class DPO:
     label_smoothing: float = 0.0
     length_normalized: bool = False
 
+    name: ClassVar[str] = "dpo"
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = False
     needs_collisions: ClassVar[bool] = False
@@ -41,7 +42,7 @@ class DPO:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SimPO:
+class SimPO(Bounded):
     """SimPO (arXiv:2405.14734, eq. 6): `−log σ(β(π_w − π_l) − γ)` in nats per token, without a reference.
 
     Attributes:
@@ -52,6 +53,7 @@ class SimPO:
     beta: float = 2.0
     gamma: float = 1.0
 
+    name: ClassVar[str] = "simpo"
     length_normalized: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = False
     needs_scores: ClassVar[bool] = False
@@ -69,7 +71,7 @@ class SimPO:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IPO:
+class IPO(Bounded):
     """IPO (arXiv:2310.12036, eq. 17): `(Δ − 1/(2τ))²`, in nats per token.
 
     The paper writes log-probabilities of whole responses; its authors averaged over tokens, says TRL, and so do TRL and
@@ -81,6 +83,7 @@ class IPO:
 
     tau: float = 0.1
 
+    name: ClassVar[str] = "ipo"
     length_normalized: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = False
@@ -94,7 +97,7 @@ class IPO:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MPO:
+class MPO(Bounded):
     """Mixed preference optimization (arXiv:2411.10442): `w_p · DPO + w_q · BCO + w_g · NLL of the chosen response`.
 
     BCO (arXiv:2404.04656) classifies each response by itself: `−log σ(r_w − δ) − log σ(δ − r_l)`, with the implicit
@@ -114,6 +117,7 @@ class MPO:
     w_q: float = 0.2
     w_g: float = 1.0
 
+    name: ClassVar[str] = "mpo"
     length_normalized: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = False
@@ -136,7 +140,7 @@ class MPO:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WPO:
+class WPO(Bounded):
     """Weighted preference optimization (arXiv:2406.11827): DPO, weighted by how much the policy would say both.
 
     A response's weight is `exp(mean over its tokens of log π(y_t) − log Σ_v π(v)²)`, the paper's sampled alignment;
@@ -150,6 +154,7 @@ class WPO:
     beta: float = 0.1
     max_weight: float | None = 1.0
 
+    name: ClassVar[str] = "wpo"
     length_normalized: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = False
