@@ -22,6 +22,7 @@ from unidpo.errors import DataError, Finding, ImageError, ModelError, UserError,
 from unidpo.features import ImageFeatures
 from unidpo.images import cap_pixels, capped_size, image_size, open_image
 from unidpo.pairs import IMAGE, Message, PromptGroup, Response
+from unidpo.regular_files import read_regular
 
 PositionIds: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Int[Tensor, "axes tokens"]]
 """(input_ids (tokens,), mm_token_type_ids (tokens,), image tensors) → position ids of the prompt."""
@@ -418,8 +419,8 @@ def _template_text(template: str | None, processor: ProcessorMixin | PreTrainedT
     if template in TEMPLATES:
         return TEMPLATES[template]
     try:
-        return Path(template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_regular(Path(template)).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         names = ", ".join(TEMPLATES)
         raise UserError(
             f"data.template={template}: neither a known name ({names}) nor a readable file: {error}"

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from unidpo.errors import Finding, ImageError, shown
 from unidpo.pairs import ImageSource
+from unidpo.regular_files import open_regular
 
 MIN_PIXELS = 32 * 32
 MAX_PIXELS = 768 * 768
@@ -113,7 +114,7 @@ def content_digest(source: ImageSource) -> bytes:
         return hashlib.blake2b(source, digest_size=16).digest()
     if isinstance(source, Path):
         try:
-            with source.open("rb") as file:
+            with open_regular(source) as file:
                 return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
         except (OSError, ValueError) as error:
             raise _image_error(source, error) from error
@@ -138,7 +139,10 @@ def _opened(source: ImageSource) -> Iterator[Image.Image]:
         if isinstance(source, Image.Image):
             yield source
             return
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats()) as image:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file,
+            Image.open(file, formats=_formats()) as image,
+        ):
             # Pillow itself only warns up to twice its limit, and warnings cannot be made errors for one thread.
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from unidpo.errors import Finding, shown
 from unidpo.pairs import Pair, PromptGroup
+from unidpo.regular_files import open_regular
 
 GroupCheck: TypeAlias = Callable[[PromptGroup], Iterable[Finding]]
 """Findings about one usable row; file and row are filled in where the finding has none."""
@@ -160,7 +161,7 @@ def _described(ranges: Sequence[_Range]) -> str:
 def byte_order_mark(path: Path) -> Finding | None:
     """Whether a text file starts with a byte-order mark. It is skipped here; other readers fail on it."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             marked = file.read(3) == b"\xef\xbb\xbf"
     except OSError:
         return None

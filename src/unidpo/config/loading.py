@@ -24,6 +24,7 @@ from unidpo.config.schema import (
     TrainSection,
 )
 from unidpo.errors import Finding, RecipeError, did_you_mean, from_findings, shown
+from unidpo.regular_files import read_regular
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
     "model": ModelSection,
@@ -101,7 +102,7 @@ def read_yaml(path: Path, *, what: str = "recipe") -> DictConfig:
         reason = f"this is a folder, not a {what}" if path.is_dir() else f"there is no such {what}{near}"
         raise _unreadable(path, "missing-file", reason)
     try:
-        config = OmegaConf.create(path.read_text("utf-8-sig"))
+        config = OmegaConf.create(read_regular(path).decode("utf-8-sig"))
     except OSError as error:
         raise _unreadable(path, "missing-file", f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

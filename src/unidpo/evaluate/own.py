@@ -25,6 +25,7 @@ from unidpo.errors import DataError, Finding, did_you_mean, from_findings, shown
 from unidpo.evaluate import scorers
 from unidpo.evaluate.benchmarks import EvaluationError, Generation, Judged, Part, Question, Score, Statistic
 from unidpo.evaluate.scorers import Verdict
+from unidpo.regular_files import open_regular, read_regular
 from unidpo.sources.files import rows_of
 
 Type: TypeAlias = Literal["mcq", "yesno", "vqa", "exact"]
@@ -194,13 +195,13 @@ def load_benchmark(path: Path) -> OwnBenchmark:
 
 def file_checksum(path: Path) -> str:
     """MD5 of a file, as VLMEvalKit names its data."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def _settings(path: Path) -> BenchmarkFile:
     try:
-        values = yaml.safe_load(path.read_text("utf-8-sig"))
+        values = yaml.safe_load(read_regular(path).decode("utf-8-sig"))
     except OSError as error:
         raise EvaluationError(f"{path}: the benchmark cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -264,7 +265,7 @@ def _table(path: Path) -> Iterator[dict[str, str]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_regular(path).decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: the questions cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

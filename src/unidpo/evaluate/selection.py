@@ -15,6 +15,7 @@ from unidpo.evaluate.benchmarks import Benchmark, EvaluationError, Generation
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.vlmeval import PAPER, VlmevalBenchmark, Worker, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
+from unidpo.regular_files import read_regular
 
 _GENERATION = tuple(field.name for field in dataclasses.fields(Generation))
 _MODEL_CLASSES = ("Qwen2VLChat",)
@@ -94,7 +95,7 @@ def read_config(path: Path) -> KitConfig:
         EvaluationError: the file cannot be read, or asks for a model class or data set that is not known here.
     """
     try:
-        config = json.loads(path.read_text("utf-8-sig"))
+        config = json.loads(read_regular(path).decode("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path}: the configuration cannot be read: {error}") from error
     models, data = (_entries(path, config, key) for key in ("model", "data"))

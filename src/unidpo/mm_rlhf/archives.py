@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TypeAlias
 
 from unidpo.errors import DataError, shown
+from unidpo.regular_files import open_regular
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage, how many are done and how many there are; `unidpo.progress.Stages.update` fits."""
@@ -266,6 +267,7 @@ class _Writer:
 
 def _opened(archive: Path) -> zipfile.ZipFile:
     try:
+        open_regular(archive).close()
         return zipfile.ZipFile(archive)
     except FileNotFoundError as error:
         raise ArchiveError(f"{archive}: there is no such archive") from error

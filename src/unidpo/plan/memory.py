@@ -19,6 +19,7 @@ from unidpo.head import LOGITS_CHUNK_BYTES, STEP_BYTES
 from unidpo.models import Part
 from unidpo.plan.shape import ModelShape, Transformer
 from unidpo.plan.work import Load
+from unidpo.regular_files import read_regular
 
 Sharding: TypeAlias = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp"]
 # Bits per weight: 4, an 8-bit constant for 64 of them, a 32-bit one for 256 of these (arXiv:2305.14314, section 3).
@@ -104,7 +105,7 @@ def sharding_of(recipe: Recipe, gpus: int) -> Sharding:
     if (deepspeed := given.get("deepspeed")) is not None:
         try:
             values: Mapping[str, Any] = (
-                deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text("utf-8"))
+                deepspeed if isinstance(deepspeed, dict) else json.loads(read_regular(Path(deepspeed)))
             )
         except (OSError, ValueError) as error:
             raise RecipeError(f"train.deepspeed={deepspeed}: cannot be read as a DeepSpeed file: {error}") from error

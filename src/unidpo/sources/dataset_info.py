@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from unidpo.errors import DataError, did_you_mean, shown
+from unidpo.regular_files import read_regular
 
 TAGS: Mapping[str, str] = MappingProxyType(
     {
@@ -61,7 +62,7 @@ def columns_of(file: Path) -> Columns:
     """
     info = file.parent / "dataset_info.json"
     try:
-        data = json.loads(info.read_bytes().decode("utf-8-sig"))
+        data = json.loads(read_regular(info).decode("utf-8-sig"))
     except FileNotFoundError:
         return PLAIN
     except (OSError, ValueError, RecursionError) as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unidpo.errors import DataError, Finding, shown
+from unidpo.regular_files import open_regular
 from unidpo.sources import tables
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
@@ -29,7 +30,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
         DataError: the file cannot be read, is not UTF-8, or is not JSON as a whole.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             yield from rows_in(file, path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
@@ -56,7 +57,7 @@ def rows_in(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
 
 def is_parquet(path: Path) -> bool:
     """Whether a file is read as Parquet. Raises `OSError`."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return path.suffix == ".parquet" or file.read(4) == _PARQUET
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unidpo.errors import DataError, Finding, from_findings, shown
+from unidpo.regular_files import open_regular
 from unidpo.sources import tables
 from unidpo.sources.dataset_info import columns_of
 from unidpo.sources.files import is_parquet, is_same, json_bytes, replacing, rows_of
@@ -211,7 +212,7 @@ def _move_json(source: Path, file: BinaryIO, move: Callable[[Any, int], Any]) ->
 
 
 def _style(source: Path) -> tuple[bool, int | None, bool]:
-    with source.open("rb") as file:
+    with open_regular(source) as file:
         head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
         ascii_only = head.isascii() and all(chunk.isascii() for chunk in iter(lambda: file.read(1 << 20), b""))
     indented = re.match(rb"\[\s*\n( *)\{\s*\n", head)
@@ -224,7 +225,7 @@ def _move_table(source: Path, file: BinaryIO, columns: tuple[str, ...], move: Ca
     import pyarrow.parquet as pq
 
     number = 0
-    with source.open("rb") as raw, tables.damaged(source):
+    with open_regular(source) as raw, tables.damaged(source):
         parquet = pq.ParquetFile(raw, pre_buffer=False)
         schema = parquet.schema_arrow
         names = [name for name in (*columns, *_PROMPTS) if name in schema.names]

@@ -6,6 +6,7 @@ Both libraries are imported when a table is met: most data is JSON, and a comman
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -137,7 +138,17 @@ def _load(datasets: Any, name: str, config: str | None) -> Any:
         return datasets.load_dataset(name, config)
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return datasets.load_from_disk(name)
+    _refuse_special_files(folder)
     return datasets.load_dataset(name, config, streaming=True)
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """`datasets` opens whatever it finds in a folder, and would wait at a named pipe without end."""
+    for here, _, files in os.walk(folder):
+        for name in files:
+            path = Path(here, name)
+            if path.exists() and not path.is_file():
+                raise DataError(f"{path}: this is a pipe, a socket or a device, not a file; move it out of the folder")
 
 
 def _values(table: Any) -> Iterator[Any]:
