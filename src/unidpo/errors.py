@@ -101,6 +101,10 @@ class RunError(UserError):
     """A run folder is not in the state the command needs."""
 
 
+class FolderInUse(UserError):
+    """Another process is at work in a folder that only one may write."""
+
+
 def from_findings(error: type[E], title: str, findings: Sequence[Finding], *, most: int = 20) -> E:
     """Build one error out of many findings: all of them are kept, the first ``most`` are printed."""
     lines = [title, *(f"  {finding}" for finding in findings[:most])]

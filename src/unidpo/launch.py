@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -47,7 +47,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                     stderr=None if sink is None else subprocess.STDOUT,
                     # Signals of the terminal come to this process alone, which hands them on once.
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=end_with_parent(signal.SIGKILL),
                 )
             )
         with signals_to(running) as handed_on:
@@ -139,8 +139,18 @@ def signals_to(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]
             signal.signal(number, handler)
 
 
-def _die_with_parent() -> None:
-    # A process that went on alone would write into a run folder that somebody resumes.
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+def end_with_parent(number: signal.Signals) -> Callable[[], None]:
+    """What a new process calls first (`Popen`'s `preexec_fn`), so that it gets a signal when this one dies (Linux).
+
+    One that went on alone would write into a run folder that somebody resumes.
+    """
+    parent = os.getpid()
+
+    def tie() -> None:
+        if sys.platform == "linux":
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+            if os.getppid() != parent:  # it died before this was set
+                os.kill(os.getpid(), number)
+
+    return tie

@@ -6,6 +6,7 @@ run is finished, `model/`. Files appear whole or not at all, so that a run kille
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -15,7 +16,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from unidpo.errors import Finding, RunError, from_findings
+from unidpo.locks import LOCK_FILES, locked
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {
@@ -80,8 +82,26 @@ class RunFolder:
             raise RunError(f"{self.path}: there is no run to resume; leave `--resume` out to begin one")
         if ours and not resume and (self.last_checkpoint is not None or self._has_metrics()):
             raise RunError(f"{self.path}: this folder holds an unfinished run; go on with `--resume`, or {other}")
-        if not ours and self.path.is_dir() and any(self.path.iterdir()):
+        if not ours and self.path.is_dir() and any(path.name not in LOCK_FILES for path in self.path.iterdir()):
             raise RunError(f"{self.path}: this folder holds files that are no run; {other}")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it, no other process works in the folder.
+
+        Raises:
+            FolderInUse: another one does.
+            RunError: the folder cannot be made or written.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path))
+            except OSError as error:
+                raise self._unusable(error) from error
+            yield
+
+    def _unusable(self, error: OSError) -> RunError:
+        return RunError(f"{self.path}: cannot be a run folder ({error.strerror}); give another `output`")
 
     def create(self, config: Mapping[str, Any], *, resume: bool = False) -> int:
         """Begin the run, or go on with it, and write `config.json` and `environment.json`.
@@ -109,7 +129,7 @@ class RunFolder:
             write_json(self.environment, {"starts": [*(starts if resume else []), environment()]})
             write_json(self.config, config)
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be a run folder ({error.strerror}); give another `output`") from error
+            raise self._unusable(error) from error
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{self.environment}: is damaged ({error}); delete this file") from error
         checkpoint = self.last_checkpoint if resume else None

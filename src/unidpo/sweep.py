@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from unidpo.config import Sweep, SweepRun
 from unidpo.errors import Finding, Interrupted, RunError, TrainingError, UserError, from_findings
-from unidpo.launch import signals_to
+from unidpo.launch import end_with_parent, signals_to
+from unidpo.locks import refuse_if_in_use
 from unidpo.runs import RunFolder, write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def _refuse_other_runs(sweep: Sweep) -> None:
     for run in sweep.runs:
         folder = RunFolder(run.recipe.output)
         try:
+            refuse_if_in_use(folder.path)
             if folder.config.is_file():
                 folder.refuse_other_config(run.recipe.resolved())
             else:
@@ -107,8 +109,13 @@ def _train(run: SweepRun, options: Sequence[str]) -> int:
 
 def _exit_code(command: Sequence[str]) -> int:
     """Of `unidpo` with these arguments, in a process of its own; SIGTERM and Ctrl-C are handed on to it."""
-    # In a session of its own, or the terminal's Ctrl-C would reach it twice, which stops without a checkpoint.
-    process = subprocess.Popen([sys.executable, "-m", "unidpo", *command], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unidpo", *command],
+        # In a session of its own, or the terminal's Ctrl-C would reach it twice, which stops without a checkpoint.
+        start_new_session=True,
+        # So that a run whose sweep was killed saves the step at hand.
+        preexec_fn=end_with_parent(signal.SIGTERM),
+    )
     with signals_to([process]):
         return process.wait()
 

@@ -57,19 +57,33 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
         load_config(name, trust_remote_code=recipe.model.trust_remote_code)  # before the data is read, image by image
     loss: PreferenceLoss = make_loss(**recipe.loss.model_dump())
     folder = RunFolder(recipe.output)
-    with Stages(console) as stages, midway(recipe.eval, folder.path, stages.update) as benchmarks:
-        _require_metric(args, loss, [] if benchmarks is None else benchmarks.names)
-        step = on_main(lambda: folder.create(recipe.resolved(), resume=resume))
-        checkpoint = folder.last_checkpoint if resume else None
-        groups, held_out = on_main(lambda: training_data(recipe, loss, stages))
-        with _packages_the_recipe_needs():
-            record = RunRecord(folder, stages, step=step) if is_main() else None
-            trainer = _trainer(recipe, args, loss, groups, held_out, record, benchmarks)
-            with _stopped_by_signals(trainer), _together():
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    _finish(folder, trainer, getattr(torch, recipe.model.dtype))
+    with _locked(folder, resume=resume):
+        with Stages(console) as stages, midway(recipe.eval, folder.path, stages.update) as benchmarks:
+            _require_metric(args, loss, [] if benchmarks is None else benchmarks.names)
+            step = on_main(lambda: folder.create(recipe.resolved(), resume=resume))
+            checkpoint = folder.last_checkpoint if resume else None
+            groups, held_out = on_main(lambda: training_data(recipe, loss, stages))
+            with _packages_the_recipe_needs():
+                record = RunRecord(folder, stages, step=step) if is_main() else None
+                trainer = _trainer(recipe, args, loss, groups, held_out, record, benchmarks)
+                with _stopped_by_signals(trainer), _together():
+                    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _finish(folder, trainer, getattr(torch, recipe.model.dtype))
     console.print(f"finished: {folder.model}", markup=False, highlight=False, soft_wrap=True)
     return folder.path
+
+
+@contextlib.contextmanager
+def _locked(folder: RunFolder, *, resume: bool) -> Iterator[None]:
+    """Within it, these processes alone work in the run folder. Raises `UserError`, in every process."""
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            folder.refuse_unless_free(resume=resume)  # before a folder is made
+            stack.enter_context(folder.locked())
+
+        on_main(lock)
+        yield
 
 
 def _finish(folder: RunFolder, trainer: PreferenceTrainer, dtype: torch.dtype) -> None:

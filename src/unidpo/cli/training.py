@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,10 +42,14 @@ def train(
         _sweep(recipe, overrides or (), ["--nproc", str(nproc)] if nproc > 1 else [])
         return
     from unidpo.config import load_recipe
+    from unidpo.locks import refuse_if_in_use
     from unidpo.runs import RunFolder
 
     resolved = load_recipe(recipe, overrides or ())
-    RunFolder(resolved.output).refuse_unless_free(resume=resume)  # before torch takes its seconds to import
+    if os.environ.get("RANK", "0") == "0":  # another process of this training may have begun
+        # Before torch takes its seconds to import.
+        refuse_if_in_use(resolved.output)
+        RunFolder(resolved.output).refuse_unless_free(resume=resume)
     if push_to_hub is not None:
         from unidpo.hub import check_hub_repository
 

@@ -23,6 +23,7 @@ from unidpo.evaluate.parallel import Parallel
 from unidpo.evaluate.results import PAGE, BenchmarkResult, ModelResult, page, table
 from unidpo.evaluate.running import Backend, Progress, evaluate
 from unidpo.evaluate.vllm import Engine, Server
+from unidpo.locks import locked
 from unidpo.runs import RunFolder, write_atomically
 
 
@@ -173,9 +174,28 @@ def evaluate_all(
         on_progress: told how far it is.
 
     Raises:
-        UserError: the only model cannot be used, or results of another one are in its folder.
+        UserError: the only model cannot be used, results of another one are in its folder, or another process works
+            there.
     """
     transformers.logging.disable_progress_bar()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out))
+        except OSError as error:
+            raise EvaluationError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+        return _evaluate_each(models, benchmarks, out, options, limit=limit, judge=judge, on_progress=on_progress)
+
+
+def _evaluate_each(
+    models: Sequence[Candidate],
+    benchmarks: Sequence[Benchmark],
+    out: Path,
+    options: LoadOptions,
+    *,
+    limit: int | None,
+    judge: Judge | None,
+    on_progress: Progress | None,
+) -> Evaluation:
     found: list[ModelResult] = []
     several = len(models) > 1
     for model in models:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unidpo.errors import DataError, did_you_mean, shown
+from unidpo.locks import locked
 from unidpo.mm_rlhf.archives import Extracted, Progress, extract, top_folders, unpacked_size
 from unidpo.mm_rlhf.hubs import FetchError, Hub, RemoteFile, Source, open_hub
 
@@ -200,6 +201,7 @@ def fetch(
 
     Raises:
         DataError: as `plan_fetch`; the disk has too little room, or an archive must not be unpacked.
+        FolderInUse: another process fetches into this folder.
         FetchError: the hub cannot be reached, broke off too often, or sent something else than it promised.
     """
     hub = open_hub(source, endpoint)
@@ -210,19 +212,19 @@ def fetch(
     if dry_run:
         return Fetched(plan)
     try:
-        plan.to.mkdir(parents=True, exist_ok=True)
-        record = _Record(plan.to)
-        downloaded, unpacked = 0, {}
-        for step in plan.steps:
-            if not step.verified:
-                downloaded += _download(hub, plan.repo, step, on_progress)
-                record.add_file(step)
-        for step in plan.steps:
-            if step.unpack:
-                unpacked[step.remote.path] = _unpack(step, on_progress)
-                record.add_unpacked(step)
-                if not keep_archives:
-                    step.place.unlink()
+        with locked(plan.to):
+            record = _Record(plan.to)
+            downloaded, unpacked = 0, {}
+            for step in plan.steps:
+                if not step.verified:
+                    downloaded += _download(hub, plan.repo, step, on_progress)
+                    record.add_file(step)
+            for step in plan.steps:
+                if step.unpack:
+                    unpacked[step.remote.path] = _unpack(step, on_progress)
+                    record.add_unpacked(step)
+                    if not keep_archives:
+                        step.place.unlink()
     except OSError as error:
         raise DataError(f"{plan.to}: cannot be written: {error.strerror or error}; choose another folder") from error
     return Fetched(plan, downloaded, unpacked)
