@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import unidpo
-from unidpo.cli.consoles import WORK_FAILED, messages, results
+from unidpo.cli.consoles import WORK_FAILED, kept_open, messages, out_of_space, results
 from unidpo.cli.data import data
 from unidpo.cli.evaluation import evaluation
 from unidpo.cli.planning import plan
@@ -34,15 +34,27 @@ app.command("eval")(evaluation)
 
 def main() -> None:
     """Run the command in `sys.argv` and exit: 0 done, 1 the work failed, 2 the input was wrong, 130 interrupted."""
-    try:
-        app(prog_name="unidpo", standalone_mode=True)
-    except UserError as error:
-        messages().print(_speaker() + str(error), style="bold red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except Exception:
-        messages().print_exception()
-        messages().print("internal error: a bug in unidpo; please report it with the lines above", style="bold red")
-        sys.exit(WORK_FAILED)
+    with kept_open():
+        try:
+            try:
+                app(prog_name="unidpo", standalone_mode=True)
+            finally:
+                print(end="", flush=True)  # noqa: T201 -- a full disk may show only here
+        except UserError as error:
+            _complain(str(error))
+            sys.exit(WORK_FAILED if out_of_space(error) else error.exit_code)
+        except Exception as error:
+            if reason := out_of_space(error):
+                remedy = "free some space and give the command again, `unidpo train` with `--resume`"
+                _complain(f"nothing more can be written ({reason}); {remedy}")
+            else:
+                messages().print_exception()
+                _complain("internal error: a bug in unidpo; please report it with the lines above")
+            sys.exit(WORK_FAILED)
+
+
+def _complain(message: str) -> None:
+    messages().print(_speaker() + message, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _speaker() -> str:

@@ -112,6 +112,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     try:
         path = path.resolve()  # of a link, the file behind it is replaced
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "a device or a pipe"
+            raise DataError(f"{path}: this is {what}, which no file can replace; give another name")
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
