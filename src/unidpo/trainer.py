@@ -20,6 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from unidpo.adapters import adds_nothing_yet
+from unidpo.arguments import refuse_settings_without_effect
 from unidpo.batches import Batch, LostRows, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.checkpoints import published, writing_errors
 from unidpo.config.schema import Attention
@@ -51,7 +52,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
     Args:
         model: a loaded model, or a folder or hub id.
         loss: from `unidpo.losses`, or any other `PreferenceLoss`.
-        args: `bf16`/`fp16` switch autocast on; weights that learn are then kept in float32.
+        args: `bf16`/`fp16` switch autocast on; weights that learn are then kept in float32. Settings that have no
+            effect here are refused, among them those that TRL's `DPOConfig` adds.
         train_dataset: prompt groups, see `load_pairs`.
         eval_dataset: prompt groups to measure on when `args.eval_strategy` says so.
         processing_class: the model's processor or tokenizer; loaded from the model's name where `None`.
@@ -84,6 +86,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         DataError: the loss needs scores and some are missing; no prompt fits `max_length`.
         ModelError: the model cannot be used for this.
         RecipeError: features of images are to be kept, and vision tower or projector learn.
+        UserError: `args` holds settings that have no effect here.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         on_feature_progress: Callable[[int, int], None] | None = None,
         benchmark: Callable[[PreTrainedModel, Processor, int], Mapping[str, float]] | None = None,
     ) -> None:
+        refuse_settings_without_effect(args)
         if loss.needs_scores:
             require_scores([*train_dataset, *(eval_dataset or ())], loss)
         name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)

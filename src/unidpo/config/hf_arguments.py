@@ -13,23 +13,38 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, create_model
 
 from unidpo.errors import did_you_mean
 
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "label_smoothing_factor": "has no meaning for pairs; the dpo loss has its own `label_smoothing`",
+    "train_sampling_strategy": "has no effect; `shuffle` (`data.shuffle` in a recipe) decides",
+    "auto_find_batch_size": "is not supported; set `per_device_train_batch_size`",
+    "dataloader_drop_last": "has no effect; every pair of an epoch is visited",
+    "dataloader_persistent_workers": "has no effect; workers live for an epoch",
+    "dataloader_multiprocessing_context": "has no effect",
+    "dataloader_in_order": "has no effect; steps always come in their order",
+    "include_num_input_tokens_seen": "is not supported; the ledger has the tokens of every response",
+    "torch_empty_cache_steps": "is not supported",
+    "length_column_name": "has no meaning for prompt groups",
+    "label_names": "has no meaning for pairs",
+    "average_tokens_across_devices": "has no meaning for pairs; the loss is their mean over all processes",
+    "neftune_noise_alpha": "is not supported; the noise would depend on what shares a pack",
+    "prediction_loss_only": "has no effect; an evaluation measures everything that training logs",
+    "batch_eval_metrics": "has no effect; an evaluation makes no predictions",
+    "eval_accumulation_steps": "has no effect; an evaluation makes no predictions",
+    "eval_do_concat_batches": "has no effect; an evaluation makes no predictions",
+    "eval_use_gather_object": "has no effect; an evaluation makes no predictions",
+    "include_for_metrics": "has no effect; an evaluation makes no predictions",
+}
+"""Keys of `TrainingArguments` that nothing here reads, each with the reason and the place to go."""
+
 OWNED_BY_RECIPE: Mapping[str, str] = {
+    **WITHOUT_EFFECT,
     "output_dir": "is not set here; it is `output` of the recipe",
     "bf16": "is not set here; `model.dtype` decides",
     "fp16": "is not set here; `model.dtype` decides",
     "bf16_full_eval": "is not set here; `model.dtype` decides",
     "fp16_full_eval": "is not set here; `model.dtype` decides",
-    "label_smoothing_factor": "has no meaning for pairs; use `loss.label_smoothing` with the dpo loss",
-    "train_sampling_strategy": "is not set here; `data.shuffle` decides",
-    "auto_find_batch_size": "is not supported; set `train.per_device_train_batch_size`",
-    "dataloader_drop_last": "is not set here; every pair of an epoch is visited",
-    "dataloader_persistent_workers": "is not set here; workers live for an epoch",
     "dataloader_pin_memory": "is not set here; batches are not pinned",
-    "include_num_input_tokens_seen": "is not supported; the ledger has the tokens of every response",
-    "torch_empty_cache_steps": "is not supported",
-    "length_column_name": "has no meaning for prompt groups",
     "remove_unused_columns": "is not set here; the trainer needs every column",
-    "label_names": "has no meaning for pairs",
     "resume_from_checkpoint": "is not set here; use `unidpo train RECIPE --resume`",
     "do_train": "is not set here; `unidpo train` trains",
     "do_eval": "is not set here; `train.eval_strategy` and `data.eval_fraction` decide",
