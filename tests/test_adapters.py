@@ -208,6 +208,14 @@ def bitsandbytes():
     return pytest.importorskip("bitsandbytes")
 
 
+@pytest.fixture(params=[("nf4", True), ("nf4", False), ("int8", False)], ids=["nf4, avx512_bf16", "nf4", "int8"])
+def quantize(bitsandbytes, monkeypatch, request):
+    """How weights are quantized, on a CPU that has avx512_bf16 or has not, as far as bitsandbytes knows."""
+    name, avx512_bf16 = request.param
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: avx512_bf16)
+    return name
+
+
 def test_only_the_language_model_is_quantized_and_the_fingerprint_knows(bitsandbytes):
     plain = load_policy(GOLDEN / "model")
     expected = set(language_linear_layers(plain))
@@ -221,8 +229,7 @@ def test_only_the_language_model_is_quantized_and_the_fingerprint_knows(bitsandb
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_an_adapter_over_quantized_weights_through_the_command(bitsandbytes, tmp_path, quantize):
+def test_an_adapter_over_quantized_weights_through_the_command(tmp_path, quantize):
     recipe = write_recipe(tmp_path, data=write_rows(tmp_path, rows_of(4)), model={"quantize": quantize}, lora={"r": 4})
     code, printed = unidpo("train", recipe, "train.num_train_epochs=2")
     assert code == 0, printed
@@ -236,8 +243,7 @@ def test_an_adapter_over_quantized_weights_through_the_command(bitsandbytes, tmp
     assert any("lora_B" in name and p.any() for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_the_reference_of_quantized_weights_is_the_quantized_model(bitsandbytes, tmp_path, quantize):
+def test_the_reference_of_quantized_weights_is_the_quantized_model(tmp_path, quantize):
     def train(name, **options):
         model = load_policy(GOLDEN / "model", quantize=name)
         torch.manual_seed(0)
@@ -250,6 +256,15 @@ def test_the_reference_of_quantized_weights_is_the_quantized_model(bitsandbytes,
     assert [record["loss"] for record in stored] == pytest.approx([r["loss"] for r in live], abs=tolerance)
     whole = train(None)
     assert abs(whole[0]["logps/ref_chosen"] - stored[0]["logps/ref_chosen"]) > 1e-3
+
+
+def test_weights_repacked_for_generating_text_are_refused(bitsandbytes, monkeypatch):
+    model = load_policy(GOLDEN / "model", quantize="nf4")
+    layer = next(m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
+    # What a pass without gradient does on a CPU with avx512_bf16.
+    monkeypatch.setattr(layer.weight.quant_state, "packing_format_for_cpu", True, raising=False)
+    with pytest.raises(ModelError, match="load the model again"):
+        with_adapter(model, lora_config(LoraSection(r=4), model), own_reference=False, mixed_precision=False)
 
 
 def test_dora_over_4_bits_learns(bitsandbytes, tmp_path):

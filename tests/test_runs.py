@@ -2,8 +2,11 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pandas as pd
+import pyarrow
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -40,8 +43,14 @@ class TestRunFolder:
         assert run.create(CONFIG) == 0
         assert json.loads(run.config.read_text()) == CONFIG
         (start,) = json.loads(run.environment.read_text())["starts"]
-        assert start["packages"]["torch"]
+        assert start["packages"]["pyarrow"] == pyarrow.__version__
         assert not run.finished
+
+    def test_the_build_of_torch_that_runs_is_recorded(self, run, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="2.13.0+cu130"))
+        run.create(CONFIG)
+        (start,) = json.loads(run.environment.read_text())["starts"]
+        assert start["packages"]["torch"] == "2.13.0+cu130"
 
     def test_a_finished_run_is_refused_with_and_without_resume(self, run):
         run.create(CONFIG)

@@ -95,6 +95,7 @@ def finished(tmp_path_factory):
     command = [sys.executable, "-m", "unidpo", "train", str(recipe)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+    assert "gemm_4bit" not in done.stderr  # bitsandbytes, which is imported along with transformers' Trainer
     return folder, done
 
 

@@ -65,7 +65,26 @@ def with_adapter(
         raise ModelError(f"this adapter does not fit the model: {' '.join(str(error).split())}") from error
     if mixed_precision:
         keep_trainable_in_float32(policy)
+    _keep_differentiable(policy)
     return policy
+
+
+def _keep_differentiable(policy: torch.nn.Module) -> None:
+    """Keep 4-bit layers from repacking their weights on a CPU with avx512_bf16. Other machines are not affected.
+
+    There bitsandbytes repacks the weights of a layer when it first runs without gradient, as in the reference pass.
+    The kernel for the new format rounds to bfloat16 and has no gradient, and training would use it too. A layer that
+    is told that the CPU lacks these instructions computes as on every other machine.
+    """
+    for name, module in policy.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise ModelError(
+                f"{name}: bitsandbytes has repacked these weights for generating text, which has no gradient on a "
+                "CPU; load the model again before training it"
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 def adds_nothing_yet(policy: torch.nn.Module) -> bool:

@@ -176,6 +176,9 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    if "torch" in sys.modules:
+        # The CUDA build in the registry calls itself 2.13.0 in its metadata, and 2.13.0+cu130 once it is imported.
+        versions["torch"] = str(sys.modules["torch"].__version__)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,

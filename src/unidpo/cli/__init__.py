@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -76,7 +77,9 @@ def _options(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
-    pass
+    # transformers imports peft, which imports bitsandbytes where it is installed. On a CPU with avx512_bf16 this logger
+    # then warns of a kernel for generating text that is not installed; it has nothing else to say.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @app.command()
