@@ -11,7 +11,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
 from unidpo.card import HELD_OUT_ROWS, write_card
-from unidpo.runs import LEDGER_COLUMNS, Ledger, Metrics, RunFolder
+from unidpo.records import LEDGER_COLUMNS, Ledger, Metrics
+from unidpo.runs import RunFolder
 
 TABLE = {"step": 1, "epoch": 0.0, "file": "a.json", "row": 1, "chosen": 0, "rejected": 1, "nll_gate": 0.0}
 

@@ -32,7 +32,8 @@ from unidpo.config import (
 )
 from unidpo.config.schema import LOSS_SECTIONS, SourceSection
 from unidpo.measures import LOGGED
-from unidpo.runs import LEDGER_COLUMNS, MAY_CHANGE_ON_RESUME
+from unidpo.records import LEDGER_COLUMNS
+from unidpo.runs import MAY_CHANGE_ON_RESUME
 from unidpo.sources import LAYOUTS, read_groups
 
 ROOT = Path(__file__).parent.parent
@@ -427,7 +428,7 @@ def test_every_column_and_logged_key_is_documented() -> None:
 
 def test_reading_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python of docs/run-folder.md on a folder written as a run writes it."""
-    from unidpo.runs import Ledger, Metrics
+    from unidpo.records import Ledger, Metrics
 
     monkeypatch.chdir(tmp_path)
     Path("runs/tiny").mkdir(parents=True)

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unidpo.errors import RunError
-from unidpo.runs import LEDGER_COLUMNS, LEDGER_SCHEMA, Ledger, Metrics, RunFolder, write_atomically
+from unidpo.records import LEDGER_COLUMNS, LEDGER_SCHEMA, Ledger, Metrics
+from unidpo.runs import RunFolder
+from unidpo.writing import write_atomically
 
 CONFIG = {"output": "runs/x", "train": {"seed": 1, "logging_steps": 1}, "loss": {"beta": 2.0}}
 

@@ -19,7 +19,8 @@ import unidpo.sweep
 from unidpo import cli
 from unidpo.config import load_sweep
 from unidpo.errors import Interrupted, RecipeError, RunError, TrainingError
-from unidpo.runs import Metrics, RunFolder
+from unidpo.records import Metrics
+from unidpo.runs import RunFolder
 from unidpo.sweep import run_sweep
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from unidpo import cli
 from unidpo.encode import Encoder, prompt_positions
 from unidpo.models import load_processor
-from unidpo.runs import LEDGER_COLUMNS
+from unidpo.records import LEDGER_COLUMNS
 from unidpo.sources import load_pairs
 from unidpo.train import RunRecord
 from worlds import GOLDEN

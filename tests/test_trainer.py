@@ -18,7 +18,7 @@ from unidpo.measures import pair_columns
 from unidpo.models import load_policy
 from unidpo.packs import Pack, index_pairs, pack, pad
 from unidpo.pairs import Pair, Response, merge_by_prompt
-from unidpo.runs import LEDGER_COLUMNS
+from unidpo.records import LEDGER_COLUMNS
 from unidpo.trainer import PreferenceTrainer
 from worlds import GOLDEN, group, save_gemma2, tiny_policy
 

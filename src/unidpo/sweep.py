@@ -14,7 +14,8 @@ from unidpo.config import Sweep, SweepRun
 from unidpo.errors import Finding, Interrupted, RunError, TrainingError, UserError, from_findings
 from unidpo.launch import end_with_parent, signals_to
 from unidpo.locks import refuse_if_in_use
-from unidpo.runs import RunFolder, write_atomically, write_json
+from unidpo.runs import RunFolder
+from unidpo.writing import write_atomically, write_json
 
 if TYPE_CHECKING:
     from rich.console import Console

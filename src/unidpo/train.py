@@ -31,7 +31,8 @@ from unidpo.models import load_config, load_policy, load_processor, save_model
 from unidpo.pairs import PromptGroup
 from unidpo.progress import Stages
 from unidpo.ranks import is_main, on_main, wait_for_all, world_size
-from unidpo.runs import LEDGER_COLUMNS, Ledger, Metrics, RunFolder
+from unidpo.records import LEDGER_COLUMNS, Ledger, Metrics
+from unidpo.runs import RunFolder
 from unidpo.sources import mix, select_pairs, split_by_prompt
 from unidpo.terminal import Terminal
 from unidpo.trainer import PreferenceTrainer

@@ -12,7 +12,7 @@ from typing import Any
 from unidpo.errors import Finding, ImageError, from_findings, shown
 from unidpo.evaluate.benchmarks import EvaluationError, Question
 from unidpo.images import content_digest
-from unidpo.runs import write_json
+from unidpo.writing import write_json
 
 UNREADABLE_IMAGE, EMPTY_PROMPT = "unreadable-image", "empty-prompt"
 """Why a question was not put to the model."""

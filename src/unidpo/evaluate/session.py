@@ -24,7 +24,8 @@ from unidpo.evaluate.results import PAGE, BenchmarkResult, ModelResult, page, ta
 from unidpo.evaluate.running import Backend, Progress, evaluate
 from unidpo.evaluate.vllm import Engine, Server
 from unidpo.locks import locked
-from unidpo.runs import RunFolder, write_atomically
+from unidpo.runs import RunFolder
+from unidpo.writing import write_atomically
 
 
 @dataclass(frozen=True, slots=True)
