@@ -31,7 +31,13 @@ def test_an_image_that_vanishes_before_the_first_step(make, tmp_path, caplog, on
     groups[which].images[0].save(path)
     groups[which] = replace(groups[which], images=(path,))
     visited = []
-    options = {"num_train_epochs": 2, "max_steps": -1, "on_bad_row": on_bad_row, "loss": loss}
+    options = {
+        "num_train_epochs": 2,
+        "max_steps": -1,
+        "on_bad_row": on_bad_row,
+        "loss": loss,
+        "max_lost_fraction": 0.25,
+    }
     trainer = make(groups, batch=(1, 2), on_pairs=lambda columns: visited.extend(columns["row"]), **options)
     path.unlink()
     if on_bad_row == "error":
@@ -56,6 +62,7 @@ def test_an_image_that_vanishes_during_training(make, tmp_path, caplog, on_bad_r
         batch=(1, 2),
         shuffle=False,
         on_bad_row=on_bad_row,
+        max_lost_fraction=0.25,
         on_pairs=lambda columns: path.unlink(missing_ok=True),  # after the first step
     )
     if on_bad_row == "error":
@@ -86,7 +93,8 @@ def test_a_row_that_goes_bad_in_training_is_left_out_named_and_counted(make, tmp
     groups, delete = with_an_image_that_goes(tmp_path)
     visited = []
     options = {"num_train_epochs": 3, "max_steps": -1, "batch": (4, 1), "shuffle": False, "callbacks": [delete]}
-    trainer = make(groups, on_bad_row="skip", on_pairs=lambda columns: visited.append(set(columns["row"])), **options)
+    options |= {"on_bad_row": "skip", "max_lost_fraction": 0.5}
+    trainer = make(groups, on_pairs=lambda columns: visited.append(set(columns["row"])), **options)
     trainer.train()
     assert 2 in visited[0]
     assert visited[1:] == [visited[0] - {2}] * 2

@@ -1,6 +1,5 @@
 """The stored reference: what is computed, what is found again, and what a key is made of."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -184,11 +183,14 @@ def test_a_damaged_part_is_named(filled):
         LogpStore(filled.folder)
 
 
-def test_a_number_that_is_missing_is_none(groups, filled):
-    (known, unknown), (unreadable,) = lookup(filled, [[keys_of(groups)[0][0], b"0" * 16], [UNREADABLE]])
-    assert math.isfinite(known)
-    assert math.isnan(unknown)
-    assert math.isnan(unreadable)
+def test_a_group_that_is_lost_has_no_numbers_and_one_that_is_missing_is_a_bug(groups, filled):
+    known, other = keys_of(groups)[:2]
+    first, second, unreadable = lookup(filled, [known, other, [UNREADABLE] * 2], lost=[other[1]])
+    assert first.isfinite().all()
+    assert second is None
+    assert unreadable is None
+    with pytest.raises(KeyError):
+        lookup(filled, [[known[0], b"0" * 16]])
 
 
 def test_a_stand_in_changes_no_number_and_has_none(policy, groups, filled, tmp_path):
@@ -216,11 +218,12 @@ def test_a_row_that_goes_bad_before_its_turn_is_told_and_the_others_are_computed
     keys, told = keys_of(groups), []
     path.unlink()
     store = LogpStore(tmp_path / "store")
-    assert fill(policy, store, groups, keys=keys, on_lost=told.append).computed == 4
+    counts = fill(policy, store, groups, keys=keys, on_lost=told.append)
+    assert counts.computed == 4
     ((lost,),) = told
     assert lost.row == 2
     assert "here.png" in lost.message
-    assert [bool(logps.isnan().any()) for logps in lookup(store, keys)] == [False, True, False]
+    assert [logps is None for logps in lookup(store, keys, counts.lost)] == [False, True, False]
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

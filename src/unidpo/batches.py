@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -22,6 +23,8 @@ from unidpo.ranks import is_main
 _LOG = logging.getLogger(__name__)
 _Share: TypeAlias = tuple[int, tuple[int, ...]]
 """A group by its index, and places among its pairs."""
+_Row: TypeAlias = tuple[str | Path | None, int | None]
+"""A data file and a row of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +197,8 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
     Attributes:
         encoder: what encodes groups.
         layout: how groups become a batch.
-        ref_logps: for each group the stored log-probabilities of its responses, in nats, NaN where there is none; or
-            `None`.
+        ref_logps: for each group the stored log-probabilities of its responses, in nats, or `None` where the group
+            could not be read when they were computed; `None` where no numbers are stored.
         stand_in: a small group, with an image where the data has any, that joins batches without an image and makes up
             those without anything; no pair refers to it. Processes that train together all go through the same
             modules in each pass then. `None` for a process on its own.
@@ -206,7 +209,7 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
         self.encoder = encoder
         self.stand_in: EncodedGroup | None = None
         self.layout: Layout = pack
-        self.ref_logps: Sequence[Float[Tensor, " _"]] | None = None
+        self.ref_logps: Sequence[Float[Tensor, " _"] | None] | None = None
 
     def __len__(self) -> int:
         """Pairs in the data set, which is what transformers reports speed in."""
@@ -223,10 +226,10 @@ class PlannedBatches(Dataset[tuple[Batch | None, list[Finding]]]):
             used = used_responses(pairs)
             try:
                 if self.ref_logps is not None:
-                    found = self.ref_logps[index][used]
-                    if found.isnan().any():
+                    found = self.ref_logps[index]
+                    if found is None:
                         raise ImageError("it could not be read when the reference was computed")
-                    ref_logps.append(found)
+                    ref_logps.append(found[used])
                 encoded.append(self.encoder.encode(group, used))
             except UserError as error:
                 del ref_logps[len(encoded) :]
@@ -253,28 +256,47 @@ class LostRows:
     """What becomes of rows that cannot be read any more: they stop all, or are named once and left out.
 
     Args:
+        groups: by what they are for, such as training.
         stop: whether they stop all.
+        max_fraction: share of the pairs of any of `groups` that may be left out; more stop all.
     """
 
-    def __init__(self, *, stop: bool) -> None:
+    def __init__(self, groups: Mapping[str, Sequence[PromptGroup]], *, stop: bool, max_fraction: float) -> None:
+        self._pairs: dict[str, Counter[_Row]] = {
+            purpose: Counter((pair.file, pair.row) for group in its for pair in group.pairs)
+            for purpose, its in groups.items()
+        }
         self._stop = stop
-        self._seen: set[tuple[str | Path | None, int | None]] = set()  # file and row
+        self._max_fraction = max_fraction
+        self._seen: dict[_Row, Finding] = {}
 
     def see(self, findings: Sequence[Finding]) -> None:
         """Take in what all processes lost; every process must. Raises `DataError` where it stops all."""
         if findings and self._stop:
             raise from_findings(DataError, f"{len(findings)} rows cannot be read any more", findings)
-        for finding in findings:
-            place = (finding.file, finding.row)
-            if place not in self._seen:  # once, not in every epoch
-                if is_main():
-                    _LOG.warning("skipped: %s", finding)
-                self._seen.add(place)
+        new = [finding for finding in findings if _row(finding) not in self._seen]  # once, not in every epoch
+        self._seen.update((_row(finding), finding) for finding in new)
+        for purpose, pairs in self._pairs.items():
+            lost = sum(pairs[row] for row in self._seen)
+            if new and lost > self._max_fraction * pairs.total():
+                raise from_findings(
+                    DataError,
+                    f"{lost} of {pairs.total()} {purpose} pairs cannot be read any more, which is more than "
+                    f"data.max_lost_fraction={self._max_fraction:g} of them; bring them back, or raise it",
+                    list(self._seen.values()),
+                )
+        if is_main():
+            for row in dict.fromkeys(map(_row, new)):
+                _LOG.warning("skipped: %s", self._seen[row])
 
     def warn(self) -> None:
         """Say how many there were, if any."""
         if self._seen:
             _LOG.warning("%d rows could not be read any more and were skipped", len(self._seen))
+
+
+def _row(finding: Finding) -> _Row:
+    return finding.file, finding.row
 
 
 class StepLoader(DataLoader[Step]):

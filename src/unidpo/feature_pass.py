@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 
 from unidpo.batches import lost_rows
 from unidpo.encode import EncodedGroup, Encoder
-from unidpo.errors import Finding, ImageError, ModelError, UserError
+from unidpo.errors import Finding, ImageError, ModelError, UserError, from_findings
 from unidpo.feature_store import FeatureEncoder, FeatureStore, record, require_seen
 from unidpo.features import ImageFeatures, takes_features
 from unidpo.layouts import padded_rows, smallest
 from unidpo.packs import Pack, PaddedRows, join_vision, to_device, with_features
-from unidpo.pairs import PromptGroup
+from unidpo.pairs import Pair, PromptGroup
 from unidpo.policy import Policy
 from unidpo.ranks import gather, is_main, on_main, rank, world_size
 from unidpo.stores import UNREADABLE, Keys, make_folder
@@ -27,6 +27,10 @@ from unidpo.stores import UNREADABLE, Keys, make_folder
 _LOG = logging.getLogger(__name__)
 PASS_IMAGE_TOKENS = 4096
 """Image tokens in one forward of the vision tower."""
+_NOT_FINITE = (
+    "features of images are no finite numbers: weights of vision tower or projector are none, or they overflow in "
+    "model.dtype; look at the model, or set model.dtype=bfloat16 or float32"
+)
 
 
 def features_problem(policy: Policy, batch: Pack | PaddedRows) -> str | None:
@@ -62,12 +66,13 @@ class _Prompt:
 
 @dataclass(slots=True)
 class _Share:
-    """What one process does in one step of the pass: prompts encoded, by key, and the rows of those that are lost.
+    """What one process does in one step of the pass: prompts encoded, with their pairs, by key; and rows that are lost.
 
     `problem` is why it cannot go on.
     """
 
     encoded: dict[bytes, EncodedGroup] = field(default_factory=dict)
+    pairs: dict[bytes, Sequence[Pair]] = field(default_factory=dict)
     lost: list[Finding] = field(default_factory=list)
     prompts: int = 0
     problem: UserError | None = None
@@ -191,6 +196,11 @@ class FeaturePass:
             vision = join_vision([prompt.vision for prompt in prompts])
             features = self.policy.image_features({name: tensor.to(self.device) for name, tensor in vision.items()})
             own = features.split([self._image_tokens(prompt) for prompt in prompts])
+        wrong = [key for key, its in zip(encoded, own, strict=False) if not its.are_finite]
+        if wrong and share is not None:
+            why = ModelError("the features of its images are none")
+            findings = [finding for key in wrong for finding in lost_rows(share.pairs[key], why)]
+            return _Share(problem=from_findings(ModelError, _NOT_FINITE, findings))
         try:
             for (key, prompt), its in zip(encoded.items(), own, strict=False):  # nothing is kept of a stand-in
                 store.add(key, prompt, its)
@@ -198,7 +208,7 @@ class FeaturePass:
                 store.flush()
         except UserError as error:  # stops all processes with one message
             return _Share(problem=error)
-        return None if share is None else replace(share, encoded={})
+        return None if share is None else replace(share, encoded={}, pairs={})
 
     def _shares(self, todo: Sequence[_Prompt]) -> Iterator[_Share]:
         """Encoded prompts with up to `PASS_IMAGE_TOKENS` image tokens together, at least one."""
@@ -219,6 +229,7 @@ class FeaturePass:
                 yield share
                 share, tokens = _Share(), 0
             share.encoded[prompt.key] = encoded
+            share.pairs[prompt.key] = prompt.group.pairs
             share.prompts += 1
             tokens += size
         if share.prompts:

@@ -33,6 +33,13 @@ class ImageFeatures:
         found = {"pooled": self.pooled, "listed": torch.tensor(self.listed)}
         return found if self.deepstack is None else found | {"deepstack": self.deepstack}
 
+    @property
+    def are_finite(self) -> bool:
+        """Whether there is no NaN and no infinity among them."""
+        # Extremes take one look at each number, and a NaN becomes both.
+        held = [self.pooled] if self.deepstack is None else [self.pooled, self.deepstack]
+        return all(bool(torch.stack(torch.aminmax(tensor)).isfinite().all()) for tensor in held)
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> ImageFeatures:
         return cls(tensors["pooled"], tensors.get("deepstack"), bool(tensors["listed"]))

@@ -84,8 +84,12 @@ def require_finite(columns: Columns) -> None:
         if not math.isfinite(loss)
     ]
     if findings:
-        title = "the loss is not a finite number any more; a smaller train.learning_rate helps most often"
-        raise from_findings(TrainingError, title, findings)
+        raise from_findings(
+            TrainingError,
+            "the loss is not a finite number; where it was one before, a smaller train.learning_rate helps most often, "
+            "else the model gives such numbers: look at its weights, or set model.dtype=bfloat16 or float32",
+            findings,
+        )
 
 
 class Means:

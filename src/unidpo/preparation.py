@@ -46,7 +46,7 @@ class Prepared:
     encoder: GroupEncoder
     stand_in: EncodedGroup | None
     choice: Choice
-    ref_logps: Sequence[Float[Tensor, " _"]] | None = None
+    ref_logps: Sequence[Float[Tensor, " _"] | None] | None = None
     live_reference: Policy | None = None
     shares_features: bool = False
 
@@ -137,7 +137,7 @@ class Preparation:
         with self.policy.without_adapter():
             return features.run([*self.groups, *self.held_out], keys, folder)
 
-    def _ref_logps(self, keys: Keys, encoder: GroupEncoder, layout: Layout) -> list[Float[Tensor, " _"]]:
+    def _ref_logps(self, keys: Keys, encoder: GroupEncoder, layout: Layout) -> list[Float[Tensor, " _"] | None]:
         assert self.reference is not None
         policy, fingerprint, complete = self.policy, self.fingerprint, self.complete
         if self.reference != "stored":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from unidpo.batches import lost_rows
 from unidpo.encode import EncodedGroup, GroupEncoder
-from unidpo.errors import Finding, ModelError, UserError
+from unidpo.errors import Finding, ModelError, UserError, from_findings
 from unidpo.packs import Layout, to_device
 from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
@@ -34,7 +34,14 @@ from unidpo.stores import FLUSH_SECONDS, UNREADABLE, clear_unfinished, new_part,
 _LOG = logging.getLogger(__name__)
 PASS_TOKENS = 8192
 """Tokens in one forward of the reference pass; without gradients this is small beside a training step."""
+ROUNDING = 1e-4
+"""How far above 0 a log-softmax may come out, in nats per token: float32 rounds it by 1e-7 of the largest logit."""
 _SCHEMA = pa.schema([("key", pa.binary(16)), ("logp", pa.float64()), ("tokens", pa.int32())])
+
+
+def is_logp(logp: float, tokens: int) -> bool:
+    """Whether a number can be a response's log-probability: finite, and not above 0 by more than rounding explains."""
+    return math.isfinite(logp) and logp <= ROUNDING * tokens
 
 
 class LogpStore:
@@ -88,10 +95,6 @@ class LogpStore:
     def __getitem__(self, key: bytes) -> float:
         return self._logps[key]
 
-    def get(self, key: bytes) -> float:
-        """The log-probability, or NaN."""
-        return self._logps.get(key, math.nan)
-
     def __len__(self) -> int:
         return len(self._logps)
 
@@ -111,10 +114,15 @@ class LogpStore:
 
 @dataclass(frozen=True, slots=True)
 class PassCounts:
-    """What a reference pass did, in distinct responses."""
+    """What a reference pass did, in distinct responses.
+
+    Attributes:
+        lost: keys of responses whose prompt cannot be read any more.
+    """
 
     found: int
     computed: int
+    lost: frozenset[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +136,12 @@ class _Missing:
 
 @dataclass(slots=True)
 class _PassBatch:
-    """Groups of one forward pass, the keys of their responses, and the rows that were to be in it and are lost."""
+    """Groups of one forward pass, the keys of their responses, and what was to be in it and is lost: rows and keys."""
 
     groups: list[EncodedGroup] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     lost: list[Finding] = field(default_factory=list)
+    lost_keys: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +150,7 @@ class _Scored:
 
     entries: list[tuple[bytes, float, int]]
     lost: list[Finding]
+    lost_keys: list[bytes]
 
 
 @dataclass
@@ -174,8 +184,8 @@ class ReferencePass:
         folder: Path,
         *,
         complete: bool = False,
-    ) -> list[Float[Tensor, " responses"]]:
-        """The log-probabilities of each group's responses, in nats; NaN for rows that cannot be read any more.
+    ) -> list[Float[Tensor, " responses"] | None]:
+        """The log-probabilities of each group's responses, in nats; `None` for a group that cannot be read any more.
 
         Args:
             keys: of each group's responses, see `stores.content_keys`.
@@ -183,7 +193,7 @@ class ReferencePass:
             complete: whether the store must hold them all, because the model is not the reference any more.
 
         Raises:
-            ModelError: it does not.
+            ModelError: it does not, or the model gives numbers that are no log-probabilities.
         """
         store = LogpStore.shared(folder, keys)
         missing = {key for group in keys for key in group if key != UNREADABLE and key not in store}
@@ -195,10 +205,14 @@ class ReferencePass:
         counts = self.run(groups, keys, store)
         if is_main():
             _LOG.info("reference: %d responses found in %s, %d computed", counts.found, folder, counts.computed)
-        return lookup(store, keys)
+        return lookup(store, keys, counts.lost)
 
     def run(self, groups: Sequence[PromptGroup], keys: Sequence[Sequence[bytes]], store: LogpStore) -> PassCounts:
-        """Compute what is missing in a store. What was computed before an interruption is kept."""
+        """Compute what is missing in a store. What was computed before an interruption is kept.
+
+        Raises:
+            ModelError: the model gives numbers that are no log-probabilities; names the rows.
+        """
         todo: list[_Missing] = []
         seen: set[bytes] = {UNREADABLE}
         for group, group_keys in zip(groups, keys, strict=True):
@@ -210,10 +224,12 @@ class ReferencePass:
             if missing:
                 todo.append(_Missing(group, missing, [group_keys[i] for i in missing]))
         total = sum(len(missing.keys) for missing in todo)
-        computed = self._compute(todo, total, store) if total else 0
-        return PassCounts(found=len(seen) - 1 - total, computed=computed)
+        lost = self._compute(todo, total, store) if total else frozenset()
+        return PassCounts(found=len(seen) - 1 - total, computed=total - len(lost), lost=lost)
 
-    def _compute(self, todo: Sequence[_Missing], total: int, store: LogpStore) -> int:
+    def _compute(self, todo: Sequence[_Missing], total: int, store: LogpStore) -> frozenset[bytes]:
+        """Add what is missing to the store; returns the keys of what is lost."""
+        lost: set[bytes] = set()
         done, flushed = 0, time.monotonic()
         mine = self._batches(todo[rank() :: world_size()])
         try:
@@ -221,19 +237,23 @@ class ReferencePass:
             with self.policy.measuring():
                 # Processes whose share is done go on with the others, whose passes need them.
                 while any(shares := gather([self._score(next(mine, None))])):
+                    entries = [entry for share in shares if share for entry in share.entries]
+                    for key, logp, tokens in entries:
+                        if is_logp(logp, tokens):
+                            store.add(key, logp, tokens)
+                    _require_logps(entries, todo)
                     for share in filter(None, shares):
                         if share.lost:
                             self.on_lost(share.lost)
-                        for entry in share.entries:
-                            store.add(*entry)
-                        done += len(share.entries)
+                        lost.update(share.lost_keys)
+                    done += len(entries)
                     self.on_progress(done, total)
                     if time.monotonic() - flushed > FLUSH_SECONDS:
                         _flush(store)
                         flushed = time.monotonic()
         finally:
             _flush(store)
-        return done
+        return frozenset(lost)
 
     def _score(self, batch: _PassBatch | None) -> _Scored | None:
         if batch is None and world_size() == 1:
@@ -248,7 +268,7 @@ class ReferencePass:
             # The stand-in's are behind those that have keys.
             keys = [] if batch is None else batch.keys
             entries = list(zip(keys, logps, responses.response_tokens.tolist(), strict=False))
-        return None if batch is None else _Scored(entries, batch.lost)
+        return None if batch is None else _Scored(entries, batch.lost, batch.lost_keys)
 
     def _encode(self, missing: _Missing) -> EncodedGroup | UserError:
         # An exception would lose its findings on the way out of a worker.
@@ -269,6 +289,7 @@ class ReferencePass:
         for encoded, missing in zip(loader, todo, strict=True):
             if isinstance(encoded, UserError):
                 batch.lost += lost_rows(missing.group.pairs, encoded)
+                batch.lost_keys += missing.keys
                 continue
             size = len(encoded.prompt_ids) + sum(map(len, encoded.response_ids))
             if batch.groups and tokens + size > PASS_TOKENS:
@@ -286,6 +307,37 @@ def _flush(store: LogpStore) -> None:
         store.flush()
 
 
-def lookup(store: LogpStore, keys: Sequence[Sequence[bytes]]) -> list[Float[Tensor, " responses"]]:
-    """The stored log-probabilities of each group's responses, in nats; NaN for those it does not hold."""
-    return [torch.tensor([store.get(key) for key in group], dtype=torch.float64) for group in keys]
+def _require_logps(entries: Sequence[tuple[bytes, float, int]], todo: Sequence[_Missing]) -> None:
+    """Raise `ModelError`, which names the rows, where a number is no log-probability."""
+    wrong = {key: logp for key, logp, tokens in entries if not is_logp(logp, tokens)}
+    if not wrong:
+        return
+    findings = []
+    for missing in todo:
+        of_response = {i: wrong[key] for i, key in zip(missing.responses, missing.keys, strict=True) if key in wrong}
+        for pair in missing.group.pairs:
+            if found := [str(of_response[i]) for i in (pair.chosen, pair.rejected) if i in of_response]:
+                message = f"the log-probability of a response is {' and '.join(found)}"
+                findings.append(Finding("not-a-logp", message, pair.file, pair.row))
+    raise from_findings(
+        ModelError,
+        f"the reference gives {len(wrong)} of {len(entries)} responses no log-probability (a finite number, not above "
+        "0): its weights hold such numbers, or they overflow in model.dtype; look at the model, or set "
+        "model.dtype=bfloat16 or float32",
+        findings,
+    )
+
+
+def lookup(
+    store: LogpStore, keys: Sequence[Sequence[bytes]], lost: Collection[bytes] = ()
+) -> list[Float[Tensor, " responses"] | None]:
+    """The stored log-probabilities of each group's responses, in nats; `None` for a group that is lost.
+
+    Args:
+        lost: the keys of what cannot be read any more, besides `UNREADABLE`.
+    """
+    gone = {UNREADABLE, *lost}
+    return [
+        None if gone.intersection(group) else torch.tensor([store[key] for key in group], dtype=torch.float64)
+        for group in keys
+    ]

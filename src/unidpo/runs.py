@@ -24,6 +24,7 @@ from unidpo.writing import write_json
 
 MAY_CHANGE_ON_RESUME = frozenset(
     {
+        "data.max_lost_fraction",
         "output",
         "train.dataloader_num_workers",
         "train.dataloader_prefetch_factor",

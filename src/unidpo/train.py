@@ -250,6 +250,7 @@ def _trainer(
         cache_image_features=recipe.data.cache_image_features,
         shuffle=recipe.data.shuffle,
         on_bad_row=recipe.data.on_bad_row,
+        max_lost_fraction=recipe.data.max_lost_fraction,
         callbacks=[record] if record else [],
         on_pairs=record.add_pairs if record else None,
         on_reference_progress=record.show_reference if record else None,

@@ -25,7 +25,7 @@ from unidpo.batches import Batch, LostRows, PlannedBatches, Step, StepLoader, St
 from unidpo.checkpoints import published, writing_errors
 from unidpo.config.schema import Attention
 from unidpo.encode import Encoder, GroupTokens, fit_to_length, prompt_positions
-from unidpo.errors import DataError, Finding, Interrupted, ModelError
+from unidpo.errors import DataError, Finding, Interrupted, ModelError, from_findings
 from unidpo.learner import make_learner
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.measures import Columns, Means, RewardShift, extend, joined, pair_columns, require_finite
@@ -73,6 +73,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             and neither run them nor open an image again.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
         on_bad_row: what a row that becomes unreadable during training does: stop the run, or be left out and named.
+        max_lost_fraction: share of the pairs that may be left out so, of those trained on and of those held out; more
+            stop the run.
         cache: folder of stored reference log-probabilities and features of images, `default_cache()` where `None`.
         callbacks: as `Trainer` takes them.
         on_pairs: called in the main process once per optimizer step with the step's pairs, see
@@ -110,6 +112,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         cache_image_features: bool = False,
         shuffle: bool = True,
         on_bad_row: Literal["error", "skip"] = "error",
+        max_lost_fraction: float = 0.01,
         cache: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         on_pairs: Callable[[Columns], None] | None = None,
@@ -176,7 +179,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._objective = Objective(loss, reference in ("stored", "live") and adds_nothing_yet(model))
         self._means = Means()
         self._reward_shift = RewardShift()
-        self._lost = LostRows(stop=on_bad_row == "error")
+        self._lost = LostRows(
+            {"training": self._groups, "held-out": self._held_out},
+            stop=on_bad_row == "error",
+            max_fraction=max_lost_fraction,
+        )
         super().__init__(
             model=model,
             args=args,
@@ -373,18 +380,23 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         """Forward and backward of one optimizer step; returns its loss, the mean over the step's pairs.
 
         Raises:
-            DataError: rows became unreadable since the check, and `on_bad_row` is `"error"`.
+            DataError: rows became unreadable since the check, and `on_bad_row` is `"error"`, or too many of them, or
+                all of this step.
             TrainingError: the loss is not a finite number; names the pairs.
         """
         reports = gather([_Report(inputs.pairs, inputs.lost, self._stop_requested)])
-        self._lost.see([finding for report in reports for finding in report.lost])
+        lost = [finding for report in reports for finding in report.lost]
+        self._lost.see(lost)
+        pairs_of_step = sum(report.pairs for report in reports)
+        if not pairs_of_step:
+            raise from_findings(DataError, f"step {self.state.global_step + 1}: none of its pairs can be read", lost)
         if any(report.stop for report in reports):
             self._stopping = True
             self.control.should_save = self.control.should_training_stop = True
         model.train()
         total = torch.zeros((), device=self.args.device)
         # Wrappers average gradients over processes; the mean is over pairs, of which processes have unequal numbers.
-        share = world_size() / max(1, sum(report.pairs for report in reports))
+        share = world_size() / pairs_of_step
         engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         columns: dict[str, list[Any]] = {}
         for place, batch in enumerate(inputs.batches, start=1):
@@ -405,8 +417,6 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
     def _record(self, columns: Columns) -> None:
         """Take in the pairs of a step, of all processes. Raises `TrainingError` where a loss is not finite."""
-        if not columns:
-            return
         require_finite(columns)
         self._means.add(columns)
         self._reward_shift.add(columns)
@@ -465,6 +475,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         seen = joined(gather([columns]))
         if not seen:
             raise DataError("none of the held-out rows can be read any more")
+        require_finite(seen)
         means = Means()
         means.add(seen)
         return {"loss": sum(seen["loss"]) / len(seen["loss"])} | means.take()

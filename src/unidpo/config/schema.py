@@ -102,6 +102,8 @@ class DataSection(Section):
     """Whether each epoch visits the pairs in a new order, drawn from `train.seed`."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What an unusable row does: stop before training, or be left out, counted and named."""
+    max_lost_fraction: float = Field(0.01, ge=0.0, le=1.0)
+    """Share of the pairs that may go bad after the check and be skipped; where it is more, the run stops."""
     min_score_margin: float | None = None
     """Pairs whose chosen minus rejected score is below this are left out; null keeps ties and reversed pairs."""
     eval_fraction: float = Field(0.0, ge=0.0, lt=1.0)
