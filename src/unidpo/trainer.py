@@ -36,6 +36,7 @@ from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
 from unidpo.preparation import Preparation
 from unidpo.ranks import gather, is_main, on_main, rank, world_size
+from unidpo.sources import groups_of
 from unidpo.stores import default_cache
 
 _REWARD_SHIFT = "reward_shift.json"
@@ -54,8 +55,9 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         loss: from `unidpo.losses`, or any other `PreferenceLoss`.
         args: `bf16`/`fp16` switch autocast on; weights that learn are then kept in float32. Settings that have no
             effect here are refused, among them those that TRL's `DPOConfig` adds.
-        train_dataset: prompt groups, see `load_pairs`.
-        eval_dataset: prompt groups to measure on when `args.eval_strategy` says so.
+        train_dataset: prompt groups, see `load_pairs`; or a `datasets.Dataset` or a list of rows, in any layout that is
+            read from files. Images may be decoded ones; relative paths start from the working directory.
+        eval_dataset: the same, to measure on when `args.eval_strategy` says so.
         processing_class: the model's processor or tokenizer; loaded from the model's name where `None`.
         peft_config: train an adapter instead of the model.
         reference: `"stored"` (before the first step the policy is the reference: its log-probabilities are computed
@@ -85,7 +87,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             and the step; gives further metrics by name.
 
     Raises:
-        DataError: the loss needs scores and some are missing; no prompt fits `max_length`.
+        DataError: a row cannot be used; the loss needs scores and some are missing; no prompt fits `max_length`.
         ModelError: the model cannot be used for this.
         RecipeError: features of images are to be kept, and vision tower or projector learn.
         UserError: `args` holds settings that have no effect here.
@@ -97,8 +99,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         *,
         loss: PreferenceLoss,
         args: TrainingArguments,
-        train_dataset: Sequence[PromptGroup],
-        eval_dataset: Sequence[PromptGroup] | None = None,
+        train_dataset: Any,
+        eval_dataset: Any = None,
         processing_class: Processor | None = None,
         peft_config: Any = None,
         reference: str = "stored",
@@ -121,8 +123,12 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         benchmark: Callable[[PreTrainedModel, Processor, int], Mapping[str, float]] | None = None,
     ) -> None:
         refuse_settings_without_effect(args)
+        train_groups, held_out_groups = (
+            groups_of(given, name=name, require_scores=loss.needs_scores, on_bad_row=on_bad_row)
+            for name, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset or ()))
+        )
         if loss.needs_scores:
-            require_scores([*train_dataset, *(eval_dataset or ())], loss)
+            require_scores([*train_groups, *held_out_groups], loss)
         name = model.name_or_path if isinstance(model, PreTrainedModel) else str(model)
         if not isinstance(model, PreTrainedModel):
             model = load_policy(model)
@@ -130,8 +136,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         encoder = Encoder(
             processing_class, prompt_positions(model), template=template, max_length=max_length, max_pixels=max_pixels
         )
-        groups = fit_to_length(train_dataset, encoder)
-        held_out = fit_to_length(eval_dataset or [], encoder)
+        groups = fit_to_length(train_groups, encoder)
+        held_out = fit_to_length(held_out_groups, encoder)
         learner = make_learner(
             model,
             args,

@@ -91,7 +91,7 @@ def epoch_tokens(groups: Sequence[PromptGroup], lengths: Sequence[GroupLengths],
 
 
 def estimated_lengths(
-    sizes: Mapping[Path | bytes, tuple[int, int]] | None = None, *, max_pixels: int = MAX_PIXELS
+    sizes: Mapping[ImageSource, tuple[int, int]] | None = None, *, max_pixels: int = MAX_PIXELS
 ) -> Lengths:
     """Lengths without a model: a token for four bytes of UTF-8, and for 28 x 28 pixels of an image once scaled.
 

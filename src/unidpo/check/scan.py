@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TypeAlias
 
 from unidpo.errors import Finding
 from unidpo.images import inspect_image
+from unidpo.pairs import ImageSource
 from unidpo.sources import ImageUse
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -22,7 +22,7 @@ class ImageScan:
     """What is wrong with images, for each use of one, and the sizes (width, height) of those that can be decoded."""
 
     findings: list[Finding]
-    sizes: dict[Path | bytes, tuple[int, int]]
+    sizes: dict[ImageSource, tuple[int, int]]
 
 
 def inspect_images(
@@ -37,8 +37,8 @@ def inspect_images(
         on_progress: see `Progress`.
     """
     sources = list({use.source: None for use in uses})
-    found: dict[Path | bytes, tuple[Finding, ...]] = {}
-    sizes: dict[Path | bytes, tuple[int, int]] = {}
+    found: dict[ImageSource, tuple[Finding, ...]] = {}
+    sizes: dict[ImageSource, tuple[int, int]] = {}
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         results = pool.map(lambda source: inspect_image(source, max_pixels=max_pixels), sources)

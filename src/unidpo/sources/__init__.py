@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from unidpo.sources.convert import ConvertReport, convert, write_pairs
+from unidpo.sources.in_memory import groups_of
 from unidpo.sources.layouts import LAYOUTS
 from unidpo.sources.mixture import Source, load_pairs, mix, select_pairs, split_by_prompt
 from unidpo.sources.reading import ImageUse, Read, read_groups
@@ -18,6 +19,7 @@ __all__ = [
     "RelocateReport",
     "Source",
     "convert",
+    "groups_of",
     "load_pairs",
     "mix",
     "read_groups",

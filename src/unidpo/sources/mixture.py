@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from unidpo.errors import DataError, from_findings
+from unidpo.errors import DataError
 from unidpo.images import content_digest
 from unidpo.pairs import PromptGroup, merge_by_prompt
-from unidpo.sources.reading import read_groups
+from unidpo.sources.reading import read_groups, report_rows
 
 logger = logging.getLogger("unidpo")
 
@@ -76,16 +75,7 @@ def load_pairs(
     needed = require_scores or min_score_margin is not None
     reads = [read_groups(s.path, images=s.images or images, require_scores=needed) for s in sources]
     name = ", ".join(str(source.path) for source in sources)
-    rows = sum(read.rows for read in reads)
-    errors = [finding for read in reads for finding in read.errors]
-    bad_rows = len({(finding.file, finding.row) for finding in errors})
-    if bad_rows and on_bad_row == "error":
-        raise from_findings(DataError, f"{name}: {bad_rows} of {rows} rows cannot be used", errors)
-    if bad_rows:
-        logger.warning(str(from_findings(DataError, f"{name}: skipped {bad_rows} of {rows} rows", errors)))
-    for read in reads:
-        for kind, count in Counter(f.kind for f in read.findings if f.severity == "warning").items():
-            logger.warning("%s: %d %s; `unidpo data check` lists them", read.file, count, kind)
+    report_rows(reads, name, on_bad_row=on_bad_row)
     groups = mix([(read.groups, source.weight) for read, source in zip(reads, sources, strict=True)], seed=seed)
     return select_pairs(groups, min_score_margin=min_score_margin, group_by_prompt=group_by_prompt)
 

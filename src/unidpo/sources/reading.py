@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from unidpo.errors import DataError, Finding
-from unidpo.pairs import PromptGroup
+from unidpo.errors import DataError, Finding, from_findings
+from unidpo.pairs import ImageSource, PromptGroup
 from unidpo.sources import tables
 from unidpo.sources.dataset_info import PLAIN, columns_of
 from unidpo.sources.files import rows_of
 from unidpo.sources.layouts import read_row
 from unidpo.sources.rows import LayoutName, Row
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class ImageUse:
 
     row: int
     key: str
-    source: Path | bytes
+    source: ImageSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +64,41 @@ def read_groups(path: str | Path, *, images: str | Path | None = None, require_s
     Raises:
         DataError: there is no such file, data set or image folder, it cannot be read as a whole, or has no rows.
     """
+    return collected(path, read_rows(path, images=images, require_scores=require_scores, shared={}))
+
+
+def collected(name: str | Path, rows: Iterable[Row]) -> Read:
+    """The rows of one data set together."""
     count, groups, findings, uses = 0, [], [], []
-    for row in read_rows(path, images=images, require_scores=require_scores, shared={}):
+    for row in rows:
         count += 1
         if row.group is not None:
             groups.append(row.group)
         findings += row.findings
         uses += [ImageUse(row.number, key, source) for key, source in row.sources]
-    return Read(Path(path), count, groups, findings, uses)
+    return Read(Path(name), count, groups, findings, uses)
+
+
+def report_rows(reads: Sequence[Read], name: str, *, on_bad_row: Literal["error", "skip"]) -> None:
+    """Warn of what is worth knowing about rows that are to be trained on, and of those left out.
+
+    Raises:
+        DataError: rows cannot be used, and are not to be left out. All are listed.
+    """
+    rows = sum(read.rows for read in reads)
+    errors = [finding for read in reads for finding in read.errors]
+    bad_rows = len({(finding.file, finding.row) for finding in errors})
+    if bad_rows and on_bad_row == "error":
+        raise from_findings(DataError, f"{name}: {bad_rows} of {rows} rows cannot be used", errors)
+    if bad_rows:
+        _LOG.warning(str(from_findings(DataError, f"{name}: skipped {bad_rows} of {rows} rows", errors)))
+    for read in reads:
+        kinds: dict[str, list[Finding]] = {}
+        for finding in read.findings:
+            if finding.severity == "warning":
+                kinds.setdefault(finding.kind, []).append(finding)
+        for kind, found in kinds.items():
+            _LOG.warning("%d %s, the first in %s", len(found), kind, found[0])
 
 
 def read_rows(
@@ -101,11 +131,15 @@ def read_rows(
     root, empty = folder if images is None else Path(images), True
     for number, value in values:
         empty = False
-        row = Row(value, number, path, root, require_scores, columns, shared)
-        if isinstance(value, Finding):
-            row.error(value.kind, value.key, value.message)
-        else:
-            read_row(row, layout)
-        yield row
+        yield read_value(Row(value, number, path, root, require_scores, columns, shared), layout)
     if empty:
         raise DataError(f"{path}: the file holds no rows")
+
+
+def read_value(row: Row, layout: LayoutName | None = None) -> Row:
+    """Read what a row was given; a `Finding` in its place is its error."""
+    if isinstance(row.given, Finding):
+        row.error(row.given.kind, row.given.key, row.given.message)
+    else:
+        read_row(row, layout)
+    return row

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import PIL.Image
+
 from unidpo.errors import Finding, shown
-from unidpo.pairs import IMAGE, ImageMark, Message, Pair, PromptGroup, Response
+from unidpo.pairs import IMAGE, ImageMark, ImageSource, Message, Pair, PromptGroup, Response
 from unidpo.sources.dataset_info import PLAIN, Columns
 from unidpo.sources.files import json_type
 
@@ -58,7 +60,7 @@ class Row:
         self.require_scores = require_scores
         self.columns = columns
         self.findings: list[Finding] = []
-        self.sources: list[tuple[str, Path | bytes]] = []
+        self.sources: list[tuple[str, ImageSource]] = []
         self.lost: list[str] = []
         self.layout: LayoutName | None = None
         self.group: PromptGroup | None = None
@@ -273,8 +275,12 @@ class Row:
         self.sources = [(key, source) for key, source in read if source is not None]
         return len(entries)
 
-    def _image(self, value: Any, key: str) -> Path | bytes | None:
-        """A path joined to the image folder, or encoded bytes. The disk is not touched."""
+    def _image(self, value: Any, key: str) -> ImageSource | None:
+        """A path joined to the image folder, encoded bytes, or a decoded image. The disk is not touched."""
+        if isinstance(value, PIL.Image.Image):
+            return value
+        if isinstance(value, Path):
+            value = str(value)
         if isinstance(value, dict) and value.get("bytes") is not None:
             value = value["bytes"]
             if isinstance(value, str):

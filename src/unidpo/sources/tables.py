@@ -120,9 +120,7 @@ def dataset_rows(path: str | Path) -> Iterator[Any]:
             loaded = loaded[chosen]
         elif split is not None:
             raise DataError(f"{path}: the folder holds one data set without splits; leave out @{split}")
-        # As Arrow: nothing is decoded, an image stays what the table holds.
-        for table in loaded.with_format("arrow").iter(batch_size=_BATCH):
-            yield from _values(table)
+        yield from rows_of_dataset(loaded)
     except (DataError, GeneratorExit):
         raise
     except Exception as error:  # network, cache, a dozen formats: nearly anything is raised
@@ -130,6 +128,12 @@ def dataset_rows(path: str | Path) -> Iterator[Any]:
         if not Path(name).is_dir():
             problem = "there is no such file or folder here, nor a data set of the hub that can be loaded"
         raise DataError(f"{path}: {problem} ({_first_line(error)})") from error
+
+
+def rows_of_dataset(dataset: Any) -> Iterator[Any]:
+    """The rows of a loaded data set. As Arrow: nothing is decoded, an image stays what the table holds."""
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
+        yield from _values(table)
 
 
 def _load(datasets: Any, name: str, config: str | None) -> Any:
