@@ -20,6 +20,7 @@ from typing import Any
 
 from unidpo.errors import Finding, RunError, from_findings
 from unidpo.locks import LOCK_FILES, locked
+from unidpo.redaction import redacted
 from unidpo.writing import write_json
 
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -177,7 +178,7 @@ def environment() -> dict[str, Any]:
         versions["torch"] = str(sys.modules["torch"].__version__)
     return {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": [redacted(word) for word in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from unidpo.config.hf_arguments import OWNED_BY_RECIPE
+from unidpo.config.reading import lay_over, plain_values, read_yaml, secrets
 from unidpo.config.schema import (
     LOSS_SECTIONS,
     DataSection,
@@ -24,7 +22,7 @@ from unidpo.config.schema import (
     TrainSection,
 )
 from unidpo.errors import Finding, RecipeError, did_you_mean, from_findings, shown
-from unidpo.regular_files import read_regular
+from unidpo.redaction import redacted
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
     "model": ModelSection,
@@ -60,12 +58,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if "loss" not in config:  # written out, so that an override of one of its keys has a loss to belong to
         config["loss"] = {"name": "uni_dpo"}
     for override in overrides:
-        reason = _apply(config, override)
+        reason = lay_over(config, override)
         if reason:
             problems.found.append(Finding("bad-override", reason, file="command line", key=override))
         else:
             problems.overrides[override.partition("=")[0].strip()] = override
-    return _validate(_plain(config, problems), problems)
+    for key, message in secrets(config):
+        problems.add(key, "secret", message)
+    return _validate(plain_values(config, problems), problems)
 
 
 def recipe_from(values: Mapping[str, Any], *, name: str = "recipe") -> Recipe:
@@ -90,81 +90,9 @@ class _Problems:
             return
         for name, override in reversed(self.overrides.items()):
             if key == name or key.startswith(f"{name}."):
-                self.found.append(Finding(kind, f"{message} (from {override})", file="command line", key=key))
+                self.found.append(Finding(kind, f"{message} (from {redacted(override)})", file="command line", key=key))
                 return
         self.found.append(Finding(kind, message, file=self.file, key=key or None))
-
-
-def read_yaml(path: Path, *, what: str = "recipe") -> DictConfig:
-    """The mapping in a YAML file, nothing resolved. Raises `RecipeError`, which calls the file `what`."""
-    if not path.is_file():
-        near = did_you_mean(path.name, (p.name for p in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
-        reason = f"this is a folder, not a {what}" if path.is_dir() else f"there is no such {what}{near}"
-        raise _unreadable(path, "missing-file", reason)
-    try:
-        config = OmegaConf.create(read_regular(path).decode("utf-8-sig"))
-    except OSError as error:
-        raise _unreadable(path, "missing-file", f"cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise _unreadable(path, "broken-yaml", f"is not UTF-8 text (byte {error.start})") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise _unreadable(path, "broken-yaml", f"is not valid YAML: {where}{error.problem}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise _unreadable(path, "broken-yaml", f"is not valid YAML: {_first_line(error)}") from error
-    if not isinstance(config, DictConfig):
-        keys = "`output:`, `methods:`" if what == "sweep" else "`model:`, `data:`, `loss:`, ..."
-        raise _unreadable(path, "broken-yaml", f"a {what} is a mapping of sections ({keys})")
-    return config
-
-
-def _unreadable(path: Path, kind: str, message: str) -> RecipeError:
-    finding = Finding(kind, message, file=path)
-    return RecipeError(str(finding), findings=[finding])
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
-def _apply(config: DictConfig, override: str) -> str | None:
-    """Lay one override over the config, in place; returns the reason where that cannot be done."""
-    key, equals, text = override.partition("=")
-    key = key.strip()
-    if not equals or not all(part.strip() for part in key.split(".")):
-        return "an override is written section.key=value"
-    try:
-        value = OmegaConf.from_dotlist([f"value={text}"])._get_node("value")
-        section = key.rpartition(".")[0]
-        parent = OmegaConf.select(config, section) if section else config
-        if parent is not None and not OmegaConf.is_dict(parent):
-            return f"`{section}` is a single value and has no keys"
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        return f"cannot be read: {_first_line(error)}"
-    return None
-
-
-def _plain(config: DictConfig, problems: _Problems, prefix: str = "") -> dict[str, Any]:
-    """Plain values, interpolations resolved; what cannot be resolved is a problem and becomes null."""
-    values: dict[str, Any] = {}
-    for name in config:
-        key = f"{prefix}{name!s}"
-        values[str(name)] = None
-        try:
-            if OmegaConf.is_missing(config, name):
-                problems.add(key, "missing-key", "is left open (`???`); give it a value here or in an override")
-                continue
-            value = config[name]
-            if isinstance(value, DictConfig):
-                value = _plain(value, problems, f"{key}.")
-            elif OmegaConf.is_config(value):
-                value = OmegaConf.to_container(value, resolve=True)
-            values[str(name)] = value
-        except OmegaConfBaseException as error:
-            problems.add(key, "unresolved", _first_line(error).rpartition("interpolation: ")[2].strip('"'))
-    return values
 
 
 def _validate(values: Mapping[str, Any], problems: _Problems) -> Recipe:

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from omegaconf import OmegaConf
 from pydantic import BeforeValidator, Field, ValidationError
 
-from unidpo.config.loading import load_recipe, read_yaml
+from unidpo.config.loading import load_recipe
+from unidpo.config.reading import read_yaml
 from unidpo.config.schema import FilePath, Recipe, Section
 from unidpo.errors import Finding, RecipeError, did_you_mean, from_findings, shown
 
