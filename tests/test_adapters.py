@@ -167,6 +167,14 @@ def test_rslora_scales_by_the_root_of_the_rank():
         assert layer.scaling["default"] == scale
 
 
+def test_dropout_reaches_the_adapter():
+    model = load_policy(GOLDEN / "model")
+    config = lora_config(LoraSection(dropout=0.25), model)
+    policy = with_adapter(model, config, own_reference=True, mixed_precision=False)
+    dropouts = {module.p for name, module in policy.named_modules() if name.endswith("lora_dropout.default")}
+    assert dropouts == {0.25}
+
+
 @pytest.mark.parametrize("frozen", [("vision",), ("projector",), ("vision", "language"), ("language",), ()])
 def test_any_part_may_be_frozen_though_embeddings_are_tied(tmp_path, frozen):
     model = load_policy(GOLDEN / "model")

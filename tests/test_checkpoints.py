@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from trainers import lora, some_groups, trainer_of
 from unidpo.attention import PACK_ATTENTION
 from unidpo.errors import Interrupted, ModelError, TrainingError
-from unidpo.losses import DPO
+from unidpo.losses import DPO, MPO
 from unidpo.models import load_policy
 from unidpo.pairs import Pair
 from unidpo.runs import UNFINISHED_CHECKPOINT, RunFolder
@@ -165,7 +165,7 @@ def assert_ended_alike(ours, theirs):
     assert last[0] == last[1]
 
 
-@pytest.mark.parametrize("how", ["stored", "live", "adapter", "bfloat16"])
+@pytest.mark.parametrize("how", ["stored", "live", "adapter", "bfloat16", "reward shift"])
 def test_a_resumed_training_ends_as_the_uninterrupted_one(make, out, tmp_path, how):
     """The reference, where it has to be found again, is the model as it was before the first step."""
     dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
@@ -174,6 +174,7 @@ def test_a_resumed_training_ends_as_the_uninterrupted_one(make, out, tmp_path, h
         model = load_policy(GOLDEN / "model", dtype=dtype)
         options = {"peft_config": lora()} if how == "adapter" else {}
         options |= {"reference": "live"} if how == "live" else {"cache": tmp_path / cache}
+        options |= {"loss": MPO()} if how == "reward shift" else {}
         return make(model=model, bf16=how == "bfloat16", max_steps=3, **EACH_STEP, **options)
 
     whole = trainer("cache")

@@ -153,6 +153,17 @@ def test_prompt_tokens_counts_what_encode_makes(make, sizes, max_pixels, words):
     assert encoder.prompt_tokens(other) == len(encoder.encode(other).prompt_ids)
 
 
+def test_a_processors_own_count_of_patches_is_believed_only_once_it_was_right(positions):
+    """Of images that a processor tiles, for one, it counts otherwise."""
+    processor = load_processor(GOLDEN / "model")
+    encoder = Encoder(processor, positions)
+    counted = processor.image_processor.get_number_of_image_patches
+    processor.image_processor.get_number_of_image_patches = lambda *size: counted(*size) + 4 * 9
+    for side in (56, 84):
+        one = ask(IMAGE, images=[Image.new("RGB", (side, side))])
+        assert encoder.prompt_tokens(one) == len(encoder.encode(one).prompt_ids)
+
+
 def test_prompt_tokens_reads_no_pixels(make, tmp_path):
     path = tmp_path / "half.png"
     Image.effect_noise((112, 84), 50).save(path)

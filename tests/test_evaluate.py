@@ -336,6 +336,12 @@ def test_an_answer_ends_at_a_stop_token_or_is_truncated(policy: Any) -> None:
     assert backend._read(red * 2, 2 * len(red)) == Answer("redred", 2 * len(red), truncated=True)
 
 
+def test_a_word_behind_a_stop_token_is_no_part_of_the_answer(policy: Any) -> None:
+    backend = HuggingFace(*policy)
+    end, red = backend.tokenizer.get_vocab()["<|im_end|>"], backend.tokenizer("red")["input_ids"]
+    assert backend._read([*red, end, *red], 9) == Answer("red", len(red))
+
+
 def test_what_cannot_be_asked_is_counted(tmp_path: Path, policy: Any) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     rows = [

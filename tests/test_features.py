@@ -141,6 +141,24 @@ def test_a_run_with_features_from_disk_is_the_plain_run_and_the_next_one_sees_no
     assert towers == []
 
 
+@pytest.mark.parametrize("tower", ["the same", "another"])
+def test_another_model_as_reference_sees_images_with_its_own_tower(groups, tmp_path, tower):
+    other = load_policy(GOLDEN / "model")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+        if tower == "another":
+            other.model.visual.merger.mlp[2].weight.mul_(-1)
+    other.save_pretrained(tmp_path / "other")
+    seen = []
+    options = {"max_steps": 1, "batch": (6, 1), "shuffle": False, "reference": str(tmp_path / "other")}
+    trainer = trainer_of(tmp_path / "run", groups, cache_image_features=True, on_pairs=seen.append, **options)
+    trainer.train()
+    with torch.no_grad():
+        rows = padded_rows(trainer.encoder)([trainer.encoder.encode(one) for one in groups])
+        expected = (response_logps(other, rows) / rows.response_tokens).tolist()
+    assert seen[0]["ref_chosen_logps"] == pytest.approx(expected[0::2], abs=1e-5)
+
+
 @pytest.mark.parametrize(("adapter", "attention"), [(False, "sdpa"), (True, "padded")])
 def test_a_live_reference_takes_the_policys_features(tmp_path, towers, monkeypatch, adapter, attention):
     options = {

@@ -1,6 +1,9 @@
 """What stored numbers have in common: folders that name their version, and a disk that has no room."""
 
+import os
+import platform
 import resource
+import subprocess
 
 import pytest
 import torch
@@ -48,6 +51,18 @@ def test_a_disk_without_room_is_named_and_nothing_half_written_stays(filled, wor
     assert len([*tmp_path.iterdir()]) == 1
     store.flush()  # what was added is not forgotten
     assert len([*tmp_path.iterdir()]) == 2
+
+
+@pytest.mark.parametrize("store", [LogpStore, FeatureStore])
+def test_what_a_living_process_is_writing_is_left_and_a_dead_ones_is_removed(store, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    writing = {pid: tmp_path / f".{platform.node()}-{pid}-part-1.tmp" for pid in (os.getpid(), dead.pid)}
+    elsewhere = tmp_path / f".another-{platform.node()}-{dead.pid}-part-1.tmp"
+    for part in (*writing.values(), elsewhere):
+        part.touch()
+    store(tmp_path)
+    assert {*tmp_path.iterdir()} == {writing[os.getpid()], elsewhere}
 
 
 @pytest.mark.parametrize("filled", [logps, features])

@@ -250,15 +250,11 @@ def test_no_torch_is_imported_by_the_sweeping_process():
 
 class TestTheRealCommand:
     def test_trains_all_runs_over_one_reference(self, sweep_file, tmp_path, monkeypatch, capfd):
-        """In this process, which has imported everything already."""
         monkeypatch.chdir(ROOT)
-        started = []
-        monkeypatch.setattr(
-            unidpo.sweep, "_exit_code", lambda command: started.append(command) or unidpo_command(*command)
-        )
+        out = tmp_path / "runs of [a] sweep"
         text = f"""
-output: {tmp_path / "out"}
-overrides: {{train.max_steps: 1, data.eval_fraction: 0.1}}
+output: {json.dumps(str(out))}
+overrides: {{train.max_steps: 1, data.eval_fraction: 0.1, train.run_name: "null, or so"}}
 methods:
 - recipe: recipes/tiny.yaml
 - recipe: recipes/tiny.yaml
@@ -267,19 +263,25 @@ methods:
 """
         path = sweep_file(text)
         assert unidpo_command("train", "--sweep", path) == 0
-        printed = capfd.readouterr().err
-        found = re.findall(r"reference: (\d+) responses found in .*, (\d+) computed", printed)
+        found = re.findall(r"reference: (\d+) responses found in .*, (\d+) computed", capfd.readouterr().err)
         assert found == [("0", "96"), ("96", "0")]
-        runs = json.loads((tmp_path / "out" / "summary.json").read_text())["runs"]
-        assert [run["name"] for run in runs] == ["tiny", "dpo"]
-        for run in runs:
-            assert (run["status"], run["step"]) == ("finished", 1)
-            records = [json.loads(line) for line in (Path(run["folder"]) / "metrics.jsonl").read_text().splitlines()]
+        runs = json.loads((out / "summary.json").read_text())["runs"]
+        assert [(run["name"], run["status"], run["step"]) for run in runs] == [
+            ("tiny", "finished", 1),
+            ("dpo", "finished", 1),
+        ]
+        for run, loss in zip(runs, ("uni_dpo", "dpo"), strict=True):
+            folder = Path(run["folder"])
+            assert folder.parent == out
+            config = json.loads((folder / "config.json").read_text())
+            assert (config["loss"]["name"], config["train"]["run_name"]) == (loss, "null, or so")
+            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             assert run["measures"]["loss"] == records[0]["loss"]
             assert run["measures"]["eval_rewards/accuracies"] == records[-1]["eval_rewards/accuracies"]
         assert unidpo_command("train", "--sweep", path) == 0
-        assert capfd.readouterr().err.count("finished before") == 2
-        assert len(started) == 2
+        again = capfd.readouterr().err
+        assert again.count("finished before") == 2
+        assert "reference:" not in again
 
     def test_starts_processes_and_fails_where_they_do(self, two_runs, monkeypatch, capfd):
         lost = [dataclasses.replace(run, recipe_file=Path("gone.yaml")) for run in two_runs.runs]

@@ -19,6 +19,7 @@ from unidpo.models import load_policy
 from unidpo.packs import Pack, index_pairs, pack, pad
 from unidpo.pairs import Pair, Response, merge_by_prompt
 from unidpo.records import LEDGER_COLUMNS
+from unidpo.reference import ReferencePass
 from unidpo.trainer import PreferenceTrainer
 from worlds import GOLDEN, group, save_gemma2, tiny_policy
 
@@ -45,6 +46,17 @@ def attention_of(trainer):
     return trainer.policy.attention
 
 
+@pytest.fixture
+def stored_elsewhere(monkeypatch):
+    """Stored numbers as another machine rounds them. Here the pass and the first step are equal to the bit."""
+    exact = ReferencePass.logps
+
+    def rounded(self, *args, **options):
+        return [logps * (1 - 1e-6) for logps in exact(self, *args, **options)]
+
+    monkeypatch.setattr(ReferencePass, "logps", rounded)
+
+
 # --- policy and reference ---------------------------------------------------------------------------------------------
 
 
@@ -55,8 +67,15 @@ def test_the_first_dpo_step_is_ln_2(make, reference):
     assert abs(second - LN2) > 1e-4
 
 
+def test_until_an_update_the_policy_is_its_own_reference(make, stored_elsewhere):
+    """Rounding between the stored pass and the step must not open the gate."""
+    first, second = records(make(loss=UniDPO(nll_weight=0.1), batch=(4, 1)))
+    assert first["rewards/chosen"] == first["rewards/rejected"] == first["nll/gate_rate"] == 0
+    assert second["rewards/chosen"] != 0
+
+
 @pytest.mark.parametrize("loss", [DPO(), UniDPO(nll_weight=0.1)], ids=["dpo", "uni_dpo"])
-def test_a_first_update_with_learning_rate_0_changes_nothing(make, loss):
+def test_a_first_update_with_learning_rate_0_changes_nothing(make, loss, stored_elsewhere):
     """Warm-up makes it; rounding between the stored pass and the step must not open the gate at step 2 either."""
     first, second, third = records(make(loss=loss, batch=(4, 1), warmup_steps=2, max_steps=3))
     assert first["learning_rate"] == 0 < second["learning_rate"]
@@ -109,6 +128,19 @@ def test_another_model_as_reference(make, tmp_path):
     assert seen[0]["ref_chosen_logps"] == pytest.approx(expected[0::2], abs=1e-5)
     assert seen[0]["ref_rejected_logps"] == pytest.approx(expected[1::2], abs=1e-5)
     assert seen[0]["chosen_reward"][0] != 0
+
+
+def test_each_reference_has_a_store_of_its_own(make, tmp_path):
+    other = load_policy(GOLDEN / "model")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    seen = []
+    for reference in ("stored", str(tmp_path / "other"), "stored"):
+        make(reference=reference, max_steps=1, shuffle=False, on_pairs=seen.append).train()
+    own, others, again = (step["ref_chosen_logps"] for step in seen)
+    assert again == own
+    assert all(abs(a - b) > 1e-3 for a, b in zip(own, others, strict=True))
 
 
 def test_a_reference_that_is_no_model(make, tmp_path):
@@ -186,9 +218,10 @@ def test_weights_in_another_type_have_a_reference_of_their_own(make, tmp_path):
 
 
 @pytest.mark.parametrize("reference", ["stored", "live"])
-def test_the_reference_of_an_adapter_that_begins_with_something_is_the_model_without_it(make, reference):
+def test_the_reference_of_an_adapter_that_begins_with_something_is_the_model_without_it(make, tmp_path, reference):
     plain, adapted = [], []
-    make(max_steps=1, shuffle=False, on_pairs=plain.append).train()
+    # A cache of its own, or the adapter's run would find all of the reference in it.
+    make(max_steps=1, shuffle=False, on_pairs=plain.append, cache=tmp_path / "plain").train()
     adapter = lora(init_lora_weights=False)
     make(max_steps=1, shuffle=False, peft_config=adapter, reference=reference, on_pairs=adapted.append).train()
     assert adapted[0]["ref_chosen_logps"] == pytest.approx(plain[0]["chosen_logps"], abs=1e-5)
@@ -381,6 +414,29 @@ def test_the_global_batch_counts_pairs(make):
         assert loss == pytest.approx(sum(step["loss"]) / len(step["loss"]), abs=1e-6)
 
 
+def test_the_data_seed_alone_makes_the_order(make):
+    def order(**seeds):
+        seen = []
+        make(some_groups(8), loss=SimPO(), batch=(8, 1), max_steps=1, on_pairs=seen.append, **seeds).train()
+        return seen[0]["row"]
+
+    assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) != order(seed=7, data_seed=1)
+    assert order(seed=7) == order(seed=1, data_seed=7)
+
+
+@pytest.mark.parametrize(("attention", "passes"), [("sdpa", 1), ("padded", 2)])
+def test_a_limit_on_tokens_counts_the_prompt_of_each_padded_row(make, attention, passes):
+    one = group(responses=(3, 3), seed=1)
+    encoder = tiny_policy()[2]
+    prompt, responses = encoder.prompt_tokens(one), sum(len(encoder.response_ids(each)) for each in one.responses)
+    groups = [one, replace(one, pairs=(Pair(0, 1, 2),))]
+    options = {"attention": attention, "max_tokens_per_pack": 2 * (prompt + responses), "loss": SimPO()}
+    trainer = make(groups, batch=(1, 2), max_steps=1, **options)
+    trainer._prepare()
+    (step,) = trainer.get_train_dataloader()
+    assert len(step.batches) == passes
+
+
 def test_on_pairs_has_every_column_of_the_ledger(make):
     seen = []
     groups = some_groups()
@@ -457,6 +513,28 @@ def test_an_evaluation_outside_training_measures_the_same(make, tmp_path, refere
     assert before | {"step": 0} == pytest.approx(start, abs=1e-6)
     assert trainer.evaluate() | {"step": 2} == pytest.approx(end, abs=1e-6)
     assert attention_of(trainer) != PACK_ATTENTION
+
+
+def test_held_out_pairs_have_the_reference_of_their_own_responses(make):
+    held_out = [group(responses=(2, 4), seed=20 + i, row=20 + i) for i in range(3)]
+    trainer = make(eval_dataset=held_out, max_steps=1)
+    trainer.train()
+    with torch.no_grad():
+        rows = pad([trainer.encoder.encode(one) for one in held_out], pad_token_id=0)
+        expected = response_logps(load_policy(GOLDEN / "model"), rows) / rows.response_tokens
+    measured = trainer.evaluate()
+    assert measured["eval_logps/ref_chosen"] == pytest.approx(expected[0::2].mean().item(), abs=1e-5)
+    assert measured["eval_logps/ref_rejected"] == pytest.approx(expected[1::2].mean().item(), abs=1e-5)
+
+
+def test_an_evaluation_takes_its_own_number_of_pairs_into_a_pass(make):
+    held_out = [group(responses=(2, 4), seed=20 + i, row=20 + i) for i in range(4)]
+    trainer = make(eval_dataset=held_out, batch=(1, 4), per_device_eval_batch_size=2)
+    trainer.evaluate()  # the reference too
+    passes = []
+    trainer.policy.plain.model.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    trainer.evaluate()
+    assert len(passes) == 2
 
 
 def test_a_loss_that_is_no_number_stops_the_training_and_names_the_pairs(make):
