@@ -9,7 +9,7 @@ EVAL_INSTALLED := $(EVAL_VENV)/.installed
 WATCH_VENV ?= .venv-watch
 WATCH_INSTALLED := $(WATCH_VENV)/.installed
 
-.PHONY: setup demo test test-eval test-watch bench lint fmt
+.PHONY: setup demo test test-eval test-watch mutants bench lint fmt
 
 setup: $(INSTALLED)
 
@@ -37,6 +37,10 @@ $(EVAL_INSTALLED): pyproject.toml constraints.txt constraints-eval.txt
 	$(EVAL_VENV)/bin/python -m pip install --no-deps "torchvision==0.28.*"
 	$(EVAL_VENV)/bin/python -m pip install -c constraints.txt -c constraints-eval.txt ms-vlmeval==0.0.20
 	touch $@
+
+# A minute for each dozen of bugs. NAMES="..." for some of them (python -m scripts.plant_bugs --list).
+mutants: $(INSTALLED)
+	$(BIN)/python -m scripts.plant_bugs --workers $(WORKERS) $(NAMES)
 
 # One thread: process CPU time is compared. About an hour on one core.
 bench: $(INSTALLED)
