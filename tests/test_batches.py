@@ -229,7 +229,7 @@ def test_stored_numbers_stay_with_their_responses_where_rows_are_left_out(encode
     groups[1] = replace(groups[1], images=(tmp_path / "gone.png",))
     batches = PlannedBatches(groups, encoder)
     batches.ref_logps = [torch.tensor([-2.0 * i - 1, -2.0 * i - 2]) for i in range(4)]
-    batches.ref_logps[2][1] = float("nan")  # there was nothing to compute it from
+    batches.ref_logps[2] = None  # there was nothing to compute it from
     batch, lost = batches[Plan(tuple((index, (0,)) for index in range(4)))]
     assert batch.pairs.rows.tolist() == [1, 4]
     assert batch.ref_logps.tolist() == [-1.0, -2.0, -7.0, -8.0]

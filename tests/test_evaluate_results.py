@@ -23,7 +23,7 @@ from unidpo.demo.digits import load_world
 from unidpo.demo.story import ASKED
 from unidpo.errors import UserError
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Judged
-from unidpo.evaluate.comparing import metric, paired_bootstrap
+from unidpo.evaluate.comparing import compare, metric, paired_bootstrap
 from unidpo.evaluate.generation import HuggingFace
 from unidpo.evaluate.loading import LoadOptions, load_model
 from unidpo.evaluate.own import BenchmarkFile, load_benchmark
@@ -175,6 +175,22 @@ def test_questions_of_one_unit_are_drawn_together() -> None:
     zero = [Judged(each.index, each.unit, 0) for each in rows]
     low, high = paired_bootstrap(zero, rows, statistic="mme", best=200)
     assert (low, high) == (50, 200), "either only the half picture, or only the whole one"
+
+
+def test_answers_that_changed_are_named_the_right_way_round(tmp_path: Path) -> None:
+    benchmark = load_benchmark(exam(tmp_path, 4))
+    said = {"before": {"3": "?", "4": "?"}, "after": {"2": "!", "4": "!"}}
+    before, after = (
+        evaluate(Oracle(truth(4) | wrong, name), [benchmark], tmp_path / name, label=name)
+        for name, wrong in said.items()
+    )
+    (difference,) = compare(before, after)
+    assert (difference.value, difference.gained, difference.lost) == (0, 1, 1)
+    lines = [json.loads(line) for line in (tmp_path / "changed-after.jsonl").read_text().splitlines()]
+    assert [(line["index"], line["change"], line["before"], line["after"]) for line in lines] == [
+        ("2", "right to wrong", "2", "!"),
+        ("3", "wrong to right", "?", "3"),
+    ]
 
 
 def test_different_questions_cannot_be_compared() -> None:
