@@ -14,11 +14,12 @@ from unidpo.batches import LostRows
 from unidpo.errors import DataError, Finding, ModelError, TrainingError
 from unidpo.feature_pass import FeaturePass
 from unidpo.feature_store import FeatureStore
+from unidpo.logp_store import LogpStore, is_logp
 from unidpo.losses import SimPO
 from unidpo.packs import pack
 from unidpo.pairs import Pair
 from unidpo.policy import Policy
-from unidpo.reference import LogpStore, ReferencePass, _Scored, is_logp
+from unidpo.reference import ReferencePass, _Scored
 from unidpo.stores import content_keys
 from unidpo.trainer import PreferenceTrainer
 from worlds import GOLDEN, group, tiny_policy

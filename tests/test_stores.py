@@ -11,7 +11,7 @@ import torch
 from unidpo.errors import UserError
 from unidpo.feature_store import FeatureStore
 from unidpo.features import image_features
-from unidpo.reference import LogpStore
+from unidpo.logp_store import LogpStore
 from unidpo.stores import numbers_folder
 from worlds import group, tiny_policy
 
@@ -23,24 +23,24 @@ def world():
     return model, encoder, encoder.encode(group())
 
 
-def logps(folder, world):
+def logps(folder, world, of=b"a"):
     store = LogpStore(folder)
     for number in range(100):
-        store.add(number.to_bytes(16), -1.0, 1)
+        store.add(of + number.to_bytes(15), -1.0, 1)
     return store
 
 
-def features(folder, world):
+def features(folder, world, of=b"a"):
     model, _, prompt = world
     store = FeatureStore(folder)
-    store.add(b"key of a prompt.", prompt, image_features(model, prompt.vision))
+    store.add(of + b"key of a prompt", prompt, image_features(model, prompt.vision))
     return store
 
 
 @pytest.mark.parametrize("filled", [logps, features])
 def test_a_disk_without_room_is_named_and_nothing_half_written_stays(filled, world, tmp_path):
     filled(tmp_path, world).flush()
-    store = filled(tmp_path, world)
+    store = filled(tmp_path, world, b"b")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
     try:

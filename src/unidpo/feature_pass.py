@@ -110,9 +110,9 @@ class FeaturePass:
             ModelError: the model takes no features.
             UserError: the disk has no room for them, or a process sees neither it nor the images.
         """
-        store = FeatureStore.shared(folder)
         prompts = {key: group for key, group in zip(keys.prompts, groups, strict=True) if group.images}
         prompts.pop(UNREADABLE, None)
+        store = FeatureStore.shared(folder, prompts)
         todo = [_Prompt(key, group) for key, group in prompts.items() if key not in store]
         if is_main() and prompts:
             _LOG.info("features of images: %d prompts, %d found in %s", len(prompts), len(prompts) - len(todo), folder)

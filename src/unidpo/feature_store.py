@@ -15,12 +15,13 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int64, Integer, jaxtyped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,15 +32,18 @@ from unidpo.errors import ImageError, ModelError, UserError
 from unidpo.features import ImageFeatures, without_pixels
 from unidpo.models import parts
 from unidpo.pairs import PromptGroup
-from unidpo.ranks import gather, on_main
+from unidpo.ranks import gather, is_main, on_main, rank, world_size
+from unidpo.regular_files import open_regular
 from unidpo.stores import (
     FLUSH_SECONDS,
+    DamagedPart,
     ImageDigests,
     clear_unfinished,
-    new_part,
-    part_name,
     prompt_key,
+    put_aside,
+    require_undamaged,
     tensors_fingerprint,
+    write_part,
 )
 
 PART_BYTES = 256 * 2**20
@@ -66,18 +70,31 @@ class FeatureStore:
         if places is None:
             clear_unfinished(folder)
             for part in sorted(folder.glob("part-*.safetensors")):
-                with _damage_named(part):
-                    self._places.update((bytes.fromhex(key), part.name) for key in _opened(part).names)
+                try:
+                    self._places |= dict.fromkeys(_keys_in(part), part.name)
+                except DamagedPart as damage:
+                    put_aside(part, damage)
 
     @classmethod
-    def shared(cls, folder: Path) -> FeatureStore:
-        """In each process a store that knows what the main one finds.
+    def shared(cls, folder: Path, keys: Collection[bytes]) -> FeatureStore:
+        """In each process a store that knows what the main one finds of these keys.
+
+        Every part with one of them is read through, each by one process. Damaged ones are named and put aside.
 
         Raises:
-            UserError: a part is damaged, or a process cannot see the folder.
+            UserError: a process cannot see the folder.
         """
-        store = cls(folder, on_main(lambda: cls(folder)._places))
+        found = on_main(lambda: cls(folder)._places)
+        store = cls(folder, {key: part for key, part in found.items() if key in keys})
         store._require_seen()
+        if parts := sorted(set(store._places.values())):
+            problems = {part: _problem(folder / part) for part in parts[rank() :: world_size()]}
+            problems = {part: problem for those in gather([problems]) for part, problem in those.items()}
+            for part, problem in problems.items():
+                if problem is not None and is_main():
+                    put_aside(folder / part, problem)
+            store = cls(folder, {key: part for key, part in store._places.items() if problems[part] is None})
+        _opened.cache_clear()  # a part that is written anew may have the name of the one that was put aside
         return store
 
     def with_those_of_others(self) -> FeatureStore:
@@ -98,12 +115,16 @@ class FeatureStore:
         return len(self._places)
 
     def __getitem__(self, key: bytes) -> EncodedGroup:
-        """The prompt, without responses. Raises `UserError` where its part is damaged."""
+        """The prompt, without responses. Raises `UserError` where its part is gone since the store was made."""
         path = self.folder / self._places[key]
-        with _damage_named(path):
-            part = _opened(path)
+        try:
             # Copies: a tensor that lies in the mapped file would take all of it along to another process.
-            held = {n: part.tensors.get_tensor(f"{key.hex()}.{n}").clone() for n in part.names[key.hex()]}
+            held = {name: tensor.clone() for name, tensor in _opened(path).record(key.hex()).items()}
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"{path}: these stored features of images cannot be read any more ({error}); start the run again, and "
+                "they are computed anew"
+            ) from error
         return EncodedGroup(
             **{name: held.pop(name) for name in _OF_PROMPT},
             response_ids=(),
@@ -123,9 +144,7 @@ class FeatureStore:
     def flush(self) -> None:
         """Write what was added since the last flush as one part, atomically. Raises `UserError` where it cannot."""
         if self._new:
-            part = self.folder / part_name(".safetensors")
-            with new_part(part) as unfinished:
-                save_file(self._new, unfinished)
+            part = write_part(self.folder, ".safetensors", lambda unfinished: save_file(self._new, unfinished))
             self._places.update((bytes.fromhex(name.partition(".")[0]), part.name) for name in self._new)
         self._new, self._new_bytes, self._flushed = {}, 0, time.monotonic()
 
@@ -145,16 +164,29 @@ def record(prompt: EncodedGroup, features: ImageFeatures) -> dict[str, Tensor]:
     return of_prompt | without_pixels(prompt.vision) | features.tensors
 
 
+_KINDS: Mapping[str, Any] = {
+    "prompt_ids": Int64[Tensor, " prompt"],
+    "position_ids": Int64[Tensor, "axes prompt"],
+    "mm_token_type_ids": Integer[Tensor, " prompt"],
+    "pooled": Float[Tensor, "tokens hidden"],
+    "deepstack": Float[Tensor, "layers tokens hidden"],
+    "listed": Bool[Tensor, ""],
+}
+"""Types and shapes of a record's tensors; how images lie is beside them, as each model says it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """An open part: its tensors, and the names of those of each key."""
+    """An open part: its tensors, and the names of those of each key, which is in hex digits."""
 
     tensors: Any
     names: Mapping[str, list[str]]
 
+    def record(self, key: str) -> dict[str, Tensor]:
+        return {name: self.tensors.get_tensor(f"{key}.{name}") for name in self.names[key]}
 
-@functools.lru_cache(maxsize=1024)
-def _opened(path: Path) -> _Part:
+
+def _open(path: Path) -> _Part:
     tensors = safe_open(path, framework="pt")
     names = defaultdict(list)
     for name in tensors.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118 (no mapping)
@@ -163,15 +195,48 @@ def _opened(path: Path) -> _Part:
     return _Part(tensors, dict(names))
 
 
+_opened = functools.lru_cache(maxsize=1024)(_open)
+
+
+def _keys_in(part: Path) -> list[bytes]:
+    """The keys that a part names, of which nothing else is looked at. Raises `DamagedPart`."""
+    with _damage_said():
+        open_regular(part).close()  # safetensors would wait for a pipe
+        return [bytes.fromhex(key) for key in _open(part).names]
+
+
+def _problem(part: Path) -> str | None:
+    """What is wrong with a part, all of which is read; `None` where nothing is."""
+    try:
+        require_undamaged(part)
+        with _damage_said():
+            opened = _open(part)
+            for key in opened.names:
+                _require_record(opened.record(key))
+    except DamagedPart as damage:
+        return str(damage)
+    return None
+
+
+def _require_record(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `DamagedPart` where tensors are not those of a prompt, of their types and shapes, or no finite numbers."""
+    if missing := {*_KINDS} - {"deepstack"} - {*tensors}:
+        raise DamagedPart(f"has no `{min(missing)}` for one of its prompts")
+    with jaxtyped("context"):  # in which equal names of axes are equal lengths
+        for name in {*_KINDS} & {*tensors}:
+            if not isinstance(tensors[name], _KINDS[name]):
+                found = f"{tensors[name].dtype} {tuple(tensors[name].shape)}"
+                raise DamagedPart(f"holds a `{name}` of another type or shape than it must have ({found})")
+    if not ImageFeatures.from_tensors(tensors).are_finite:
+        raise DamagedPart("holds features that are no finite numbers")
+
+
 @contextlib.contextmanager
-def _damage_named(part: Path) -> Iterator[None]:
+def _damage_said() -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{part}: these stored features of images cannot be read ({error}); delete the file, and what it held is "
-            "computed again"
-        ) from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DamagedPart(f"cannot be read ({error})") from error
 
 
 def vision_fingerprint(model: PreTrainedModel) -> str:

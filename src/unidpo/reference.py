@@ -1,22 +1,16 @@
 """The reference as stored numbers: one log-probability per response, computed once and kept on disk.
 
-A store is a folder of Parquet parts, named by what the numbers depend on besides the response itself: the model's
-weights and arithmetic, the processor, the template and the limits.
-
 Where several processes train together, the main one alone reads and writes the store; each computes its share.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,91 +19,16 @@ from torch.utils.data import DataLoader
 from unidpo.batches import lost_rows
 from unidpo.encode import EncodedGroup, GroupEncoder
 from unidpo.errors import Finding, ModelError, UserError, from_findings
+from unidpo.logp_store import LogpStore, is_logp
 from unidpo.packs import Layout, to_device
 from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
-from unidpo.ranks import gather, is_main, on_main, rank, world_size
-from unidpo.stores import FLUSH_SECONDS, UNREADABLE, clear_unfinished, new_part, part_name
+from unidpo.ranks import gather, is_main, rank, world_size
+from unidpo.stores import FLUSH_SECONDS, UNREADABLE
 
 _LOG = logging.getLogger(__name__)
 PASS_TOKENS = 8192
 """Tokens in one forward of the reference pass; without gradients this is small beside a training step."""
-ROUNDING = 1e-4
-"""How far above 0 a log-softmax may come out, in nats per token: float32 rounds it by 1e-7 of the largest logit."""
-_SCHEMA = pa.schema([("key", pa.binary(16)), ("logp", pa.float64()), ("tokens", pa.int32())])
-
-
-def is_logp(logp: float, tokens: int) -> bool:
-    """Whether a number can be a response's log-probability: finite, and not above 0 by more than rounding explains."""
-    return math.isfinite(logp) and logp <= ROUNDING * tokens
-
-
-class LogpStore:
-    """Log-probabilities (nats, summed over the response's tokens) by response key, in a folder.
-
-    Numbers are added in memory and reach the disk with `flush`.
-
-    Args:
-        folder: where the parts lie.
-        logps: what is in it; read from the disk where `None`.
-    """
-
-    def __init__(self, folder: Path, logps: Mapping[bytes, float] | None = None) -> None:
-        self.folder = folder
-        self._logps: dict[bytes, float] = dict(logps or {})
-        self._new: dict[bytes, tuple[float, int]] = {}
-        if logps is None:
-            clear_unfinished(folder)
-            self.reload()
-
-    @classmethod
-    def shared(cls, folder: Path, keys: Sequence[Sequence[bytes]]) -> LogpStore:
-        """In each process a store with what the main one finds under these keys. Raises `UserError` in all."""
-
-        def found() -> dict[bytes, float]:
-            store = cls(folder)
-            return {key: store[key] for group in keys for key in group if key in store}
-
-        return cls(folder, on_main(found))
-
-    def reload(self) -> None:
-        """Take in what is on disk; parts that other writers added included.
-
-        Raises:
-            UserError: a part is damaged.
-        """
-        for part in sorted(self.folder.glob("part-*.parquet")):
-            try:
-                table = pq.read_table(part, columns=["key", "logp"])
-            except (OSError, pa.ArrowException) as error:
-                reason = " ".join(str(error).split())[-200:]
-                raise UserError(
-                    f"{part}: these stored reference log-probabilities cannot be read ({reason}); delete the file, "
-                    "and what it held is computed again"
-                ) from error
-            self._logps.update(zip(table["key"].to_pylist(), table["logp"].to_pylist(), strict=True))
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._logps
-
-    def __getitem__(self, key: bytes) -> float:
-        return self._logps[key]
-
-    def __len__(self) -> int:
-        return len(self._logps)
-
-    def add(self, key: bytes, logp: float, tokens: int) -> None:
-        self._logps[key] = logp
-        self._new[key] = (logp, tokens)
-
-    def flush(self) -> None:
-        """Write what was added since the last flush as one part, atomically. Raises `UserError` where it cannot."""
-        if not self._new:
-            return
-        rows = [{"key": key, "logp": logp, "tokens": tokens} for key, (logp, tokens) in self._new.items()]
-        with new_part(self.folder / part_name(".parquet")) as unfinished:
-            pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), unfinished)
-        self._new.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +118,8 @@ class ReferencePass:
         missing = {key for group in keys for key in group if key != UNREADABLE and key not in store}
         if complete and missing:
             raise ModelError(
-                f"{folder}: {len(missing)} stored reference log-probabilities of this run are gone, and its model "
-                "cannot compute them any more; put them back, or begin the run anew"
+                f"{folder}: {len(missing)} stored reference log-probabilities of this run are gone or damaged, and its "
+                "model cannot compute them any more; put them back, or begin the run anew"
             )
         counts = self.run(groups, keys, store)
         if is_main():

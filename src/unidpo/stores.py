@@ -1,17 +1,18 @@
 """What is kept on disk between runs: where, under which keys, and in parts that appear whole.
 
 A part is written under another name and renamed into place, so that work that is interrupted goes on where it stopped,
-and several writers do not meet.
+and several writers do not meet. Its name is a digest of its bytes, so that damage to any of them is noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import platform
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,11 +27,13 @@ from unidpo.errors import Finding, ImageError, UserError
 from unidpo.images import content_digest
 from unidpo.pairs import ImageSource, PromptGroup
 from unidpo.ranks import whole
+from unidpo.regular_files import open_regular
 
-NUMBERS = 1
-"""Names how stored numbers are computed. To be raised whenever code here changes what the same model makes of the same
-prompt (encoding, positions, attention, head, features) beyond the rounding between two batches; what was stored before
-is then computed anew."""
+_LOG = logging.getLogger(__name__)
+NUMBERS = 2
+"""Names how stored numbers are computed and kept. To be raised whenever code here changes what the same model makes of
+the same prompt (encoding, positions, attention, head, features) beyond the rounding between two batches, or what a part
+looks like; what was stored before is then computed anew."""
 FLUSH_SECONDS = 30.0
 """After this much work, what it gave goes to the disk."""
 UNREADABLE = b""
@@ -60,26 +63,56 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
-@contextlib.contextmanager
-def new_part(part: Path) -> Iterator[Path]:
-    """A file to write, which becomes the part at the end, whole, or does not appear at all.
+def write_part(folder: Path, suffix: str, write: Callable[[Path], None]) -> Path:
+    """Let `write` make a file, which becomes a part of the folder, whole, or does not appear at all.
+
+    Returns:
+        The part. A digest of its bytes is its name, see `require_undamaged`.
 
     Raises:
         UserError: it cannot be written.
     """
-    make_folder(part.parent)
-    unfinished = part.with_name(f".{platform.node()}-{os.getpid()}-{part.stem}.tmp")
+    make_folder(folder)
+    unfinished = folder / f".{platform.node()}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
     try:
-        with _said(part.parent):
-            yield unfinished
+        with _said(folder):
+            write(unfinished)
+            part = folder / f"part-{_digest(unfinished)}{suffix}"
             unfinished.replace(part)
     finally:
         unfinished.unlink(missing_ok=True)
+    return part
 
 
-def part_name(suffix: str) -> str:
-    """A name that no part has yet."""
-    return f"part-{uuid.uuid4().hex}{suffix}"
+class DamagedPart(Exception):
+    """A part that cannot be used; the message says what is wrong with it."""
+
+
+def require_undamaged(part: Path) -> None:
+    """Raise `DamagedPart` where a part is not what was written into its folder, byte for byte. Reads all of it."""
+    try:
+        if part.stem != f"part-{_digest(part)}":
+            raise DamagedPart("is damaged: its bytes are not those that were written into this folder")
+    except OSError as error:
+        raise DamagedPart(f"cannot be read ({error})") from error
+
+
+def put_aside(part: Path, problem: object) -> None:
+    """Say why a part cannot be used, and see that it is not found again."""
+    aside = part.with_name(f"{part.name}.damaged")
+    try:
+        part.replace(aside)
+        done = f"put aside as {aside.name}"
+    except OSError as error:
+        done = f"left out, and cannot be renamed ({error})"
+    _LOG.warning("%s: %s; %s, and what this run needs of it is computed anew", part, problem, done)
+
+
+def _digest(part: Path) -> str:
+    """Of a file's bytes and its folder's name: a part of another model, copied here, has another one."""
+    with open_regular(part) as file:
+        start = part.parent.name.encode()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(start, digest_size=16)).hexdigest()
 
 
 @contextlib.contextmanager
