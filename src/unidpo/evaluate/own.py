@@ -26,6 +26,7 @@ from unidpo.evaluate import scorers
 from unidpo.evaluate.benchmarks import EvaluationError, Generation, Judged, Part, Question, Score, Statistic
 from unidpo.evaluate.scorers import Verdict
 from unidpo.regular_files import open_regular, read_regular
+from unidpo.sources import json_text
 from unidpo.sources.files import rows_of
 
 Type: TypeAlias = Literal["mcq", "yesno", "vqa", "exact"]
@@ -250,7 +251,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+                yield number, json_text.loads(line, parse_int=str, parse_float=str, parse_constant=str)
             except (ValueError, RecursionError) as error:
                 yield number, Finding("broken-json", f"the line is not valid JSON ({error})")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, Literal
 
 from unidpo.errors import DataError, did_you_mean, shown
 from unidpo.regular_files import read_regular
+from unidpo.sources import json_text
+from unidpo.sources.json_text import RepeatedKey
 
 TAGS: Mapping[str, str] = MappingProxyType(
     {
@@ -62,9 +63,11 @@ def columns_of(file: Path) -> Columns:
     """
     info = file.parent / "dataset_info.json"
     try:
-        data = json.loads(read_regular(info).decode("utf-8-sig"))
+        data = json_text.loads(read_regular(info).decode("utf-8-sig"))
     except FileNotFoundError:
         return PLAIN
+    except RepeatedKey as error:
+        raise DataError(f"{info}: {error}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{info}: not readable as JSON; mend it, or move it away from {file.name}") from error
     entries = data if isinstance(data, dict) else {}

@@ -13,7 +13,9 @@ from typing import Any, BinaryIO
 
 from unidpo.errors import DataError, Finding, shown
 from unidpo.regular_files import open_regular
-from unidpo.sources import tables
+from unidpo.sources import json_text, tables
+from unidpo.sources.json_text import RepeatedKey
+from unidpo.sources.other_kinds import refuse_other_kinds
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET = b"PAR1"
@@ -42,9 +44,11 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
 
 def rows_in(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
     """The same for an open file. The path is for the messages and its suffix. Raises `DataError` as `rows_of`."""
-    head = file.read(4)
+    head = file.read(32)
     file.seek(0)
-    if head == _PARQUET or path.suffix == ".parquet":
+    if not head.startswith(_PARQUET):
+        refuse_other_kinds(path, head)
+    if head.startswith(_PARQUET) or path.suffix == ".parquet":
         yield from enumerate(tables.parquet_rows(file, path), start=1)
         return
     if head.startswith(_BOMS):
@@ -141,8 +145,12 @@ def _json(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
     start = text.lstrip()[:1]
     if not start:
         return
+    has_repeats = False
     try:
-        value = json.loads(text)
+        try:
+            value = json_text.loads(text)
+        except RepeatedKey:
+            value, has_repeats = json_text.loads_with_repeats(text), True
     except (ValueError, RecursionError) as error:
         # A second value after the first one: rows by line, whatever the file is called.
         by_line = start == "{" or path.suffix in LINE_SUFFIXES
@@ -159,7 +167,8 @@ def _json(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: the file holds {json_type(value)}, but a list of rows is expected")
     for i, row in enumerate(value):
         value[i] = None  # what has been read can go
-        yield i + 1, row
+        repeated = json_text.repeated_key(row) if has_repeats else None
+        yield i + 1, row if repeated is None else _finding(RepeatedKey(repeated))
 
 
 def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -168,12 +177,18 @@ def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
         try:
             text = line.rstrip(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
-                yield number, json.loads(text)
+                yield number, json_text.loads(text)
+        except RepeatedKey as error:
+            yield number, _finding(error)
         except UnicodeDecodeError as error:
             problem = f"byte {error.start + 1} of the line is not UTF-8 text; save the file as UTF-8"
             yield number, Finding("wrong-encoding", problem)
         except (ValueError, RecursionError) as error:
             yield number, Finding("broken-json", f"the line is {_json_problem(error, line=False)}")
+
+
+def _finding(error: RepeatedKey) -> Finding:
+    return Finding("repeated-key", str(error), key=error.path)
 
 
 def _first_letter(file: BinaryIO) -> bytes:

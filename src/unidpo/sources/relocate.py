@@ -228,6 +228,7 @@ def _move_table(source: Path, file: BinaryIO, columns: tuple[str, ...], move: Ca
     with open_regular(source) as raw, tables.damaged(source):
         parquet = pq.ParquetFile(raw, pre_buffer=False)
         schema = parquet.schema_arrow
+        tables.refuse_repeated_columns(schema.names, source)
         names = [name for name in (*columns, *_PROMPTS) if name in schema.names]
         with pq.ParquetWriter(file, schema) as writer:
             for batch in parquet.iter_batches(batch_size=1024):

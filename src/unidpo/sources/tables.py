@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from unidpo.errors import DataError, Finding, shown
+from unidpo.sources.other_kinds import SUFFIXES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -23,7 +24,7 @@ _WRITTEN_ROWS, _WRITTEN_BYTES = 1024, 1 << 26
 """A row group of a written file is no larger; the bytes are those of images."""
 _NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>[^:@]+))?")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE = re.compile(r".*\.(jsonl?|ndjson|parquet|csv|tsv|txt|arrow|ya?ml|zip|gz)", re.IGNORECASE)
+_FILE = re.compile(rf".*(\.jsonl?|\.ndjson|\.parquet|\.txt|{'|'.join(map(re.escape, SUFFIXES))})", re.IGNORECASE)
 
 
 def parquet_rows(file: BinaryIO, path: Path) -> Iterator[Any]:
@@ -35,8 +36,16 @@ def parquet_rows(file: BinaryIO, path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with damaged(path):
-        for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(batch_size=_BATCH):
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        refuse_repeated_columns(parquet.schema_arrow.names, path)
+        for batch in parquet.iter_batches(batch_size=_BATCH):
             yield from _values(batch)
+
+
+def refuse_repeated_columns(names: Sequence[str], path: Path) -> None:
+    """Raise `DataError` where a table has two columns of one name, of which readers take the last."""
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise DataError(f"{path}: the table has the column {shown(repeated[0])} twice; remove or rename one of them")
 
 
 @contextlib.contextmanager
