@@ -442,6 +442,20 @@ def test_reading_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         exec(compile(code, "docs/run-folder.md", "exec"), {})
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word; only the model is one that lies here, and the machine has no GPU."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    write_example(blocks("README.md", "json")[0], tmp_path / "images").rename(tmp_path / "pairs.json")
+    monkeypatch.setattr(transformers.training_args, "is_torch_bf16_gpu_available", lambda: True)
+    for code in blocks(page, "python"):
+        exec(compile(code.replace("Qwen/Qwen2-VL-2B-Instruct", str(MODEL)), page, "exec"), {})
+    metrics = Path("runs/py/metrics.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in metrics] == [1, 2, 3]
+    assert list(Path("runs/py").glob("pairs.parquet/*.parquet"))
+
+
 def test_python_in_the_readme_names_what_there_is() -> None:
     (code,) = blocks("README.md", "python")
     tree = ast.parse(code)

@@ -20,7 +20,7 @@ from unidpo import cli
 from unidpo.errors import FolderInUse
 from unidpo.locks import locked
 from unidpo.mm_rlhf import FetchPlan
-from unidpo.train import RunRecord
+from unidpo.run_record import RunRecord
 from worlds import GOLDEN
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny.yaml"

@@ -20,8 +20,8 @@ from unidpo import cli
 from unidpo.encode import Encoder, prompt_positions
 from unidpo.models import load_processor
 from unidpo.records import LEDGER_COLUMNS
+from unidpo.run_record import RunRecord
 from unidpo.sources import load_pairs
-from unidpo.train import RunRecord
 from worlds import GOLDEN
 
 DATA = GOLDEN / "data"

@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from unidpo.losses import DPO, IPO, MMDPO, MPO, ODPO, RPO, WPO, SimPO, UniDPO
+    from unidpo.models import load_policy, load_processor
     from unidpo.pairs import Message, Pair, PromptGroup, Response
     from unidpo.sources import load_pairs
     from unidpo.trainer import PreferenceTrainer
@@ -23,6 +24,8 @@ _HOMES = {
     "PromptGroup": "pairs",
     "Response": "pairs",
     "load_pairs": "sources",
+    "load_policy": "models",
+    "load_processor": "models",
     "PreferenceTrainer": "trainer",
 }
 __all__ = [
@@ -41,6 +44,8 @@ __all__ = [
     "SimPO",
     "UniDPO",
     "load_pairs",
+    "load_policy",
+    "load_processor",
 ]
 
 

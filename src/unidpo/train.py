@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +31,7 @@ from unidpo.models import load_config, load_policy, load_processor, save_model
 from unidpo.pairs import PromptGroup
 from unidpo.progress import Stages
 from unidpo.ranks import is_main, on_main, wait_for_all, world_size
-from unidpo.records import LEDGER_COLUMNS, Ledger, Metrics
+from unidpo.run_record import RunRecord
 from unidpo.runs import RunFolder
 from unidpo.sources import mix, select_pairs, split_by_prompt
 from unidpo.terminal import Terminal
@@ -65,8 +65,9 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             checkpoint = folder.last_checkpoint if resume else None
             groups, held_out = on_main(lambda: training_data(recipe, loss, stages))
             with _packages_the_recipe_needs():
-                record = RunRecord(folder, stages, step=step) if is_main() else None
-                trainer = _trainer(recipe, args, loss, groups, held_out, record, benchmarks)
+                record = RunRecord(folder, step=step) if is_main() else None
+                progress = _Progress(stages)
+                trainer = _trainer(recipe, args, loss, groups, held_out, record, progress, benchmarks)
                 with _stopped_by_signals(trainer), _together():
                     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         _finish(folder, trainer, getattr(torch, recipe.model.dtype))
@@ -225,6 +226,7 @@ def _trainer(
     groups: Sequence[PromptGroup],
     held_out: Sequence[PromptGroup],
     record: RunRecord | None,
+    progress: _Progress,
     benchmarks: Midway | None,
 ) -> PreferenceTrainer:
     set_seed(args.seed)
@@ -251,10 +253,10 @@ def _trainer(
         shuffle=recipe.data.shuffle,
         on_bad_row=recipe.data.on_bad_row,
         max_lost_fraction=recipe.data.max_lost_fraction,
-        callbacks=[record] if record else [],
+        callbacks=[progress, *([record] if record else [])],
         on_pairs=record.add_pairs if record else None,
-        on_reference_progress=record.show_reference if record else None,
-        on_feature_progress=record.show_features if record else None,
+        on_reference_progress=progress.show_reference,
+        on_feature_progress=progress.show_features,
         benchmark=None if benchmarks is None else benchmarks.take,
     )
     trainer.remove_callback(PrinterCallback)
@@ -294,26 +296,18 @@ def _training_arguments(recipe: Recipe) -> TrainingArguments:
     return args
 
 
-class RunRecord(TrainerCallback):  # type: ignore[misc]
-    """Writes metrics and ledger of a run, and shows how far it is."""
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """Shows how far a training is."""
 
-    def __init__(self, folder: RunFolder, stages: Stages, *, step: int) -> None:
-        self._metrics = Metrics(folder.metrics, resume_step=step)
-        self._ledger = Ledger(folder.ledger, resume_step=step)
+    def __init__(self, stages: Stages) -> None:
         self._stages = stages
         self._pairs_per_step = 0.0
         self._loss = ""
 
-    def add_pairs(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Take the pairs of one optimizer step into the ledger."""
-        self._ledger.add({column.name: columns[column.name] for column in LEDGER_COLUMNS})
-
     def show_reference(self, done: int, total: int) -> None:
-        """Show how far the reference pass is."""
         self._stages.update("reference, responses", done, total)
 
     def show_features(self, done: int, total: int) -> None:
-        """Show how far the features of images are."""
         self._stages.update("features of images, prompts", done, total)
 
     def on_train_begin(
@@ -323,19 +317,8 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._pairs_per_step = len(train_dataloader.dataset) / len(train_dataloader)
         self._show(state)
 
-    # The ledger must not lag behind the checkpoint a resumed run goes on from. These are the moments after which
-    # transformers may write one.
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:
-            self._ledger.flush()
         self._show(state)
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:
-            self._ledger.flush()
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._ledger.flush()
 
     def on_log(
         self,
@@ -347,11 +330,6 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if logs and "loss" in logs:
             self._loss = f"loss {logs['loss']:.4f}"
-        if logs and any(key == "loss" or key.startswith("eval_") for key in logs):
-            self._metrics.add({"step": state.global_step, **logs})
-
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._ledger.flush()
 
     def _show(self, state: TrainerState) -> None:
         done, total = (round(self._pairs_per_step * steps) for steps in (state.global_step, state.max_steps))

@@ -36,6 +36,7 @@ from unidpo.pairs import PromptGroup
 from unidpo.policy import Policy
 from unidpo.preparation import Preparation
 from unidpo.ranks import gather, is_main, on_main, rank, world_size
+from unidpo.run_record import recorded
 from unidpo.sources import groups_of
 from unidpo.stores import default_cache
 
@@ -79,6 +80,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             stop the run.
         cache: folder of stored reference log-probabilities and features of images, `default_cache()` where `None`.
         callbacks: as `Trainer` takes them.
+        record: leave `metrics.jsonl` and the ledger `pairs.parquet/` in `args.output_dir`, as `unidpo train` does; see
+            docs/run-folder.md. A resumed training goes on with them.
         on_pairs: called in the main process once per optimizer step with the step's pairs, see
             `measures.pair_columns`.
         on_reference_progress: called in the main process with responses done and responses to do.
@@ -117,6 +120,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         max_lost_fraction: float = 0.01,
         cache: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        record: bool = False,
         on_pairs: Callable[[Columns], None] | None = None,
         on_reference_progress: Callable[[int, int], None] | None = None,
         on_feature_progress: Callable[[int, int], None] | None = None,
@@ -172,7 +176,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         self._attention: Attention = attention
         self._shuffle = shuffle
         self._cache = cache or default_cache()
-        self._on_pairs = on_pairs
+        self._is_recorded = record
+        self._on_pairs = [on_pairs] if on_pairs is not None else []
         self._benchmark = benchmark
         self._on_reference_progress = on_reference_progress or (lambda done, total: None)
         self._on_feature_progress = on_feature_progress or (lambda done, total: None)
@@ -224,6 +229,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
         Raises:
             Interrupted: `request_stop` was called; there is a checkpoint of the last step.
+            RunError: the training is to be recorded where the record of another one lies or is being written.
         """
         self._resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
@@ -233,7 +239,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             kept = Path(str(resume_from_checkpoint)) / _REWARD_SHIFT
             if kept.is_file():
                 self._reward_shift = RewardShift(**json.loads(kept.read_text("utf-8")))
-        with self._attention_restored():
+        with contextlib.ExitStack() as stack:
+            if self._is_recorded:
+                checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+                stack.enter_context(recorded(self, self._on_pairs, checkpoint))
+            stack.enter_context(self._attention_restored())
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._lost.warn()
         if self._stopping:
@@ -426,10 +436,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         require_finite(columns)
         self._means.add(columns)
         self._reward_shift.add(columns)
-        if self._on_pairs is not None and is_main():
+        if is_main():
             length = len(columns["row"])
             visit = {"step": [self.state.global_step + 1] * length, "epoch": [self.state.epoch or 0.0] * length}
-            self._on_pairs({**visit, **columns})
+            for take in self._on_pairs:
+                take({**visit, **columns})
 
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
