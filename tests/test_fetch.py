@@ -90,8 +90,8 @@ class LocalHub:
         handler.end_headers()
         if self.cut_after:
             body = body[: self.cut_after.pop(0)]
+        self.sent += len(body)  # before the client, on another thread, has it all and looks
         handler.wfile.write(body)
-        self.sent += len(body)
 
 
 @pytest.fixture
