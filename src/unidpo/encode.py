@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-import jinja2
 import PIL.Image
 import torch
 from jaxtyping import Int
@@ -321,10 +320,10 @@ class Encoder:
             text: str = self.tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=self._template
             )
-        except jinja2.TemplateError as error:
-            # Templates also refuse by raising, a system prompt for one.
+        except Exception as error:  # a template is a program: it divides by zero, too, or refuses a system prompt
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelError(
-                f"the chat template cannot render this conversation ({error}); set data.template to another one"
+                f"the chat template cannot render this conversation ({reason}); set data.template to another one"
             ) from error
         return text
 

@@ -134,6 +134,15 @@ def shown(value: object, *, most: int = 120) -> str:
     return printable(text, most=most)
 
 
+def nearest(word: str, known: Iterable[str], *, most: int) -> list[str]:
+    """The known words that are most like one, those that begin alike first; always some."""
+
+    def likeness(other: str) -> tuple[bool, float]:
+        return other[:3] == word[:3], difflib.SequenceMatcher(None, word, other).ratio()
+
+    return sorted(known, key=likeness, reverse=True)[:most]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A closing hint such as ``; did you mean `beta`?``, or an empty string where nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

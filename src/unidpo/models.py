@@ -14,9 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+import PIL.Image
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,7 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
-from unidpo.errors import ModelError, RecipeError
+from unidpo.errors import ModelError, RecipeError, UserError
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """What turns a prompt into tensors: a processor for vision-language models, a tokenizer for text models."""
@@ -192,12 +192,17 @@ def load_processor(name: str | Path, *, trust_remote_code: bool = False) -> Proc
     if not isinstance(processor, ProcessorMixin):
         raise ModelError(f"{name}: this vision-language model comes without an image processor")
     _usable(name, processor.tokenizer)
+    with _as_model_error(name, "the image processor (preprocessor_config.json)"):
+        # Its settings are not looked at before an image comes.
+        processor.image_processor(PIL.Image.new("RGB", (64, 64)), return_tensors="pt")
     return processor
 
 
 def _usable(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     # Where the files are missing, transformers makes an empty tokenizer, to which every text is nothing.
-    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+    with _as_model_error(name, "the tokenizer"):
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if not ids:
         raise ModelError(f"{name}: there is no tokenizer; copy its files (tokenizer.json and the like) into the folder")
     return tokenizer
 
@@ -360,7 +365,9 @@ def _as_model_error(name: str | Path, what: str) -> Iterator[None]:
     """Say which model and which part of it could not be loaded, in place of the library's own exception."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of a broken file, a library raises whatever its first use of it raises
         reason = " ".join(str(error).split())
         hint = "" if Path(name).exists() else "; no such folder here, and as a hub id it could not be fetched"
         raise ModelError(f"{name}: cannot load {what}{hint} ({type(error).__name__}: {reason[:400]})") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
 import signal
 import threading
@@ -17,7 +16,14 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from unidpo.adapters import lora_config
 from unidpo.card import write_card
@@ -36,6 +42,7 @@ from unidpo.runs import RunFolder
 from unidpo.sources import mix, select_pairs, split_by_prompt
 from unidpo.terminal import Terminal
 from unidpo.trainer import PreferenceTrainer
+from unidpo.training_arguments import packages_the_recipe_needs, training_arguments
 
 _LOG = logging.getLogger("unidpo")
 
@@ -51,7 +58,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     Raises:
         UserError: something in the recipe, the data, the model or the run folder cannot be used.
     """
-    args = _training_arguments(recipe)  # which joins the processes, where there are several
+    args = training_arguments(recipe)  # which joins the processes, where there are several
     console = (console or Terminal(stderr=True)) if is_main() else Console(quiet=True)
     _log_to(console)
     for name in (recipe.model.name, *([recipe.reference] if recipe.reference not in ("stored", "live") else [])):
@@ -64,7 +71,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             step = on_main(lambda: folder.create(recipe.resolved(), resume=resume))
             checkpoint = folder.last_checkpoint if resume else None
             groups, held_out = on_main(lambda: training_data(recipe, loss, stages))
-            with _packages_the_recipe_needs():
+            with packages_the_recipe_needs():
                 record = RunRecord(folder, step=step) if is_main() else None
                 progress = _Progress(stages)
                 trainer = _trainer(recipe, args, loss, groups, held_out, record, progress, benchmarks)
@@ -155,26 +162,6 @@ def _together() -> Iterator[None]:
         raise TrainingError("another process of this training is gone; its own message says why") from error
 
 
-@contextlib.contextmanager
-def _packages_the_recipe_needs() -> Iterator[None]:
-    """An optional package that `train` or `lora` asks for and that is not there is the recipe's error."""
-    try:
-        yield
-    except (ImportError, RuntimeError, ValueError) as error:
-        # transformers' optimizers and reporters raise these, as others do for quite other things.
-        reason = " ".join(str(error).split())
-        if isinstance(error, ImportError) or re.search("to be installed|[Pp]lease install|failed to import", reason):
-            raise RecipeError(f"this recipe asks for a package that is not installed: {reason}") from error
-        if "CPU-only version of bitsandbytes" in reason or "optim_target_modules" in reason:
-            raise RecipeError(f"this recipe asks for an optimizer that cannot be used: {reason}") from error
-        if "swanlab.init" in reason:
-            raise RecipeError(
-                "train.report_to=swanlab: this version of swanlab does not go with this transformers; install "
-                "`pip install 'unidpo[watch]'`"
-            ) from error
-        raise
-
-
 def training_data(
     recipe: Recipe, loss: PreferenceLoss, stages: Stages, *, scan_images: bool = True
 ) -> tuple[list[PromptGroup], list[PromptGroup]]:
@@ -261,39 +248,6 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _training_arguments(recipe: Recipe) -> TrainingArguments:
-    """What transformers' loop is told. Raises `RecipeError` where it refuses keys that go ill together."""
-    values = recipe.train.training_arguments()
-    if recipe.eval is not None:
-        values = {"eval_strategy": "steps", "eval_steps": recipe.eval.steps} | values
-    elif recipe.data.eval_fraction:
-        values = {"eval_strategy": "epoch"} | values
-    if not torch.cuda.is_available():
-        values.setdefault("use_cpu", True)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, else looks for others
-    if {"vision", "projector"} <= set(recipe.model.freeze):
-        # Batches without an image get one, so that every weight that learns takes part in every pass.
-        values.setdefault("ddp_find_unused_parameters", False)
-    try:
-        args = TrainingArguments(
-            output_dir=str(recipe.output),
-            bf16=recipe.model.dtype == "bfloat16",
-            fp16=recipe.model.dtype == "float16",
-            disable_tqdm=True,
-            # A loss that is not a number must be seen, not averaged away.
-            logging_nan_inf_filter=False,
-            **{"report_to": "none"} | values,
-        )
-    except ValueError as error:
-        raise RecipeError(f"transformers refuses the `train` section: {' '.join(str(error).split())}") from error
-    if args.deepspeed is not None and args.world_size > 1:
-        import deepspeed
-
-        # On a CPU transformers leaves this out, and ZeRO-3 asks while the model is loaded.
-        deepspeed.init_distributed(dist_backend="gloo" if args.use_cpu else None, auto_mpi_discovery=False)
-    return args
 
 
 class _Progress(TrainerCallback):  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, create_model
 
-from unidpo.errors import did_you_mean
+from unidpo.config.ranges import within_range
+from unidpo.errors import did_you_mean, nearest, shown
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "label_smoothing_factor": "has no meaning for pairs; the dpo loss has its own `label_smoothing`",
@@ -52,6 +54,11 @@ OWNED_BY_RECIPE: Mapping[str, str] = {
     "disable_tqdm": "is not set here; progress is shown by unidpo itself",
     "logging_nan_inf_filter": "is not set here; a loss that is not a number is never averaged away",
     "hub_token": "does not belong in a file; log in with `hf auth login` or set HF_TOKEN",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        "is not set here; use `unidpo train RECIPE --push-to-hub REPO_ID`",
+    ),
+    "parallelism_config": "is not supported; use `fsdp` or `deepspeed`",
     "local_rank": "is not set here; the launcher sets it",
     "enable_jit_checkpoint": "is not needed; SIGTERM always ends the step at hand and saves it",
 }
@@ -69,12 +76,16 @@ def _classes(module: str, named: str) -> dict[str, ast.ClassDef]:
 
     Only these few lines are parsed: a whole module takes longer than everything else a recipe check does.
     """
+    source = _source(module)
+    blocks = re.findall(rf"^class {named}.*:\n(?:(?!    def |    @)(?:    .*)?\n)+", source, re.MULTILINE)
+    return {node.name: node for block in blocks for node in ast.parse(block).body if isinstance(node, ast.ClassDef)}
+
+
+def _source(module: str) -> str:
     package = importlib.util.find_spec("transformers")
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("unidpo needs transformers; install it with `pip install unidpo`")
-    source = (Path(package.submodule_search_locations[0]) / f"{module}.py").read_text("utf-8")
-    blocks = re.findall(rf"^class {named}.*:\n(?:(?!    def |    @)(?:    .*)?\n)+", source, re.MULTILINE)
-    return {node.name: node for block in blocks for node in ast.parse(block).body if isinstance(node, ast.ClassDef)}
+    return (Path(package.submodule_search_locations[0]) / f"{module}.py").read_text("utf-8")
 
 
 def _members(body: ast.ClassDef) -> tuple[str, ...]:
@@ -96,8 +107,14 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
     def check(value: str) -> str:
         if value not in known:
-            listed = ", ".join(known) if len(known) <= 12 else f"{', '.join(known[:12])}, ..."
-            raise ValueError(f"must be one of {listed}, not {value!r}{did_you_mean(value, known)}")
+            if len(known) > 16:
+                close = ", ".join(nearest(value, known, most=8))
+                raise ValueError(
+                    f"must be one of {len(known)} words, not {shown(value, most=60)}; the nearest are {close}"
+                )
+            raise ValueError(
+                f"must be one of {', '.join(known)}, not {shown(value, most=60)}{did_you_mean(value, known)}"
+            )
         return value
 
     return check
@@ -118,11 +135,56 @@ _WORDS = {
 _PLAIN = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)}
 
 
-def _type_of(annotation: ast.expr) -> Any:
+def _reporters() -> tuple[str, ...]:
+    """What `report_to` takes; nothing where this transformers keeps it elsewhere."""
+    source = _source("integrations/integration_utils")
+    table = re.search(r"^INTEGRATION_TO_CALLBACK = \{\n(.*?)^\}", source, re.MULTILINE | re.DOTALL)
+    names = re.findall(r'^ +"(\w+)":', table[1], re.MULTILINE) if table else []
+    return ("none", "all", *names) if names else ()
+
+
+def _known_reporters(value: str | list[str]) -> str | list[str]:
+    known = _reporters()
+    for name in [value] if isinstance(value, str) else value:
+        if known:
+            one_of(known)(name)
+    return value
+
+
+def _checkpointing_options(value: Any) -> Any:
+    """What torch takes of `activation_checkpointing_kwargs`, as a mapping or the JSON of one."""
+    try:
+        given = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise ValueError(f"must be a mapping such as {{use_reentrant: false}}, not {shown(value, most=60)}")
+    for name in given:
+        one_of(("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"))(name)
+    return given
+
+
+_LEVEL = Annotated[str, AfterValidator(one_of(("passive", "debug", "info", "warning", "error", "critical", "detail")))]
+KNOWN_WORDS: Mapping[str, Any] = {
+    "report_to": Annotated[str | list[str], AfterValidator(_known_reporters)] | None,
+    **dict.fromkeys(
+        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        Annotated[dict[str, Any] | str, AfterValidator(_checkpointing_options)] | None,
+    ),
+    "log_level": _LEVEL,
+    "log_level_replica": _LEVEL,
+}
+"""Arguments whose words stand in no enumeration."""
+
+
+def _type_of(annotation: ast.expr, name: str = "") -> Any:
     """What a field takes from YAML; `Any` where its type has no plain form."""
     kinds = [_plain_kind(part) for part in _alternatives(annotation)]
     if Any in kinds:
         return Any
+    if name in KNOWN_WORDS:
+        return KNOWN_WORDS[name]
+    kinds = [within_range(name, kind) for kind in kinds]
     # `SchedulerType | str` takes the enumeration's words and no others.
     if any(kind in _WORDS.values() for kind in kinds):
         kinds = [kind for kind in kinds if kind is not str]
@@ -155,7 +217,7 @@ def _fields() -> dict[str, Any]:
     body = _classes("training_args", "TrainingArguments")["TrainingArguments"].body
     declared = [n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     return {
-        node.target.id: (_type_of(node.annotation), None)
+        node.target.id: (_type_of(node.annotation, node.target.id), None)
         for node in declared
         if isinstance(node.target, ast.Name) and node.target.id not in OWNED_BY_RECIPE
     }

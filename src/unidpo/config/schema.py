@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from unidpo.config.hf_arguments import RENAMED, SCHEDULERS, model_of_arguments, one_of
+from unidpo.config.ranges import MANY
 
 ModelPart: TypeAlias = Literal["vision", "projector", "language"]
 Attention: TypeAlias = Literal["auto", "sdpa", "varlen", "flex", "flash", "padded"]
@@ -90,9 +91,9 @@ class DataSection(Section):
     """Folder that relative image paths start from; null for the data file's own folder."""
     template: str | None = None
     """Chat template: null for the model's own, `chatml`, or a Jinja file."""
-    max_length: int = Field(4096, gt=0)
+    max_length: int = Field(4096, gt=0, le=MANY)
     """Tokens of prompt plus response. A response is cut on the right; a prompt or an image token never is."""
-    max_pixels: int = Field(768 * 768, ge=32 * 32)
+    max_pixels: int = Field(768 * 768, ge=32 * 32, le=MANY)
     """Width times height above which an image is scaled down."""
     group_by_prompt: bool = False
     """Whether pairs that share prompt and images become one group, encoded once."""
@@ -243,7 +244,7 @@ LOSS_SECTIONS: Mapping[str, type[Section]] = {
 class LoraSection(Section):
     """A low-rank adapter (peft). It alone learns, whatever `model.freeze` says."""
 
-    r: int = Field(16, gt=0)
+    r: int = Field(16, gt=0, le=65536)
     """Rank."""
     alpha: float = Field(32, gt=0)
     """Scale: the adapter's output is multiplied by `alpha / r`."""
@@ -270,42 +271,36 @@ _OURS_ALONE = {"global_batch_pairs", "max_tokens_per_pack"}
 class TrainSection(HuggingFaceArguments):
     """Hugging Face `TrainingArguments` under their own names; those listed here have defaults of ours."""
 
-    global_batch_pairs: int | None = Field(None, gt=0)
+    global_batch_pairs: int | None = Field(None, gt=0, le=MANY)
     """Pairs per optimizer step over all processes; derives `gradient_accumulation_steps`."""
-    max_tokens_per_pack: int | None = Field(None, gt=0)
+    max_tokens_per_pack: int | None = Field(None, gt=0, le=MANY)
     """Tokens that a forward pass is filled up to; takes the place of `per_device_train_batch_size` there."""
-    per_device_train_batch_size: int = Field(1, gt=0)
+    per_device_train_batch_size: int = Field(1, gt=0, le=MANY)
     """Pairs per forward pass and process."""
-    per_device_eval_batch_size: int = Field(1, gt=0)
+    per_device_eval_batch_size: int = Field(1, gt=0, le=MANY)
     """The same during evaluation."""
     learning_rate: float = Field(1e-6, ge=0)
     """At the schedule's peak."""
     lr_scheduler_type: Annotated[str, AfterValidator(one_of(SCHEDULERS))] = "cosine"
     """How the learning rate falls over the run."""
-    warmup_steps: float = Field(0, ge=0)
+    warmup_steps: float = Field(0, ge=0, le=MANY)
     """Optimizer steps, or a share of all of them where below 1."""
-    num_train_epochs: float = Field(1.0, gt=0)
+    num_train_epochs: float = Field(1.0, gt=0, le=1_000_000)
     """Visits of each pair."""
     weight_decay: float = Field(0.0, ge=0)
     """Of AdamW, on every weight but norms and biases."""
     max_grad_norm: float = Field(1.0, ge=0)
     """The gradient's norm is clipped to this; 0 switches clipping off."""
-    logging_steps: float = Field(1, gt=0)
+    logging_steps: float = Field(1, gt=0, le=MANY)
     """Optimizer steps between two records of `metrics.jsonl`, or a share of all of them where below 1."""
-    save_steps: float = Field(100, gt=0)
+    save_steps: float = Field(100, gt=0, le=MANY)
     """Optimizer steps between checkpoints, or a share of all of them where below 1; one more at the end."""
-    save_total_limit: int | None = Field(2, gt=0)
+    save_total_limit: int | None = Field(2, gt=0, le=MANY)
     """Checkpoints kept, the newest ones."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Source of every random choice of the run."""
     fsdp: bool | None = None
     """Whether weights are spread over the processes by FSDP2; `fsdp_config` tunes it."""
-
-    @model_validator(mode="after")
-    def _some_steps(self) -> TrainSection:
-        if self.given().get("max_steps") == 0:
-            raise ValueError("`max_steps` of 0 trains nothing; leave it out to go by `num_train_epochs`")
-        return self
 
     @model_validator(mode="after")
     def _one_batch_size(self) -> TrainSection:
@@ -347,11 +342,11 @@ class EvalSection(Section):
         min_length=1
     )
     """Files of own benchmarks, or names of the paper's."""
-    steps: int = Field(100, gt=0)
+    steps: int = Field(100, gt=0, le=MANY)
     """Optimizer steps between two times; `train.eval_strategy` and `train.eval_steps` take its place."""
-    limit: int | None = Field(200, gt=0)
+    limit: int | None = Field(200, gt=0, le=MANY)
     """Questions of each benchmark; null for all."""
-    batch_size: int | None = Field(None, gt=0)
+    batch_size: int | None = Field(None, gt=0, le=MANY)
     """Questions answered together; null for what `unidpo eval` takes."""
 
 
