@@ -16,6 +16,7 @@ from PIL import Image
 from unidpo.errors import DataError
 from unidpo.pairs import IMAGE, ImageMark, Message, Pair, PromptGroup, Response, ranked_pairs
 from unidpo.sources import LAYOUTS, LayoutName, convert, read_groups, write_pairs
+from unidpo.sources.texts import is_visible
 
 LAYOUT_NAMES: list[LayoutName] = ["alpaca", "sharegpt", "trl", "ranked"]
 SUFFIXES = [".json", ".jsonl", ".parquet"]
@@ -48,7 +49,7 @@ words = [
 ]
 texts = st.lists(st.sampled_from(words) | st.text(max_size=3), max_size=5).map(" ".join)
 texts = texts.filter(lambda text: not any("\ud800" <= letter <= "\udfff" for letter in text))
-spoken = texts.filter(lambda text: text.strip() != "")
+spoken = texts.filter(is_visible)
 scores = st.integers(-10, 10).map(float) | st.floats(-1e6, 1e6)
 names = st.sampled_from(
     ["a.png", "sub/b.jpg", "c d.png", "漢.webp", "data:x", "http:/y", "-1", "../up.png", "back\\slash"]
@@ -67,7 +68,7 @@ def prompts(draw: st.DrawFn, marks: int) -> tuple[Message, ...]:
             parts += [IMAGE, draw(texts)]
         messages.append(Message(role, joined(parts)))  # type: ignore[arg-type]
     said = [part for message in messages for part in message.content]
-    if not any(part is IMAGE or str(part).strip() for part in said):
+    if not any(part is IMAGE or is_visible(str(part)) for part in said):
         messages[-1] = Message("user", (draw(spoken),))
     return tuple(messages)
 
@@ -393,7 +394,7 @@ def test_an_unknown_layout_is_an_error(tmp_path: Path) -> None:
 @given(st.text(st.characters(codec=None), min_size=1))
 def test_half_characters_are_findings(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "half.json"
-    path.write_text(json.dumps([{"prompt": "?", "chosen": text, "rejected": "\0"}]))
+    path.write_text(json.dumps([{"prompt": "?", "chosen": text, "rejected": "\0x"}]))
     result = read_groups(path)
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         assert [(finding.kind, finding.key) for finding in result.findings] == [("bad-text", "chosen")]

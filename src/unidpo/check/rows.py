@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 
 # UTF-8 that was read as Windows-1252: "Ã©" for "é", "â€™" for a closing quote.
 _MISREAD = re.compile("[ÃÂ][\u0080-\u00bf]|â€[\u0080-\u00bf™œ˜“”¦]")
+_MARK, _OTHER_MARK = re.compile("<(?:image|video|audio)>"), re.compile("<(?:video|audio)>")
+_UNSEEN = re.compile("[\\s\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]+")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -62,6 +65,9 @@ def special_token_check(tokens: Iterable[str], *, fatal: Iterable[str] = ()) -> 
 def text_check(group: PromptGroup) -> Iterator[Finding]:
     """Text that was decoded wrongly before it came here, and characters no one writes."""
     for where, text in _texts(group):
+        if "<" in text and (marks := (_OTHER_MARK if where == "the prompt" else _MARK).findall(text)):
+            problem = f"{where} holds {_listed(set(marks))} as plain text, where nothing is shown; remove it"
+            yield _warning("media-mark", problem)
         if text.isascii():
             if _CONTROL.search(text):
                 yield _control_characters(where, text)
@@ -88,6 +94,23 @@ def white_space_check(group: PromptGroup) -> Iterator[Finding]:
         if plain[pair.chosen] == plain[pair.rejected]:
             problem = "chosen and rejected differ in white space only; remove the pair unless that is what is preferred"
             yield _warning("white-space-only", problem)
+        elif _look_alike(group.responses[pair.chosen].text, group.responses[pair.rejected].text):
+            problem = "chosen and rejected look the same, being other characters for one text (Unicode NFKC); remove it"
+            yield _warning("look-alike-responses", problem)
+
+
+def _look_alike(one: str, other: str) -> bool:
+    """Whether two texts are one to a reader: é in one or two characters, Ａ for A, marks of width zero."""
+    if one.isascii() and other.isascii():
+        return False
+    # Most pairs differ at once, and normalising takes time. What stands at the cut may still change.
+    begins = _seen(one[:64]), _seen(other[:64])
+    same = max(0, min(len(begins[0]), len(begins[1]), 16) - 1)
+    return begins[0][:same] == begins[1][:same] and _seen(one) == _seen(other)
+
+
+def _seen(text: str) -> str:
+    return _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
 
 
 def repeated_pairs(groups: Iterable[PromptGroup]) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from typing import Any
 from unidpo.errors import DataError, Finding, Severity, did_you_mean, shown
 from unidpo.pairs import IMAGE, ImageMark, Message, Response
 from unidpo.sources.files import json_type
-from unidpo.sources.rows import encodable
+from unidpo.sources.texts import encodable
 
 RATINGS = ("helpfulness", "faithfulness", "ethical")
 SUBSETS = ("long", "short", "mcq", "safety", "video")

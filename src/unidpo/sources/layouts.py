@@ -16,8 +16,10 @@ from unidpo.pairs import IMAGE, Message, Pair, PromptGroup
 from unidpo.sources.dataset_info import PLAIN
 from unidpo.sources.files import json_type
 from unidpo.sources.llama_factory import alpaca_prompt, read_alpaca, read_sharegpt, sharegpt_prompt
-from unidpo.sources.rows import LayoutName, Row, joined, texts_of
+from unidpo.sources.rows import LayoutName, Row
+from unidpo.sources.texts import joined, texts_of
 from unidpo.sources.trl import Form, content_as, prompt_columns, ranked_columns, read_ranked, read_trl
+from unidpo.sources.unread import unread_columns
 
 _EXPECTED = (
     "`instruction`, `chosen`, `rejected` (LLaMA-Factory), `conversations`, `chosen`, `rejected` (sharegpt), "
@@ -25,7 +27,7 @@ _EXPECTED = (
 )
 _IMAGES = ("images", "image")
 _PAIR = ("chosen", "rejected", "score_chosen", "score_rejected", *_IMAGES)
-_UNSUPPORTED = ("videos", "audios", "tools")
+_UNSUPPORTED = ("videos", "video", "audios", "audio", "tools")
 _NOWHERE = Path()
 
 
@@ -69,6 +71,7 @@ def read_row(row: Row, layout: LayoutName | None = None) -> None:
             if row.given.get(names.get(key, key)):
                 row.error("unsupported", key, f"{key} cannot be trained on; remove the row, or the column")
         chosen.read(row)
+        _note_unread(row, chosen)
     except RecursionError:
         row.error("wrong-type", None, "the values are nested too deeply to be a row")
 
@@ -139,6 +142,18 @@ def check_writable(group: PromptGroup, layout: LayoutName, form: Form) -> dict[s
     return rows[0]
 
 
+def _note_unread(row: Row, layout: Layout) -> None:
+    names = row.columns.names
+    known = _KNOWN[layout.name] if not names else {names.get(name, name) for name in _KNOWN[layout.name]}
+    if row.given.keys() <= known:
+        return
+    unread = [key for key, value in row.given.items() if value is not None and key not in known]
+    absent = [name for name in layout.columns if row.values.get(name) is None]
+    others = () if names else _EVERY  # where columns are declared, the others are meant to be left
+    for key, problem in unread_columns([key for key in unread if isinstance(key, str)], absent, others):
+        row.findings.append(Finding("unread-column", problem, row.file, row.number, key, "warning"))
+
+
 # --- detection
 
 
@@ -167,10 +182,18 @@ def _is_filled(layout: Layout, filled: dict[str, Any]) -> bool:
 
 _FITS: dict[LayoutName, Callable[[dict[str, Any]], bool]] = {
     "ranked": lambda given: "responses" in given,
-    "alpaca": lambda given: "instruction" in given and not isinstance(given.get("chosen"), list),
+    "alpaca": lambda given: "instruction" in given and not _is_conversation(given),
     "sharegpt": lambda given: "conversations" in given and ("chosen" in given or "rejected" in given),
     "trl": lambda given: "prompt" in given or ("chosen" in given and "rejected" in given),
 }
+
+
+def _is_conversation(given: dict[str, Any]) -> bool:
+    """Whether the responses are message lists as in TRL's layout, with their prompt before them or beside them."""
+    chosen = given.get("chosen")
+    if not isinstance(chosen, list):
+        return False
+    return "prompt" in given or (len(chosen) > 1 and all(isinstance(message, dict) for message in chosen))
 
 
 def _pair_columns(group: PromptGroup, pair: Pair, layout: LayoutName, form: Form) -> dict[str, Any]:
@@ -206,3 +229,5 @@ LAYOUTS: dict[LayoutName, Layout] = {
     ),
     "trl": Layout("trl", ("prompt", *_PAIR), "prompt", read_trl, prompt_columns),
 }
+_KNOWN = {name: frozenset({*layout.columns, *_UNSUPPORTED}) for name, layout in LAYOUTS.items()}
+_EVERY = frozenset().union(*_KNOWN.values())

@@ -7,7 +7,8 @@ from typing import Any, Literal
 from unidpo.errors import shown
 from unidpo.pairs import IMAGE, Message, PromptGroup
 from unidpo.sources.files import json_type
-from unidpo.sources.rows import Row, joined, marked, texts_of
+from unidpo.sources.rows import Row
+from unidpo.sources.texts import joined, marked, texts_of
 
 
 def read_alpaca(row: Row) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -16,13 +15,14 @@ from unidpo.errors import Finding, shown
 from unidpo.pairs import IMAGE, ImageMark, ImageSource, Message, Pair, PromptGroup, Response
 from unidpo.sources.dataset_info import PLAIN, Columns
 from unidpo.sources.files import json_type
+from unidpo.sources.texts import Content, encodable, is_visible, joined, marked
 
-Content: TypeAlias = tuple[str | ImageMark, ...]
 LayoutName: TypeAlias = Literal["alpaca", "sharegpt", "trl", "ranked"]
 _MAX_SCORE = 1e38
 """Beyond it a margin is infinite in the float32 the losses are computed in."""
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 """How what is no path begins."""
+_TURNS: tuple[Literal["user", "assistant"], ...] = ("user", "assistant")
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
@@ -102,6 +102,8 @@ class Row:
         if isinstance(value, list):
             if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
                 problem = "a response is a string or one assistant message; what comes before it is the prompt"
+                if value and all(isinstance(text, str) for text in value):
+                    problem = "a list of texts is no response; give a row for each, or `responses` with their scores"
                 self.error("wrong-type", key, problem)
                 return ""
             self.others(value[0], f"{key}[0]", "role", "content")
@@ -116,7 +118,7 @@ class Row:
                 self.error("bad-role", key, f"a response is a turn of {tags['assistant_tag']}, not {shown(tag)}")
         else:
             text = self.text(value, key)
-        if all(finding.severity == "warning" for finding in self.findings[before:]) and not text.strip():
+        if all(finding.severity == "warning" for finding in self.findings[before:]) and not is_visible(text):
             self.error("empty-response", key, "the response is empty; give its text or remove the row")
         return text
 
@@ -216,9 +218,23 @@ class Row:
         elif marks != images:
             problem = f"`<image>` marks in the prompt: {marks}, images in the row: {images}; make them equal"
             self.error("image-marks", key, problem)
-        if not any(part is IMAGE or str(part).strip() for m in messages for part in m.content):
+        if not any(part is IMAGE or is_visible(str(part)) for m in messages for part in m.content):
             self.error("empty-prompt", key, "the prompt is empty; give its text")
+        elif len(messages) > 1:
+            self._in_order(messages, key)
         return messages
+
+    def _in_order(self, messages: Sequence[Message], key: str) -> None:
+        """Note turns that most models were never trained on, and some templates refuse."""
+        roles = [message.role for message in messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        if any(role != _TURNS[i % 2] for i, role in enumerate(turns)):
+            said = ", ".join(roles[:9]) + (", ..." if len(roles) > 9 else "")
+            expected = "after at most one system message, user and assistant take turns"
+            self.warn("role-order", key, f"the roles are out of order ({said}); {expected}")
+        for i, message in enumerate(messages):
+            if not message.content and message.role != "system":
+                self.warn("empty-message", key, f"message {i + 1} of the prompt, of the {message.role}, is empty")
 
     def together(self, messages: Sequence[Message], responses: Sequence[Response], pairs: Sequence[Pair]) -> None:
         """Make the group, unless anything was wrong."""
@@ -316,40 +332,3 @@ class Row:
             return key
         head = re.split(r"[.\[]", key, maxsplit=1)[0]
         return self.columns.names.get(head, head) + key[len(head) :]
-
-
-def marked(text: str) -> Content:
-    """Text in which ``<image>`` marks an image."""
-    if IMAGE.value not in text:
-        return (text,) if text else ()
-    parts: list[str | ImageMark] = []
-    for i, piece in enumerate(text.split(IMAGE.value)):
-        parts += [IMAGE, piece] if i else [piece]
-    return joined(parts)
-
-
-def joined(parts: Sequence[str | ImageMark]) -> Content:
-    """The same content with neighbouring texts joined and empty ones gone: equal prompts compare equal."""
-    if len(parts) < 2:
-        return tuple(part for part in parts if part != "")
-    result: list[str | ImageMark] = []
-    for is_text, run in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
-        if not is_text:
-            result += run
-        elif text := "".join(map(str, run)):
-            result.append(text)
-    return tuple(result)
-
-
-def texts_of(messages: Sequence[Message]) -> list[str]:
-    """The texts of messages in which, were they strings, ``<image>`` would be a mark."""
-    return [part for m in messages if m.role != "system" for part in joined(m.content) if isinstance(part, str)]
-
-
-def encodable(value: str) -> bool:
-    """Whether a string can be written as UTF-8, which one with a lone surrogate cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

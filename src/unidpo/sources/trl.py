@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias
 from unidpo.errors import shown
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response, ranked_pairs
 from unidpo.sources.files import json_type
-from unidpo.sources.rows import Row, joined
+from unidpo.sources.rows import Row
+from unidpo.sources.texts import joined
 
 Form: TypeAlias = Literal["text", "messages", "parts"]
 """What a prompt is in a file: a string, messages of strings, or messages of typed parts. One for all of its rows, or
@@ -110,8 +111,35 @@ def _given_pairs(row: Row, responses: Sequence[Response], given: Any) -> list[Pa
         if (chosen.score is None) != (rejected.score is None):
             row.error("missing-score", key, "one of the two responses has no score; a pair has both or none")
         row.compare(chosen.score, rejected.score, key)
-        pairs.append(Pair(indices[0], indices[1], row.number, row.file))
+        pair = Pair(indices[0], indices[1], row.number, row.file)
+        if pair in pairs:
+            row.warn("duplicate-pair", key, f"this pair stands in the row before, so it counts twice: {shown(indices)}")
+        pairs.append(pair)
+    if (cycle := _cycle(pairs)) is not None:
+        order = " over ".join(map(str, cycle))
+        row.warn("pair-cycle", "pairs", f"the pairs go round in a circle ({order}), so they contradict; remove one")
     return pairs
+
+
+def _cycle(pairs: Sequence[Pair]) -> list[int] | None:
+    """Responses of which each is chosen over the next, and the last is the first; none where there is an order."""
+    below: dict[int, list[int]] = {}
+    for pair in pairs:
+        below.setdefault(pair.chosen, []).append(pair.rejected)
+    done: set[int] = set()
+    for start in below:
+        path, left = [start], [iter(below[start])]
+        while left:
+            following = next(left[-1], None)
+            if following is None:
+                left.pop()
+                done.add(path.pop())
+            elif following in path:
+                return [*path[path.index(following) :], following]
+            elif following not in done:
+                path.append(following)
+                left.append(iter(below.get(following, ())))
+    return None
 
 
 def ranked_columns(group: PromptGroup) -> dict[str, Any]:
