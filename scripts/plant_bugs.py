@@ -32,7 +32,7 @@ from xml.etree import ElementTree
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGE = Path("src", "unidpo")
-SECONDS = 300
+SECONDS = 600
 """After which the tests of one bug have gone astray."""
 SLOW_IMPORTS = (
     *("torch", "accelerate", "transformers.trainer", "transformers.modeling_outputs", "peft", "datasets", "pandas"),
