@@ -140,6 +140,13 @@ def test_processes_have_about_equal_work(lengths):
     assert abs(work[0] - work[1]) <= max(lengths)
 
 
+def test_the_longest_pass_is_dealt_first():
+    lengths = [1, 2, 3, 4]  # from the shortest on, one process would get 4 and the other 6
+    options = {"step": 4, "per_pack": 1, "lengths": lengths, "world_size": 2, "shuffle": False}
+    dealt = [pairs_of(next(iter(sampler([1] * 4, **options, rank=rank)))) for rank in range(2)]
+    assert [sum(lengths[index] for index, _ in pairs) for pairs in dealt] == [5, 5]
+
+
 # --- passes filled by tokens -----------------------------------------------------------------------------------------
 
 token_counts = st.lists(st.integers(1, 300), min_size=1, max_size=30)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from unidpo.encode import CHATML, Encoder, PromptTooLong, fit_to_length, prompt_positions
@@ -106,6 +107,23 @@ def test_a_response_has_the_same_tokens_whatever_precedes_it(make):
     assert alone.response_ids[0].tolist() == encoder.response_ids(Response("yes"))
     assert encoder.tokenizer.decode(alone.response_ids[0]) == "yes<|im_end|>\n"
     assert after_image.response_ids[1].tolist()[-2:] == alone.response_ids[1].tolist()[-2:]
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_no_token_comes_from_the_tokenizer_that_the_template_did_not_write(positions, images):
+    """Llama's and Gemma's tokenizers put one before each text; before a response it would be in the middle."""
+    processor = load_processor(GOLDEN / "model")
+    one, plain = group(images=images), Encoder(load_processor(GOLDEN / "model"), positions)
+    first = ("<|endoftext|>", processor.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[first]
+    )
+    assert processor.tokenizer("red")["input_ids"][0] == first[1]
+    encoder = Encoder(processor, positions)
+    found, expected = encoder.encode(one), plain.encode(one)
+    assert found.prompt_ids.tolist() == expected.prompt_ids.tolist()
+    assert [ids.tolist() for ids in found.response_ids] == [ids.tolist() for ids in expected.response_ids]
+    assert encoder.lengths(one) == plain.lengths(one)
 
 
 def test_only_the_wanted_responses_are_encoded(make):

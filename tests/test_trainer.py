@@ -1,6 +1,7 @@
 """The trainer's wiring: references, adapters, layouts, fallbacks, and what it reports."""
 
 import functools
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -131,16 +132,27 @@ def test_another_model_as_reference(make, tmp_path):
 
 
 def test_each_reference_has_a_store_of_its_own(make, tmp_path):
-    other = load_policy(GOLDEN / "model")
-    with torch.no_grad():
-        other.lm_head.weight.mul_(1.5)
-    other.save_pretrained(tmp_path / "other")
-    seen = []
-    for reference in ("stored", str(tmp_path / "other"), "stored"):
-        make(reference=reference, max_steps=1, shuffle=False, on_pairs=seen.append).train()
-    own, others, again = (step["ref_chosen_logps"] for step in seen)
-    assert again == own
-    assert all(abs(a - b) > 1e-3 for a, b in zip(own, others, strict=True))
+    others = [tmp_path / name for name in ("one", "two")]
+    for folder, factor in zip(others, (1.5, 0.5), strict=True):
+        other = load_policy(GOLDEN / "model")
+        with torch.no_grad():
+            other.lm_head.weight.mul_(factor)
+        other.save_pretrained(folder)
+    found = []
+    for reference in ("stored", *map(str, others), "stored"):
+        make(some_groups(1), reference=reference, max_steps=1, on_pairs=(seen := []).append).train()
+        found.append(seen[0]["ref_chosen_logps"][0])
+    assert found[3] == found[0]
+    assert all(abs(a - b) > 1e-3 for a, b in itertools.combinations(found[:3], 2))
+
+
+def test_each_precision_has_a_store_of_its_own(make, caplog):
+    """The weights that learn are float32 with bf16 and without; what is computed of them is not."""
+    caplog.set_level("INFO", "unidpo")
+    for precision in ({}, {"bf16": True}, {}):
+        make(max_steps=1, **precision).train()
+    computed = [message.rsplit(", ", 1)[1] for message in caplog.messages if message.startswith("reference")]
+    assert computed == ["8 computed", "8 computed", "0 computed"]
 
 
 def test_a_reference_that_is_no_model(make, tmp_path):
