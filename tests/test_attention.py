@@ -300,6 +300,18 @@ def test_one_table_goes_to_all_layers_and_to_their_recomputation():
     assert "spans" in vars(tables[0])
 
 
+def test_the_models_scale_and_dropout_reach_the_kernel():
+    segments = PACKS["several prompts"]
+    (query, key, value), _ = inputs(segments)
+    table = SegmentTable(segments, CPU)
+    found, _ = pack_attention(torch.nn.Identity(), query, key, value, None, scaling=0.7, segments=table)
+    torch.testing.assert_close(found, by_definition(query, key, value, segments, 0.7), rtol=0, atol=1e-9)
+    torch.manual_seed(3)
+    found, _ = pack_attention(torch.nn.Identity(), query, key, value, None, dropout=0.5, segments=table)
+    torch.manual_seed(3)
+    assert torch.equal(found, masked_sdpa(query, key, value, table, None, 0.5))
+
+
 def test_autocast_reaches_the_kernel():
     """Rotary angles widen queries and keys; torch's own attention narrows them under autocast."""
     segments = PACKS["a pair"]

@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from unidpo.encode import CHATML, Encoder, PromptTooLong, fit_to_length, prompt_positions
+from unidpo.encode import CHATML, Encoder, GroupTokens, PromptTooLong, fit_to_length, prompt_positions
 from unidpo.errors import DataError, ImageError, ModelError, UserError
 from unidpo.models import load_policy, load_processor
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
@@ -231,6 +231,14 @@ def test_prompts_that_do_not_fit_are_left_out_and_named(make, caplog):
         fit_to_length([long], make(max_length=limit))
 
 
+def test_lengths_are_those_of_what_is_left(make):
+    one = group(images=1, responses=(2, 30))
+    whole = make().lengths(one)
+    limit = whole.prompt + whole.responses[0] + 3
+    (fitted,) = fit_to_length([one], make(max_length=limit)).tokens
+    assert fitted == GroupTokens(whole.prompt, (whole.responses[0], whole.responses[0] + 3))
+
+
 def test_a_template_from_a_file(make, tmp_path):
     path = tmp_path / "own.jinja"
     turn = "[{{ m.role }}] {{ m.content[0].text }}!"
@@ -302,12 +310,15 @@ def test_the_fingerprint_names_what_changes_the_tensors(make, make_text, positio
     assert Encoder(load_processor(GOLDEN / "model"), positions).fingerprint() == base
     own = tmp_path / "own.jinja"
     own.write_text(CHATML + " ")
+    begins_otherwise = tmp_path / "begins-otherwise.jinja"
+    begins_otherwise.write_text(CHATML.replace("a helpful", "a grumpy"))
     more_words = load_processor(GOLDEN / "model")
     more_words.tokenizer.add_tokens(["circle"])
     other_images = load_processor(GOLDEN / "model")
     other_images.image_processor.image_mean = [0.5, 0.5, 0.5]
     others = {
-        "template": make(template=str(own)),
+        "end of the template": make(template=str(own)),
+        "beginning of the template": make(template=str(begins_otherwise)),
         "max_length": make(max_length=4095),
         "max_pixels": make(max_pixels=768 * 767),
         "tokenizer": Encoder(more_words, positions),

@@ -18,6 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 from unidpo import cli
 from unidpo.encode import Encoder, prompt_positions
+from unidpo.errors import UserError
+from unidpo.losses import SimPO
 from unidpo.models import load_processor
 from unidpo.records import LEDGER_COLUMNS
 from unidpo.run_record import RunRecord
@@ -195,6 +197,52 @@ def test_the_model_of_a_run_is_the_model_of_the_next(finished, tmp_path):
     assert code == 0, printed
     first = metrics_of(tmp_path / "run")[0]
     assert first["loss"] < 0.5 * metrics_of(finished[0] / "run")[0]["loss"]
+
+
+def test_each_key_of_a_recipe_reaches_the_trainer(tmp_path, monkeypatch):
+    seen = {}
+
+    def trainer(model, **options):
+        seen.update(options, dtype=model.dtype)
+        raise UserError("as far as this test goes")
+
+    monkeypatch.setattr("unidpo.train.PreferenceTrainer", trainer)
+    options = {
+        "max_length": 999,
+        "max_pixels": 9999,
+        "template": "chatml",
+        "shuffle": False,
+        "cache_image_features": True,
+        "on_bad_row": "skip",
+        "max_lost_fraction": 0.5,
+    }
+    recipe = write_recipe(
+        tmp_path,
+        model={"dtype": "bfloat16", "freeze": ["vision", "projector", "language"], "attention": "padded"},
+        data=options | {"eval_fraction": 0.25, "min_score_margin": 1.0},
+        loss={"name": "simpo", "beta": 3.0},
+        reference="live",
+        lora={"r": 3},
+        train={"global_batch_pairs": 6, "max_tokens_per_pack": 777, "learning_rate": 0.125, "data_seed": 5},
+    )
+    code, printed = unidpo("train", recipe)
+    assert (code, "as far as this test goes" in printed) == (2, True), printed
+    expected = options | {
+        "reference": "live",
+        "frozen": ("vision", "projector", "language"),
+        "attention": "padded",
+        "global_batch_pairs": 6,
+        "max_tokens_per_pack": 777,
+        "dtype": torch.bfloat16,
+    }
+    assert {name: seen[name] for name in expected} == expected
+    assert seen["loss"] == SimPO(beta=3.0)
+    assert seen["peft_config"].r == 3
+    assert (seen["args"].learning_rate, seen["args"].data_seed, seen["args"].bf16) == (0.125, 5, True)
+    groups = [*seen["train_dataset"], *seen["eval_dataset"]]
+    assert min(one.score_margin(pair) for one in groups for pair in one.pairs) >= 1.0
+    assert len(seen["eval_dataset"]) == round(0.25 * len(groups))
+    assert len(groups) < 48
 
 
 def test_overrides_and_what_is_left_out(tmp_path):
