@@ -49,11 +49,9 @@ def parts(folder):
 # --- through the command ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", ["stored", "model"])
-def test_a_reference_that_gives_nan_stops_the_run_and_nothing_is_stored(broken_model, tmp_path, reference):
-    names = {"stored": [f"model.name={broken_model}"], "model": [f"reference={broken_model}"]}[reference]
+def test_a_reference_that_gives_nan_stops_the_run_and_nothing_is_stored(broken_model, tmp_path):
     data = write_rows(tmp_path, rows_of(4)) | SKIP
-    code, printed = unidpo("train", write_recipe(tmp_path, data=data), "train.max_steps=2", *names)
+    code, printed = unidpo("train", write_recipe(tmp_path, data=data), f"reference={broken_model}")
     assert code == 2
     assert "the reference gives 8 of 8 responses no log-probability" in printed
     assert "pairs.json, row 4: the log-probability of a response is nan and nan" in printed
@@ -63,14 +61,25 @@ def test_a_reference_that_gives_nan_stops_the_run_and_nothing_is_stored(broken_m
     assert parts(tmp_path / "unidpo-cache") == []
 
 
-@pytest.mark.parametrize("settings", [["reference=live"], ["loss={name: simpo}"]], ids=["live", "no reference"])
-def test_a_policy_that_gives_nan_stops_at_the_first_step(broken_model, tmp_path, settings):
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "padded"])
+@pytest.mark.parametrize("settings", [[], ["reference=live"], ["loss={name: simpo}"]], ids=["stored", "live", "none"])
+def test_a_policy_that_gives_nan_stops_before_its_first_step(broken_model, tmp_path, settings, attention):
     data = write_rows(tmp_path, rows_of(4)) | SKIP
-    code, printed = unidpo("train", write_recipe(tmp_path, data=data), *settings, f"model.name={broken_model}")
-    assert code == 1
-    assert "row 4: the loss of this pair is nan" in printed
-    assert "look at its weights" in printed
+    recipe = write_recipe(tmp_path, data=data, model={"name": str(broken_model), "attention": attention})
+    code, printed = unidpo("train", recipe, *settings)
+    if attention != "padded":
+        assert code == 2
+        assert "the model's log-probabilities are no finite numbers; look at its weights" in printed
+    elif settings:
+        assert code == 1
+        assert "row 4: the loss of this pair is nan" in printed
+        assert "look at its weights" in printed
+    else:
+        assert code == 2
+        assert "row 4: the log-probability of a response is nan and nan" in printed
+    assert "skipped" not in printed
     assert metrics_of(tmp_path / "run") == []
+    assert parts(tmp_path / "unidpo-cache") == []
 
 
 def with_images_that_go(folder, count, going):

@@ -26,6 +26,7 @@ _LOG = logging.getLogger(__name__)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # bitsandbytes rounds the inputs of each layer to 8 bits too; how coarsely depends on what else is in the batch.
 _TOLERANCE_8_BIT = 0.1
+_NO_NUMBERS = "the model's log-probabilities are no finite numbers"
 
 
 def padded_rows(encoder: Encoder) -> Layout:
@@ -66,7 +67,7 @@ def choose_layout(
         arithmetic: what the model computes in.
 
     Raises:
-        ModelError: a backend is demanded that is not there, or packs do not work with it.
+        ModelError: a backend is demanded that is not there, packs do not work with it, or the model gives no numbers.
     """
     rows = Choice(padded_rows(encoder), policy.attention)
     if attention == "padded":
@@ -80,6 +81,8 @@ def choose_layout(
         if problem is None:
             _LOG.info("packs, with attention by %s", backend)
             return packs
+        if problem == _NO_NUMBERS:
+            raise ModelError(f"{_NO_NUMBERS}; look at its weights, or set model.dtype=bfloat16 or float32")
         _LOG.debug("packs by %s: %s", backend, problem)
     if attention != "auto":
         raise ModelError(
@@ -114,6 +117,8 @@ def _problem(
         means = [_mean_logps(policy, group, choice, device) for choice in (rows, packs)]
         difference = float((means[0] - means[1]).abs().max())
         problem = None if difference <= tolerance else f"log-probabilities differ by {difference:.2g} nats per token"
+        if not means[0].isfinite().all():
+            problem = _NO_NUMBERS
     except Exception as error:
         # Whatever a foreign model does not understand about packs, the padded path is the answer.
         problem = str(error) or type(error).__name__
