@@ -104,9 +104,10 @@ class TestExitCodes:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("unidpo.train.run", interrupted)
-        code, _, err = unidpo_command("train", TINY, "data.path=my pairs.json")
+        monkeypatch.chdir(ROOT)
+        code, _, err = unidpo_command("train", TINY, "train.run_name=my run")
         assert code == 130
-        assert f"unidpo train {TINY} 'data.path=my pairs.json' --resume" in err
+        assert f"unidpo train {TINY} 'train.run_name=my run' --resume" in err
 
     def test_interrupted_otherwise(self, unidpo_command, monkeypatch):
         def interrupted(*_, **__):

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from unidpo.config import Recipe, load_recipe, recipe_from, schema
+from unidpo.config import Recipe, load_recipe, loss_sections, recipe_from, schema
 from unidpo.config.hf_arguments import OWNED_BY_RECIPE
+from unidpo.config.loss_sections import LOSS_SECTIONS
 from unidpo.errors import RecipeError
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +43,7 @@ def problems(path, *overrides):
 def test_loss_sections_and_losses_agree():
     from unidpo import losses
 
-    for name, section in schema.LOSS_SECTIONS.items():
+    for name, section in LOSS_SECTIONS.items():
         loss = losses.make_loss(name)
         defaults = {f.name: f.default for f in fields(loss)}
         ours = {key: field.default for key, field in section.model_fields.items() if key != "name"}
@@ -51,7 +52,9 @@ def test_loss_sections_and_losses_agree():
 
 
 def test_every_key_explains_itself():
-    classes = [node for node in ast.walk(ast.parse(inspect.getsource(schema))) if isinstance(node, ast.ClassDef)]
+    sources = [inspect.getsource(module) for module in (schema, loss_sections)]
+    trees = [ast.parse(source) for source in sources]
+    classes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     silent = [
         f"{body.name}.{statement.target.id}"
         for body in classes

@@ -30,7 +30,8 @@ from unidpo.config import (
     load_recipe,
     load_sweep,
 )
-from unidpo.config.schema import LOSS_SECTIONS, SourceSection
+from unidpo.config.loss_sections import LOSS_SECTIONS
+from unidpo.config.schema import SourceSection
 from unidpo.measures import LOGGED
 from unidpo.records import LEDGER_COLUMNS
 from unidpo.runs import MAY_CHANGE_ON_RESUME

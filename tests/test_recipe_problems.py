@@ -228,3 +228,114 @@ def test_a_broken_file_of_a_model_folder(command, tmp_path, golden, file, key, v
     code, said = command("data", "check", golden / "data" / "golden48.json", "--model", model)
     assert code == 2
     assert "cannot" in said
+
+
+class TestNames:
+    """What a recipe names is looked for: before torch is imported, and never on a hub where a folder is meant."""
+
+    @pytest.fixture
+    def world(self, tmp_path, golden):
+        shutil.copytree(golden / "model", tmp_path / "models" / "tiny")
+        (tmp_path / "runs" / "x" / "model").mkdir(parents=True)
+        (tmp_path / "images").mkdir()
+        (tmp_path / "broken.json").write_text("{")
+        (tmp_path / "exam.yaml").write_text("{name: exam, file: exam.tsv, type: exact}")
+
+    @pytest.mark.parametrize(
+        ("override", "key", "words"),
+        [
+            ("model.name=./runs/x/modle", "model.name", "did you mean `model`?"),
+            ("model.name=runs/y/model", "model.name", "nor 'runs/y'"),
+            ("model.name=models/tny", "model.name", "did you mean `tiny`?"),
+            ("model.name=models/qwen", "model.name", "in `models`, which is a folder here"),
+            ("model.name=/data/model", "model.name", "no such folder: '/data/model'"),
+            ("model.name=gpt2", "model.name", "a name of a hub has the form owner/name"),
+            ("model.name=runs/x/model", "model.name", "holds no model"),
+            ("model.name=p.json", "model.name", "is a file"),
+            ("reference=none", "reference", "`simpo` needs none"), ("reference=", "reference", "empty"),
+            ("reference=null", "reference", "`simpo` needs none"), ("reference=~/gone", "reference", "no such folder"),
+            ("data.path=q.json", "data.path", "did you mean `p.json`?"),
+            ("data.path=./pairs", "data.path", "no such file: './pairs'"),
+            ("data.path=[p.json, images/x.json]", "data.path[1].path", "no such file: 'images/x.json'"),
+            ("data.images=image", "data.images", "did you mean `images`?"),
+            ("data.template=chatlm.jinja", "data.template", "give chatml or a Jinja file"),
+            ("eval.benchmarks=[MME, exams.yaml]", "eval.benchmarks[1]", "did you mean `exam.yaml`?"),
+            ("eval.benchmarks=[exam.yaml]", "eval.benchmarks[0]", "'exam.tsv', which are not there"),
+            ("eval.benchmarks=[mme]", "eval.benchmarks[0]", "there is no benchmark 'mme'"),
+            ("train.deepspeed=zero9.json", "train.deepspeed", "no such file: 'zero9.json'"),
+            ("train.fsdp_config=broken.json", "train.fsdp_config", "not valid JSON"),
+            ("lora.target_modules=[q_porj]", "lora.target_modules[0]", "did you mean `q_proj`?"),
+            ("lora.target_modules=q_proj,v_proj", "lora.target_modules", "as a list it is [q_proj, v_proj]"),
+            ("lora.target_modules='(q_proj'", "lora.target_modules", "not a regular expression"),
+            ("lora.rank=4", "lora.rank", "did you mean `r`?"),
+            ("lora.lora_alpha=4", "lora.lora_alpha", "did you mean `alpha`?"),
+            ("lr=1e-6", "lr", "did you mean `train.learning_rate`?"), ("output=", "output", "is empty"),
+            ("model.torch_dtype=x", "model.torch_dtype", "did you mean `dtype`?"),
+        ],
+    )  # fmt: skip
+    def test_one_that_is_wrong(self, check, world, override, key, words):
+        code, said = check(MINIMAL, override)
+        assert code == 2
+        assert f"`{key}`: " in said
+        assert words in said
+
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "model.name=models/tiny", "model.name=Qwen/Qwen2-VL-2B-Instruct", "data.path=owner/set:config@train",
+            "data.path=images", "reference=live", "lora.target_modules=[q_proj, visual.blocks.0.attn.qkv]",
+            "lora.target_modules=.*q_proj", "lora.target_modules=all-linear", "eval.benchmarks=[paper]",
+            "train.deepspeed={zero_optimization: {stage: 2}}", "data.template=chatml", "lora={}",
+        ],
+    )  # fmt: skip
+    def test_those_that_are_right(self, check, world, override):
+        assert check(MINIMAL, "model.name=models/tiny", override)[0] == 0
+
+    def test_layers_of_a_model_here_are_read_from_its_files(self, check, world):
+        code, said = check(MINIMAL, "model.name=models/tiny", "lora.target_modules=[c_attn, q_proj, gate_pro]")
+        assert code == 2
+        assert "'models/tiny' has no layer 'c_attn'; it has " in said
+        assert "`lora.target_modules[2]`: 'models/tiny' has no layer 'gate_pro'; did you mean `gate_proj`?" in said
+
+    def test_all_that_is_wrong_is_shown_at_once(self, check, world):
+        text = (
+            "output: o\nmodel: {nmae: x, freeze: [vision, projector, language], dtype: float64}\ndata: {path: q.json}\n"
+            "loss: {name: uni_dpo, beta: -1, betta: 3}\neval: {benchmarks: [mme], stepps: 1}\nreference: none\n"
+            "train: {seed: -1, global_batch_pairs: 3, per_device_train_batch_size: 2, gradient_accumulation_steps: 2}\n"
+        )
+        code, said = check(text, "lora.rank=3", "lora=null", "data.images=gone")
+        assert code == 2
+        found = [line.split("`")[1] for line in said.splitlines()[1:]]
+        assert sorted(found) == sorted(
+            [
+                "model.nmae", "model.name", "model.dtype", "model.freeze", "data.path", "loss.beta", "loss.betta",
+                "eval.benchmarks[0]", "eval.stepps", "reference", "train.seed", "train.gradient_accumulation_steps",
+                "train.global_batch_pairs", "data.images",
+            ]
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["./runs/x/modle", "runs/y/model", "models/qwen", "gpt2"])
+    def test_no_request_for_a_folder_that_was_mistyped(self, command, check, world, monkeypatch, name):
+        def request(*_, **__):
+            raise AssertionError("a hub was asked")
+
+        monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", request)
+        monkeypatch.setattr("transformers.AutoConfig.from_pretrained", request)
+        code, said = command("data", "check", "p.json", "--model", name)
+        assert code == 2
+        assert "no such f" in said
+
+    def test_names_written_out_are_those_of_their_modules(self):
+        from unidpo.config import named
+        from unidpo.encode import TEMPLATES
+        from unidpo.evaluate.vlmeval import PAPER
+
+        assert set(named.BENCHMARKS) == {"paper", *PAPER}
+        assert set(named.TEMPLATES) == set(TEMPLATES)
+
+    def test_foreign_names_lead_to_keys_of_ours(self):
+        from unidpo.config.explaining import FOREIGN, _dotted_keys
+
+        assert set(FOREIGN.values()) <= {*_dotted_keys(), "output", "reference"}
+        ours = {key.rpartition(".")[2] for key in _dotted_keys()} - {"batch_size"}  # of `eval`, not of `train`
+        assert not FOREIGN.keys() & ours

@@ -97,10 +97,10 @@ methods:
         assert [run.recipe.output for run in runs] == [Path("out") / run.name for run in runs]
 
     def test_keys_that_end_alike_are_named_in_full(self, sweep_file):
-        grid = "grid: {train.optim_args: [a], loss.tau_ref: [1.0], data.max_length: [9], train.run_name: [a/b, null]}"
+        grid = "grid: {train.project: [a], loss.tau_ref: [1.0], data.max_length: [9], train.run_name: [a/b, null]}"
         text = f"output: o\nmethods: [{{recipe: {ROOT}/recipes/tiny.yaml, {grid}}}]"
         names = [run.name for run in load_sweep(sweep_file(text)).runs]
-        assert names[0] == "tiny-optim_args=a-tau_ref=1.0-max_length=9-run_name=a_b"
+        assert names[0] == "tiny-project=a-tau_ref=1.0-max_length=9-run_name=a_b"
         text = (
             f"output: o\nmethods: [{{recipe: {ROOT}/recipes/tiny.yaml, grid: {{model.name: [m], loss.name: [dpo]}}}}]"
         )

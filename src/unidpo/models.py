@@ -35,6 +35,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from unidpo.errors import ModelError, RecipeError, UserError
+from unidpo.places import missing_here
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """What turns a prompt into tensors: a processor for vision-language models, a tokenizer for text models."""
@@ -156,6 +157,8 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
     if base is not None:
         return load_config(base, trust_remote_code=trust_remote_code)
     folder = Path(name)
+    if problem := missing_here(name):
+        raise ModelError(f"{name}: {problem}")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ModelError(
             f"{name}: this folder holds no model (no config.json); name a folder written by `save_pretrained`, "

@@ -16,7 +16,7 @@ from unidpo.cli.data import data
 from unidpo.cli.evaluation import evaluation
 from unidpo.cli.planning import plan
 from unidpo.cli.training import Overrides, RecipeFile, train
-from unidpo.errors import UserError
+from unidpo.errors import UserError, printable
 
 app = typer.Typer(
     name="unidpo",
@@ -102,11 +102,11 @@ def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from unidpo.config import is_sweep, load_recipe, load_sweep
 
     if is_sweep(recipe):
-        runs = load_sweep(recipe, overrides or ()).runs
-        typer.echo(f"{recipe}: a valid sweep of {len(runs)} runs: {', '.join(run.name for run in runs)}")
+        runs = load_sweep(recipe, overrides or (), look=True).runs
+        typer.echo(printable(f"{recipe}: a valid sweep of {len(runs)} runs: {', '.join(run.name for run in runs)}"))
         return
-    resolved = load_recipe(recipe, overrides or ())
-    typer.echo(f"{recipe}: a valid recipe, {resolved.loss.name} on {resolved.model.name}")
+    resolved = load_recipe(recipe, overrides or (), look=True)
+    typer.echo(printable(f"{recipe}: a valid recipe, {resolved.loss.name} on {resolved.model.name}"))
 
 
 @recipe.command("show")

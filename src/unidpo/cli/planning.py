@@ -42,7 +42,7 @@ def plan(
     for name, value in (("--tflops", tflops), ("--rate", rate)):
         if value is not None and not 0 < value < float("inf"):
             raise typer.BadParameter(f"must be a number above 0, not {value}", param_hint=name)
-    resolved = load_recipe(recipe, overrides or ())
+    resolved = load_recipe(recipe, overrides or (), look=True)
     from unidpo.plan import plan_recipe
 
     found = plan_recipe(resolved, speeds=_speeds(gpu, tflops, rate), gpus=gpus, console=messages())

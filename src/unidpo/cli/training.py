@@ -45,7 +45,7 @@ def train(
     from unidpo.locks import refuse_if_in_use
     from unidpo.runs import RunFolder
 
-    resolved = load_recipe(recipe, overrides or ())
+    resolved = load_recipe(recipe, overrides or (), look=True)
     if os.environ.get("RANK", "0") == "0":  # another process of this training may have begun
         # Before torch takes its seconds to import.
         refuse_if_in_use(resolved.output)
@@ -98,7 +98,7 @@ def _sweep(file: Path, overrides: Sequence[str], options: Sequence[str]) -> None
     from unidpo.config import load_sweep
     from unidpo.sweep import run_sweep
 
-    sweep = load_sweep(file, overrides)
+    sweep = load_sweep(file, overrides, look=True)
     try:
         run_sweep(sweep, options=options, console=messages())
     except Interrupted as stopped:

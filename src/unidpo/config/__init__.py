@@ -1,18 +1,15 @@
 """Recipes: one YAML file per run, with `section.key=value` overrides, validated and resolved. Imports no torch."""
 
 from unidpo.config.loading import load_recipe, recipe_from
+from unidpo.config.loss_sections import DPOSection, LossSection, SimPOSection, UniDPOSection
 from unidpo.config.schema import (
     DataSection,
-    DPOSection,
     EvalSection,
     LoraSection,
-    LossSection,
     ModelPart,
     ModelSection,
     Recipe,
-    SimPOSection,
     TrainSection,
-    UniDPOSection,
 )
 from unidpo.config.sweep import Sweep, SweepRun, is_sweep, load_sweep
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from unidpo.config.hf_arguments import RENAMED, SCHEDULERS, model_of_arguments, one_of
+from unidpo.config.loss_sections import LossSection, UniDPOSection
 from unidpo.config.ranges import MANY
+from unidpo.config.section import Section
+from unidpo.errors import shown
 
 ModelPart: TypeAlias = Literal["vision", "projector", "language"]
 Attention: TypeAlias = Literal["auto", "sdpa", "varlen", "flex", "flash", "padded"]
@@ -32,14 +35,31 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_reference(value: Any) -> Any:
+    if not isinstance(value, str) or value.lower() in _NO_REFERENCE:
+        raise ValueError(
+            f"must be `stored`, `live` or a model, not {shown(value)}; left out, it is the policy before its first "
+            "step, and whether one is needed follows from the loss (`simpo` needs none)"
+        )
+    return value
+
+
+_NO_REFERENCE = (
+    "none",
+    "null",
+    "no",
+    "off",
+    "false",
+    "policy",
+    "self",
+    "base",
+    "ref",
+    "model",
+    "copy",
+    "frozen",
+    "disk",
+)
 FilePath: TypeAlias = Annotated[Path, BeforeValidator(_as_path)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, no unknown keys, no silent conversions, no infinities."""
-
-    # A section's validator is built within the recipe's; building each alone as well would only cost time.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class ModelSection(Section):
@@ -116,131 +136,6 @@ class DataSection(Section):
         return (SourceSection(path=self.path),) if isinstance(self.path, str) else self.path
 
 
-class UniDPOSection(Section):
-    """Uni-DPO, arXiv:2506.10054."""
-
-    name: Literal["uni_dpo"]
-    beta: float = Field(2.0, gt=0)
-    """Scale of the log-ratios (per nat per token)."""
-    quality_eta: float = Field(0.7, ge=0)
-    """Steepness of the quality weight, per unit of score margin."""
-    tau_ref: float = 2.0
-    """β times the log-ratio at which the performance weight is `2^-perf_gamma`."""
-    perf_gamma: float = Field(3.0, ge=0)
-    """Focusing exponent of the performance weight; 0 switches it off."""
-    nll_weight: float = Field(0.001, ge=0)
-    """Weight of the calibrated NLL term (loss per nat per token)."""
-    tau_good: float = 2.5
-    """Score from which a chosen response is guarded by the NLL term."""
-    detach_performance_weight: bool = False
-    """Whether the performance weight is a constant to the gradient; the reference differentiates through it."""
-
-
-class DPOSection(Section):
-    """DPO, arXiv:2305.18290."""
-
-    name: Literal["dpo"]
-    beta: float = Field(0.1, gt=0)
-    """Scale of the log-ratios."""
-    label_smoothing: float = Field(0.0, ge=0.0, lt=0.5)
-    """Assumed share of pairs whose preference is the wrong way round."""
-    length_normalized: bool = False
-    """Whether log-probabilities are averaged over a response's tokens instead of summed."""
-
-
-class SimPOSection(Section):
-    """SimPO, arXiv:2405.14734; needs no reference."""
-
-    name: Literal["simpo"]
-    beta: float = Field(2.0, gt=0)
-    """Scale of the length-averaged log-probabilities."""
-    gamma: float = Field(1.0, ge=0)
-    """Target reward margin; the margin in nats per token is `gamma / beta`."""
-
-
-class MMDPOSection(Section):
-    """MM-DPO, arXiv:2502.10391: DPO whose β grows with the score margin."""
-
-    name: Literal["mm_dpo"]
-    beta: float = Field(0.1, gt=0)
-    """Scale of the log-ratios at a tie, β₀."""
-    w: float = Field(0.5, ge=0)
-    """Share by which β grows at most; 0 gives DPO."""
-    k: float = Field(0.5, ge=0)
-    """How fast β grows, per unit of score margin."""
-
-
-class ODPOSection(Section):
-    """DPO with an offset, arXiv:2402.10571."""
-
-    name: Literal["odpo"]
-    beta: float = Field(0.1, gt=0)
-    """Scale of the log-ratios."""
-    alpha: float = Field(1.0, ge=0)
-    """The reward margin asked for is `alpha` times the logarithm of the score margin; 0 gives DPO."""
-
-
-class RPOSection(Section):
-    """Reward-aware preference optimization, arXiv:2502.00203."""
-
-    name: Literal["rpo"]
-    beta: float = Field(0.1, gt=0)
-    """Scale of the log-ratios."""
-    eta: float = Field(1.0, gt=0)
-    """The reward margin aimed at, per unit of score margin."""
-    distance: Literal["bwd_kl", "fwd_kl", "sq"] = "bwd_kl"
-    """Between the two margins: Bernoulli KL with the scores' in front, with the policy's in front, or the square."""
-
-
-class IPOSection(Section):
-    """IPO, arXiv:2310.12036."""
-
-    name: Literal["ipo"]
-    tau: float = Field(0.1, gt=0)
-    """Regularization: the margin aimed at is `1 / (2 tau)` nats per token."""
-
-
-class MPOSection(Section):
-    """Mixed preference optimization, arXiv:2411.10442."""
-
-    name: Literal["mpo"]
-    beta: float = Field(0.1, gt=0)
-    """Scale of the log-ratios."""
-    w_p: float = Field(0.8, ge=0)
-    """Weight of the preference term, DPO."""
-    w_q: float = Field(0.2, ge=0)
-    """Weight of the quality term, BCO."""
-    w_g: float = Field(1.0, ge=0)
-    """Weight of the generation term, the chosen response's NLL per token."""
-
-
-class WPOSection(Section):
-    """Weighted preference optimization, arXiv:2406.11827."""
-
-    name: Literal["wpo"]
-    beta: float = Field(0.1, gt=0)
-    """Scale of the log-ratios."""
-    max_weight: float | None = Field(1.0, gt=0)
-    """Bound of a pair's weight; null for none."""
-
-
-LossSection: TypeAlias = Annotated[
-    UniDPOSection
-    | MMDPOSection
-    | ODPOSection
-    | RPOSection
-    | DPOSection
-    | SimPOSection
-    | IPOSection
-    | MPOSection
-    | WPOSection,
-    Field(discriminator="name"),
-]
-LOSS_SECTIONS: Mapping[str, type[Section]] = {
-    get_args(section.model_fields["name"].annotation)[0]: section for section in get_args(get_args(LossSection)[0])
-}
-
-
 class LoraSection(Section):
     """A low-rank adapter (peft). It alone learns, whatever `model.freeze` says."""
 
@@ -302,25 +197,21 @@ class TrainSection(HuggingFaceArguments):
     fsdp: bool | None = None
     """Whether weights are spread over the processes by FSDP2; `fsdp_config` tunes it."""
 
-    @model_validator(mode="after")
-    def _one_batch_size(self) -> TrainSection:
-        if self.global_batch_pairs is None:
-            return self
-        if "gradient_accumulation_steps" in self.model_fields_set:
-            raise ValueError("give `global_batch_pairs` or `gradient_accumulation_steps`, not both")
-        if self.global_batch_pairs % self.per_device_train_batch_size:
-            raise ValueError(
-                f"`global_batch_pairs` ({self.global_batch_pairs}) must be a multiple of "
-                f"`per_device_train_batch_size` ({self.per_device_train_batch_size})"
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.global_batch_pairs is not None and "gradient_accumulation_steps" in self.model_fields_set:
+            message = "is given beside `global_batch_pairs`, which derives it; give one of them, not both"
+            yield "gradient_accumulation_steps", message
+        elif self.global_batch_pairs is not None and self.global_batch_pairs % self.per_device_train_batch_size:
+            yield (
+                "global_batch_pairs",
+                (
+                    f"({self.global_batch_pairs}) must be a multiple of `per_device_train_batch_size` "
+                    f"({self.per_device_train_batch_size})"
+                ),
             )
-        return self
-
-    @model_validator(mode="after")
-    def _one_name_each(self) -> TrainSection:
         for old, new in RENAMED.items():
             if {old, new} <= self.model_fields_set:
-                raise ValueError(f"give `{new}` or `{old}`, two names of one thing, not both")
-        return self
+                yield old, f"is another name of `{new}`, which is given too; give one of them, not both"
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `transformers.TrainingArguments`: what the recipe set, and our defaults."""
@@ -358,7 +249,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     loss: LossSection = Field(default_factory=lambda: UniDPOSection(name="uni_dpo"))
-    reference: str = Field("stored", min_length=1)
+    reference: Annotated[str, BeforeValidator(_as_reference), Field(min_length=1)] = "stored"
     """`stored` (the policy before its first step, as numbers on disk), `live` (a frozen copy), or a model."""
     lora: LoraSection | None = None
     """An adapter, or null to train the weights themselves."""
@@ -366,40 +257,28 @@ class Recipe(Section):
     eval: EvalSection | None = None
     """Benchmarks while the model trains, or null."""
 
-    @model_validator(mode="after")
-    def _something_learns(self) -> Recipe:
-        if self.lora is None and set(self.model.freeze) == set(get_args(ModelPart)):
-            raise ValueError("`model.freeze` names every part and there is no `lora`: nothing would be trained")
-        return self
-
-    @model_validator(mode="after")
-    def _quantized_weights_need_an_adapter(self) -> Recipe:
-        if self.model.quantize is not None and self.lora is None:
-            raise ValueError("`model.quantize` holds weights that cannot learn: add a `lora` section, or leave it out")
-        if self.model.quantize == "int8" and self.lora is not None and self.lora.dora:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        model, lora = self.model, self.lora
+        if lora is None and set(model.freeze) == set(get_args(ModelPart)):
+            yield "model.freeze", "names every part and there is no `lora`: nothing would be trained"
+        if model.quantize is not None and lora is None:
+            yield "model.quantize", "holds weights that cannot learn: add a `lora` section, or leave it out"
+        if model.quantize == "int8" and lora is not None and lora.dora:
             # peft reads the lengths of the columns from bitsandbytes' 8-bit layers, which do not survive it.
-            raise ValueError("`lora.dora` does not work over `model.quantize: int8`; use nf4, or plain LoRA")
-        return self
-
-    @model_validator(mode="after")
-    def _features_do_not_learn(self) -> Recipe:
-        frozen = {"vision", "projector"} <= set(self.model.freeze)
-        if self.data.cache_image_features and self.lora is None and not frozen:
-            raise ValueError(
-                "`data.cache_image_features` keeps what vision tower and projector make of an image, and here they "
-                "learn: set `model.freeze: [vision, projector]`, or leave it out"
+            yield "lora.dora", "does not work over `model.quantize: int8`; use nf4, or plain LoRA"
+        if self.data.cache_image_features and lora is None and not {"vision", "projector"} <= set(model.freeze):
+            yield (
+                "data.cache_image_features",
+                (
+                    "keeps what vision tower and projector make of an image, and here they learn: set "
+                    "`model.freeze: [vision, projector]`, or leave it out"
+                ),
             )
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_evaluate_on(self) -> Recipe:
-        strategy = self.train.given().get("eval_strategy", "no")
-        if strategy != "no" and not self.data.eval_fraction and self.eval is None:
-            raise ValueError(
-                "`train.eval_strategy` needs something to evaluate on: set `data.eval_fraction` above 0, or "
-                "`eval.benchmarks`"
+        if self.train.given().get("eval_strategy", "no") != "no" and not self.data.eval_fraction and self.eval is None:
+            yield (
+                "train.eval_strategy",
+                ("needs something to evaluate on: set `data.eval_fraction` above 0, or `eval.benchmarks`"),
             )
-        return self
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain JSON values; `recipe_from` reads it back."""

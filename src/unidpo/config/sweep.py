@@ -16,7 +16,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from unidpo.config.loading import load_recipe
 from unidpo.config.reading import read_yaml
-from unidpo.config.schema import FilePath, Recipe, Section
+from unidpo.config.schema import FilePath, Recipe
+from unidpo.config.section import Section
 from unidpo.errors import Finding, RecipeError, did_you_mean, from_findings, shown
 
 
@@ -88,13 +89,14 @@ def is_sweep(path: str | Path) -> bool:
     return "methods" in read_yaml(Path(path))
 
 
-def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(path: str | Path, overrides: Sequence[str] = (), *, look: bool = False) -> Sweep:
     """Read a sweep file and resolve the recipe of every run.
 
     Args:
         path: YAML with the keys of `SweepSection`.
         overrides: `section.key=value` for every run; `output=FOLDER` moves the whole sweep. They win over the file,
             and so may not set what a grid varies.
+        look: as for `load_recipe`.
 
     Raises:
         RecipeError: the file, an override, or the recipe of a run is wrong; all problems at once.
@@ -117,7 +119,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         fixed = section.overrides | method.overrides
         laid_over = (*_overrides(fixed | changed), *from_line, *_overrides(output))
         try:
-            recipe = load_recipe(method.recipe, laid_over)
+            recipe = load_recipe(method.recipe, laid_over, look=look)
         except RecipeError as error:
             found += [_in_sweep(finding, path, from_line) for finding in error.findings]
         else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unidpo.errors import DataError, Finding, shown
+from unidpo.places import missing_here
 from unidpo.regular_files import open_regular
 from unidpo.sources import json_text, tables
 from unidpo.sources.json_text import RepeatedKey
@@ -35,7 +36,8 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
         with open_regular(path) as file:
             yield from rows_in(file, path)
     except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file") from error
+        problem = missing_here(path, "file") or "there is no such file"
+        raise DataError(f"{path}: {problem}") from error
     except IsADirectoryError as error:
         raise DataError(f"{path}: this is a folder; give the data file in it") from error
     except (OSError, ValueError) as error:

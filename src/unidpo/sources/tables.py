@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from unidpo.errors import DataError, Finding, shown
+from unidpo.places import missing_here
 from unidpo.sources.other_kinds import SUFFIXES
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ _BATCH = 64
 _WRITTEN_ROWS, _WRITTEN_BYTES = 1024, 1 << 26
 """A row group of a written file is no larger; the bytes are those of images."""
 _NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>[^:@]+))?")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(rf".*(\.jsonl?|\.ndjson|\.parquet|\.txt|{'|'.join(map(re.escape, SUFFIXES))})", re.IGNORECASE)
 
 
@@ -92,7 +92,9 @@ def is_dataset(path: str | Path) -> bool:
             return Path(path).is_dir()
         if match is not None and Path(match["name"]).is_dir():
             return True
-    return match is not None and not _FILE.fullmatch(match["name"]) and _HUB_ID.fullmatch(match["name"]) is not None
+    if match is None or _FILE.fullmatch(match["name"]):
+        return False
+    return missing_here(match["name"]) is None
 
 
 def dataset_folder(path: str | Path) -> Path:
