@@ -46,6 +46,17 @@ def test_the_layouts_offered_are_those_there_are():
     assert set(get_args(Layout)) == set(LAYOUTS)
 
 
+def test_what_is_ready_is_trained_on_next(pairs, tmp_path):
+    assert "unidpo train" not in unidpo("check", pairs).output
+    unidpo("relocate", pairs, "--images", tmp_path / "here", "--to", tmp_path / "moved.json")
+    moved = tmp_path / "moved.json"
+    for options in ((), ("--images", tmp_path)):
+        said = unidpo("check", moved, *options)
+        words = [f"data.path={moved}", *(f"data.images={folder}" for folder in options[1:])]
+        assert f"train on it: unidpo train RECIPE.yaml {' '.join(words)}" in said.stderr.splitlines()
+    assert "train on it" not in unidpo("check", moved, "--json").output
+
+
 def test_relocate_then_check(pairs, tmp_path):
     assert unidpo("check", pairs).exit_code == 2  # the images are not where it says
     moved = tmp_path / "moved.json"

@@ -318,6 +318,28 @@ def test_both_readmes_have_the_same_headings_and_code() -> None:
     assert set(names[0]) == set(names[1])
 
 
+def test_both_readmes_link_and_list_the_same() -> None:
+    def shape(text: str) -> list[tuple[int, list[str]]]:
+        """Of each section: how many points it lists, and where it links to, in whatever order."""
+        sections = re.split(r"^#+ ", FENCE.sub("", text), flags=re.MULTILINE)
+        return [(len(re.findall(r"^- ", s, re.MULTILINE)), sorted(re.findall(r"\]\((.+?)\)", s))) for s in sections]
+
+    first, *rest = shape(text_of("README.md").replace("README_zh.md", "README.md"))
+    assert [first, *rest] == shape(text_of("README_zh.md"))
+
+
+def test_files_named_in_contributing_exist() -> None:
+    text = text_of("CONTRIBUTING.md")
+    named = [word for word in re.findall(r"`([\w./-]+)`", text) if re.search(r"/|\.(py|md|toml)$", word)]
+    assert len(named) > 10
+    assert [word for word in named if not (SOURCE / word).exists() and not (ROOT / word).exists()] == []
+    assert len(text.splitlines()) < 60
+    sources = "".join((SOURCE / word).read_text("utf-8") for word in named if word.endswith(".py"))
+    registries = re.findall(r"`([A-Z_]{4,})`", text)
+    assert len(registries) >= 4
+    assert [name for name in registries if f"\n{name}: " not in sources] == []
+
+
 def test_readmes_are_short() -> None:
     assert len(text_of("README.md").splitlines()) < 200
     assert len(text_of("README_zh.md").splitlines()) < 200

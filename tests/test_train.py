@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+import unidpo as unidpo_package
 from unidpo import cli
 from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import UserError
@@ -129,6 +130,17 @@ def test_what_a_run_prints(finished):
         assert line in done.stderr
     assert "Warning" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_ends_with_what_can_be_done_next(finished):
+    folder, done = finished
+    run = folder / "run"
+    title, evaluate, load, ledger = done.stderr.splitlines()[-4:]
+    assert title == "next:"
+    assert evaluate.split("  ")[1] == f"unidpo eval {run} --benchmarks paper"
+    assert load.split("  ")[1] == f"unidpo.load_policy({str(run / 'model')!r})"
+    assert eval(load.split("  ")[1], {"unidpo": unidpo_package}).dtype == torch.float32
+    assert ledger.split("  ")[1] == str(run / "pairs.parquet")
 
 
 def test_the_run_folder(finished):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 from unidpo.errors import printable
 
@@ -30,3 +31,11 @@ class Terminal(Console):
             return text
         lines = (printable(line, most=len(line)) for line in text.split("\n"))
         return "\n".join(lines).encode(self.encoding, "backslashreplace").decode(self.encoding)
+
+
+def print_to_copy(console: Console, lines: Mapping[str, str]) -> None:
+    """Print commands or paths, each on one line whatever the width, with what it is for."""
+    width = max(map(len, lines))
+    for copied, purpose in lines.items():
+        text = Text.assemble("  ", (f"{copied:{width}}", "cyan"), "  ", (purpose, "dim"))
+        console.print(text, soft_wrap=True)

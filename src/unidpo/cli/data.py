@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,6 +55,9 @@ def check(
         _say(f"{fix}: {rows} usable rows written")
     if report.errors:
         raise typer.Exit(INPUT_WRONG)
+    if not as_json:
+        where = [f"data.path={file}", *([f"data.images={images}"] if images is not None else [])]
+        _say(f"train on it: {shlex.join(['unidpo', 'train', 'RECIPE.yaml', *where])}")
 
 
 @data.command()

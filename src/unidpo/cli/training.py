@@ -6,12 +6,15 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unidpo.cli.consoles import INTERRUPTED, messages
 from unidpo.errors import Interrupted, TrainingError
+
+if TYPE_CHECKING:
+    from unidpo.runs import RunFolder
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -76,6 +79,23 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     if push_to_hub is not None:
         _push(RunFolder(resolved.output).model, push_to_hub)
+    _next_steps(RunFolder(resolved.output))
+
+
+def _next_steps(run: RunFolder) -> None:
+    from unidpo.ranks import is_main
+    from unidpo.terminal import print_to_copy
+
+    if not is_main():
+        return
+    messages().print("next:")
+    evaluate = shlex.join(["unidpo", "eval", str(run.path), "--benchmarks", "paper"])
+    steps = {
+        evaluate: "the nine benchmarks, or files of your own",
+        f"unidpo.load_policy({str(run.model)!r})": "the model in Python; its processor: unidpo.load_processor",
+        str(run.ledger): "the ledger: each visit of each pair; metrics.jsonl lies beside it",
+    }
+    print_to_copy(messages(), steps)
 
 
 def _push(model: Path, repo_id: str) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from unidpo.demo.digits import DigitsWorld, Kind, Question, is_correct, load_wor
 from unidpo.errors import UserError
 from unidpo.models import load_policy, load_processor
 from unidpo.progress import Stages
-from unidpo.terminal import Terminal
+from unidpo.terminal import Terminal, print_to_copy
 
 TRAIN_PROMPTS = 800
 SAMPLES_PER_PROMPT = 4
@@ -110,7 +110,7 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
     draw_answers(questions, base.answers, trained.answers, out / "answers.png")
     draw_training(run / "metrics.jsonl", out / "training.png")
     console.print()
-    _list(
+    print_to_copy(
         console,
         {
             str(out / "answers.png"): "held-out pictures with both answers",
@@ -122,7 +122,7 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
         },
     )
     console.print("\nNext:")
-    _list(
+    print_to_copy(
         console,
         {
             f"unidpo train {recipe} loss.beta=4 output={out / 'run-beta-4'}": "the same with another beta",
@@ -131,14 +131,6 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
         },
     )
     console.print(f"{time.perf_counter() - start:.0f} s", style="dim", highlight=False)
-
-
-def _list(console: Console, lines: Mapping[str, str]) -> None:
-    """Print what is to be copied, each on one line whatever the width, with a remark."""
-    width = max(map(len, lines))
-    for copied, remark in lines.items():
-        text = Text.assemble("  ", (f"{copied:{width}}", "cyan"), "  ", (remark, "dim"))
-        console.print(text, soft_wrap=True)
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:
