@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
 from trainers import some_groups, trainer_of
 from unidpo.attention import PACK_ATTENTION, set_text_attention
-from unidpo.batches import LostRows
+from unidpo.batches import LostRows, Step
 from unidpo.errors import DataError, Finding, ModelError, TrainingError
 from unidpo.feature_pass import FeaturePass
 from unidpo.feature_store import FeatureStore
@@ -21,7 +21,7 @@ from unidpo.pairs import Pair
 from unidpo.policy import Policy
 from unidpo.reference import ReferencePass, _Scored
 from unidpo.stores import content_keys
-from unidpo.trainer import PreferenceTrainer
+from unidpo.trainer import PreferenceTrainer, _Report
 from worlds import GOLDEN, group, tiny_policy
 
 SKIP = {"on_bad_row": "skip", "max_lost_fraction": 1.0}
@@ -255,3 +255,20 @@ def test_a_pair_of_a_row_that_is_not_lost_is_no_reason_to_stop():
     with pytest.raises(DataError, match="1 of 4 training pairs"):
         LostRows({"training": some_groups(4)}, stop=False, max_fraction=0).see([Finding("lost-row", "gone", None, 2)])
     LostRows({"training": some_groups(4)}, stop=False, max_fraction=0).see([])
+
+
+@pytest.mark.parametrize("theirs", [0, 3])
+def test_a_step_is_without_a_pair_only_where_no_process_has_one(tmp_path, monkeypatch, theirs):
+    trainer = trainer_of(tmp_path, **SKIP)
+    monkeypatch.setattr(trainer, "_record", lambda columns: None)
+    trainer.create_optimizer()
+
+    def gather(values):
+        return [*values, _Report(theirs, [], False)] if isinstance(values[0], _Report) else values
+
+    monkeypatch.setattr("unidpo.trainer.gather", gather)
+    if theirs:
+        assert trainer.training_step(trainer.model, Step([], lost(1))) == 0
+    else:
+        with pytest.raises(DataError, match=r"(?s)step 1: none of its pairs can be read.*row 1: gone"):
+            trainer.training_step(trainer.model, Step([], lost(1)))
