@@ -6,7 +6,6 @@ weights and arithmetic, the processor, the template and the limits.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,8 +122,10 @@ def _contradictions(parts: Mapping[Path, Mapping[bytes, float]]) -> dict[Path, P
     Two runs at the same time may each have computed a number, in batches of their own.
     """
     found: dict[Path, Path] = {}
-    for (one, ours), (other, theirs) in itertools.combinations(parts.items(), 2):
-        both = ours.keys() & theirs.keys()
-        if not all(math.isclose(ours[key], theirs[key], rel_tol=0.1, abs_tol=1.0) for key in both):
-            found |= {one: other, other: one}
+    first: dict[bytes, Path] = {}
+    for part, numbers in parts.items():
+        for key, logp in numbers.items():
+            other = first.setdefault(key, part)
+            if not math.isclose(parts[other][key], logp, rel_tol=0.1, abs_tol=1.0):
+                found |= {part: other, other: part}
     return found
