@@ -188,7 +188,7 @@ def test_what_the_data_says_is_printed_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_json_report_is_complete_and_strict(tmp_path: Path) -> None:
-    rows = [row(chosen="") for _ in range(30)] + [row(score_chosen=float("nan")), row(score_chosen=2)]
+    rows = [row(chosen="") for _ in range(30)] + [row(score_chosen=float("nan")), row(score_chosen=3, score_rejected=3)]
     report = check_data(save(tmp_path, rows))
     read_back = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert (read_back["errors"], read_back["warnings"], read_back["rows"], read_back["usable_rows"]) == (31, 1, 32, 1)

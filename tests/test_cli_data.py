@@ -1,6 +1,8 @@
 """`unidpo data ...` from outside: what the commands write, print and exit with."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -147,3 +149,79 @@ def test_a_hub_that_cannot_be_reached_is_no_wrong_input(tmp_path, monkeypatch):
     assert isinstance(done.exception, FetchError)
     assert done.exception.exit_code == 1
     assert "cannot be reached" in str(done.exception)
+
+
+class TestScalesOfScores:
+    """The values that are proposed are put to the check again, which then is silent."""
+
+    @staticmethod
+    def checked(folder: Path, scores: list[tuple[float, float]]) -> str:
+        rows = [
+            {"prompt": f"{i}?", "chosen": "yes", "rejected": "no", "score_chosen": high, "score_rejected": low}
+            for i, (high, low) in enumerate(scores)
+        ]
+        (folder / "scored.json").write_text(json.dumps(rows), "utf-8")
+        done = unidpo("check", folder / "scored.json")
+        assert done.exit_code == 0
+        return " ".join(done.stdout.split())
+
+    def test_between_0_and_1_no_score_reaches_tau_good(self, tmp_path):
+        said = self.checked(tmp_path, [(0.9, 0.1), (0.7, 0.2), (0.8, 0.3)])
+        assert "tau_good 2.5 (the default of uni_dpo), the largest is 0.9" in said
+        assert "`loss.tau_good=0.8`" in said
+        assert "saturated-weights" not in said
+
+    def test_between_0_and_100_the_weights_saturate(self, tmp_path):
+        scores = [(90.0, 10.0), (70.0, 30.0), (80.0, 50.0), (65.0, 64.0)]
+        said = self.checked(tmp_path, scores)
+        assert "quality_eta 0.7 (the default of uni_dpo) 3 of 4 pairs" in said
+        assert "unreached-tau-good" not in said
+        [eta] = re.findall(r"loss.quality_eta=([\d.]+)", said)
+        assert 1 / (1 + math.exp(-float(eta) * 35)) == pytest.approx(0.8, abs=0.01)  # 35 is the median margin
+
+    @pytest.mark.parametrize(
+        "scores", [[(4.5, 2.0), (3.0, 1.0)], [(90.0, 10.0), (66.0, 65.0), (52.0, 51.0)], [(3.0, 3.0)]]
+    )
+    def test_on_a_scale_that_fits_nothing_is_said(self, tmp_path, scores):
+        said = self.checked(tmp_path, scores)
+        assert "tau_good " not in said.replace("try as tau_good", "")
+        assert "saturated-weights" not in said
+
+    def test_training_takes_the_values_of_the_recipe(self, tmp_path, capsys):
+        from unidpo.config import recipe_from
+        from unidpo.losses import make_loss
+        from unidpo.progress import Stages
+        from unidpo.terminal import Terminal
+        from unidpo.train import training_data
+
+        self.checked(tmp_path, [(90.0, 10.0), (70.0, 30.0)])
+        values = {"output": "o", "model": {"name": "m"}, "data": {"path": str(tmp_path / "scored.json")}}
+        for more, expected in (
+            ({"tau_good": 95.0, "quality_eta": 0.02}, {"unreached-tau-good"}),
+            ({"tau_good": 95.0, "nll_weight": 0.0}, {"saturated-weights"}),
+            ({"tau_good": 80.0, "quality_eta": 0.02}, set()),
+        ):
+            recipe = recipe_from({**values, "loss": {"name": "uni_dpo", **more}})
+            training_data(recipe, make_loss("uni_dpo"), Stages(Terminal()))
+            said = capsys.readouterr().out
+            assert {kind for kind in ("unreached-tau-good", "saturated-weights") if kind in said} == expected
+            assert "(of the recipe)" in said or not expected
+
+    def test_the_defaults_are_those_of_recipes(self):
+        from unidpo.check import scale
+        from unidpo.config import UniDPOSection
+
+        section = UniDPOSection(name="uni_dpo")
+        assert (scale.DEFAULTS.quality_eta, scale.DEFAULTS.tau_good) == (section.quality_eta, section.tau_good)
+
+
+def test_convert_says_which_images_it_did_not_find(pairs, tmp_path):
+    done = unidpo("convert", pairs, "--to", tmp_path / "new.jsonl")
+    assert done.exit_code == 0
+    assert (
+        "2 of 2 images were not found: /data/there/train/a.png (row 1), /data/there/train/b.png (row 2)" in done.stderr
+    )
+    assert "give --images FOLDER" in done.stderr
+    assert "unidpo data relocate" in done.stderr
+    assert unidpo("relocate", pairs, "--images", tmp_path / "here", "--to", tmp_path / "found.json").exit_code == 0
+    assert "not found" not in unidpo("convert", tmp_path / "found.json", "--to", tmp_path / "new.jsonl").stderr

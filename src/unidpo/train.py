@@ -27,8 +27,8 @@ from transformers import (
 
 from unidpo.adapters import lora_config
 from unidpo.card import write_card
-from unidpo.check import check_data
-from unidpo.config import Recipe
+from unidpo.check import ScoreKnobs, check_data
+from unidpo.config import LossSection, Recipe, UniDPOSection
 from unidpo.errors import DataError, Interrupted, RecipeError, TrainingError, did_you_mean
 from unidpo.losses import PreferenceLoss, make_loss
 from unidpo.measures import held_out_keys
@@ -178,6 +178,7 @@ def training_data(
             scan_images=scan_images,
             require_scores=loss.needs_scores or data.min_score_margin is not None,
             max_pixels=data.max_pixels,
+            knobs=_knobs(recipe.loss),
             on_progress=lambda stage, done, total, path=source.path: stages.update(  # type: ignore[misc]
                 f"checking {path}, {stage}", done, total
             ),
@@ -204,6 +205,12 @@ def training_data(
     if held_out:
         _LOG.info("held out: %d pairs of %d groups", sum(len(group.pairs) for group in held_out), len(held_out))
     return kept, held_out
+
+
+def _knobs(loss: LossSection) -> ScoreKnobs | None:
+    if not isinstance(loss, UniDPOSection):
+        return None
+    return ScoreKnobs(loss.quality_eta, loss.tau_good if loss.nll_weight else None, whose="of the recipe")
 
 
 def _trainer(

@@ -23,6 +23,7 @@ from unidpo.check.rows import (
     text_check,
     white_space_check,
 )
+from unidpo.check.scale import DEFAULTS, ScoreKnobs, score_scale
 from unidpo.check.scan import ImageScan, Progress, inspect_images
 from unidpo.check.usable import write_usable
 from unidpo.errors import Finding, UserError
@@ -38,6 +39,7 @@ __all__ = [
     "GroupLengths",
     "Lengths",
     "Progress",
+    "ScoreKnobs",
     "Spread",
     "check_data",
     "special_token_check",
@@ -59,6 +61,7 @@ def check_data(
     extra: Iterable[GroupCheck] = (),
     on_progress: Progress | None = None,
     workers: int | None = None,
+    knobs: ScoreKnobs | None = DEFAULTS,
 ) -> CheckReport:
     """Read a data set whole and note every problem of every row.
 
@@ -78,6 +81,7 @@ def check_data(
             error of the row.
         on_progress: see `Progress`.
         workers: threads that decode images; as many as there are processors by default.
+        knobs: values of the loss that the scores are held against; `None` for a loss without such.
 
     Raises:
         DataError: the file cannot be read at all; see `unidpo.sources.read_groups`.
@@ -111,6 +115,8 @@ def check_data(
         findings += partly_missing_scores(usable)
     if (scales := mixed_scales(usable)) is not None:
         findings.append(scales)
+    if knobs is not None:
+        findings += score_scale(usable, knobs)
     return _describe(
         path=path,
         images=images,

@@ -40,7 +40,8 @@ def missing_things(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _data(recipe)
     template = recipe.data.template
     if template is not None and template not in TEMPLATES and not Path(template).is_file():
-        yield "data.template", f"{_no_file(template)}; give {', '.join(TEMPLATES)} or a Jinja file"
+        hint = did_you_mean(template, TEMPLATES)
+        yield "data.template", f"{_no_file(template)}{hint}; give {', '.join(TEMPLATES)} or a Jinja file"
     for index, name in enumerate(recipe.eval.benchmarks if recipe.eval is not None else ()):
         if problem := _benchmark(name):
             yield f"eval.benchmarks[{index}]", problem

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -40,6 +40,8 @@ class ConvertReport:
         pairs: preference pairs in it.
         findings: what was noticed in the source. Rows with an error were left out, which only ``on_bad_row="skip"``
             allows.
+        images: distinct image files that the source names.
+        images_not_found: those that are not there, with the first row that names each.
         dropped: columns and nested keys left out because ``keep_extra=False`` said so, with the number of rows.
     """
 
@@ -50,6 +52,8 @@ class ConvertReport:
     pairs: int
     findings: list[Finding]
     dropped: dict[str, int]
+    images: int = 0
+    images_not_found: dict[Path, int] = field(default_factory=dict)
 
 
 def write_pairs(groups: Iterable[PromptGroup], path: str | Path, layout: LayoutName = "ranked") -> int:
@@ -124,7 +128,18 @@ def convert(
 
     joined = _join(kept)
     written = _write((lambda: iter(joined)) if joins else items, target, to_layout, _least_plain(survey.forms))
-    return ConvertReport(target, to_layout, survey.rows, written, survey.pairs, survey.findings, survey.dropped)
+    not_found = {path: row for path, row in survey.images.items() if not path.is_file()}
+    return ConvertReport(
+        target,
+        to_layout,
+        survey.rows,
+        written,
+        survey.pairs,
+        survey.findings,
+        survey.dropped,
+        images=len(survey.images),
+        images_not_found=not_found,
+    )
 
 
 class _Survey:
@@ -136,6 +151,7 @@ class _Survey:
         self.bad_rows: set[int] = set()
         self.forms: set[Form] = set()
         self.dropped: dict[str, int] = {}
+        self.images: dict[Path, int] = {}
         self._target = target
         self._layout: LayoutName = layout
         self._keep_extra = keep_extra
@@ -143,6 +159,9 @@ class _Survey:
     def add(self, row: Row) -> Item | None:
         """Take a row; gives what is to be written of it."""
         self.rows += 1
+        for _, source in row.sources:
+            if isinstance(source, Path):
+                self.images.setdefault(source, row.number)
         extra = extra_columns(row) if row.group is not None else {}
         form: Form = "text"
         if row.group is not None:
