@@ -7,16 +7,24 @@ INSTALLED := $(VENV)/.installed
 EVAL_VENV ?= .venv-eval
 EVAL_INSTALLED := $(EVAL_VENV)/.installed
 WATCH_VENV ?= .venv-watch
-WATCH_INSTALLED := $(WATCH_VENV)/.installed
+PYTHON_VENV ?= .venv-$(notdir $(PYTHON))
 
-.PHONY: setup demo test test-eval test-watch mutants bench lint fmt
+# What `make test-oldest`, `test-newest` and `test-python` run; `TESTS=tests` is the whole suite.
+CORE := adapters arguments check cli config demo encode equivalence golden losses losses_scored losses_unscored models \
+  packs recipes reference runs sources stores train trainer
+TESTS ?= $(CORE:%=tests/test_%.py)
+
+.PHONY: setup demo test test-oldest test-newest test-python test-eval test-watch mutants bench lint fmt FORCE
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e ".[demo,dev]"
+# An environment: torch first, then the rest, each in the version that CONSTRAINTS names.
+CONSTRAINTS = constraints.txt
+EXTRAS = demo,dev
+%/.installed: pyproject.toml constraints.txt
+	test -x $*/bin/python || $(PYTHON) -m venv $*
+	$*/bin/python -m pip install -c $(CONSTRAINTS) torch
+	$*/bin/python -m pip install $(UPGRADE) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	touch $@
 
 demo: $(INSTALLED)
@@ -26,6 +34,22 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
+# What pyproject.toml promises: its lowest bounds, the newest releases beside the pinned torch, other versions of Python
+# (`make test-python PYTHON=python3.13`).
+test-oldest test-newest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+test-python: $(PYTHON_VENV)/.installed
+	OMP_NUM_THREADS=1 $(PYTHON_VENV)/bin/python -m pytest -n $(WORKERS) $(TESTS)
+
+.venv-oldest/.installed: CONSTRAINTS = constraints-oldest.txt
+.venv-newest/.installed: CONSTRAINTS = .venv-newest.txt
+.venv-newest/.installed: UPGRADE = --upgrade --upgrade-strategy eager
+.venv-newest/.installed: .venv-newest.txt FORCE # there may be newer ones than last time
+
+.venv-newest.txt: constraints.txt
+	grep '^torch==' $< > $@
+
 # VLMEvalKit lives in an environment of its own: beside a CPU-only torch its torchvision has to come without that
 # package's own wishes, and it brings 160 packages that nothing else here needs.
 test-eval: $(INSTALLED) $(EVAL_INSTALLED)
@@ -33,7 +57,7 @@ test-eval: $(INSTALLED) $(EVAL_INSTALLED)
 
 $(EVAL_INSTALLED): pyproject.toml constraints.txt constraints-eval.txt
 	test -x $(EVAL_VENV)/bin/python || $(PYTHON) -m venv $(EVAL_VENV)
-	$(EVAL_VENV)/bin/python -m pip install -c constraints.txt torch==2.13.0
+	$(EVAL_VENV)/bin/python -m pip install -c constraints.txt torch
 	$(EVAL_VENV)/bin/python -m pip install --no-deps "torchvision==0.28.*"
 	$(EVAL_VENV)/bin/python -m pip install -c constraints.txt -c constraints-eval.txt ms-vlmeval==0.0.20
 	touch $@
@@ -50,15 +74,15 @@ bench: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --curves
 
 # Weights & Biases, trackio and SwanLab want older versions of packages that are pinned here.
-test-watch: $(WATCH_INSTALLED)
+test-watch: $(WATCH_VENV)/.installed
 	OMP_NUM_THREADS=1 $(WATCH_VENV)/bin/python -m pytest tests/test_watch.py
 
-$(WATCH_INSTALLED): pyproject.toml constraints.txt
-	test -x $(WATCH_VENV)/bin/python || $(PYTHON) -m venv $(WATCH_VENV)
-	grep -vE '^(pillow|protobuf)==' constraints.txt > $(WATCH_VENV)/constraints.txt
-	$(WATCH_VENV)/bin/python -m pip install -c constraints.txt torch==2.13.0
-	$(WATCH_VENV)/bin/python -m pip install -c $(WATCH_VENV)/constraints.txt -e ".[demo,dev,watch]"
-	touch $@
+$(WATCH_VENV)/.installed: CONSTRAINTS = .venv-watch.txt
+$(WATCH_VENV)/.installed: EXTRAS = demo,dev,watch
+$(WATCH_VENV)/.installed: .venv-watch.txt
+
+.venv-watch.txt: constraints.txt
+	grep -vE '^(pillow|protobuf)==' $< > $@
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
 from unidpo.adapters import adds_nothing_yet, lora_config, with_adapter
 from unidpo.config import LoraSection
+from unidpo.config.hf_arguments import spelled_for_transformers
 from unidpo.errors import ModelError
 from unidpo.losses import DPO, SimPO, UniDPO
 from unidpo.models import language_linear_layers, load_policy, parts
@@ -22,6 +23,7 @@ LN2 = 0.6931471805599453
 
 
 def trainer_of(folder, *, lora=None, peft_config=None, loss=None, model=GOLDEN / "model", **options):
+    options = spelled_for_transformers(options)
     known = TrainingArguments.__dataclass_fields__.keys() & options.keys()
     usual = {"learning_rate": 1e-2, "max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2}
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from unidpo.config.hf_arguments import spelled_for_transformers
 from unidpo.losses import PreferenceLoss, UniDPO
 from unidpo.pairs import PromptGroup
 from unidpo.trainer import PreferenceTrainer
@@ -27,7 +28,7 @@ def arguments(folder: Path, batch: tuple[int, int] = (2, 2), **more: Any) -> Tra
         "use_cpu": True,
     }
     sizes = dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), batch, strict=True))
-    return TrainingArguments(str(folder), **plain | sizes | more)
+    return TrainingArguments(str(folder), **spelled_for_transformers(plain | sizes | more))
 
 
 def some_groups(count: int = 4, *, images: Callable[[int], int] = lambda i: 1) -> list[PromptGroup]:

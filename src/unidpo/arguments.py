@@ -46,6 +46,12 @@ ELSEWHERE: Mapping[str, str] = {
 """Settings of other trainers' arguments, TRL's above all, and where they go here."""
 
 
+def checkpoints_are_reentrant(args: TrainingArguments) -> bool:
+    """Whether layers are computed again by the older of torch's two ways, a backward pass within the backward pass."""
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # by the version of transformers
+    return any((getattr(args, name, None) or {}).get("use_reentrant") for name in names)
+
+
 def refuse_settings_without_effect(args: TrainingArguments) -> None:
     """Raise `UserError` for every setting that nothing here reads and that is not as its class has it by default.
 

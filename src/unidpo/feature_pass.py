@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import transformers
 from torch.utils.data import DataLoader
 
 from unidpo.batches import lost_rows
@@ -41,7 +42,9 @@ def features_problem(policy: Policy, batch: Pack | PaddedRows) -> str | None:
     problem: str | None = None
     try:
         if not takes_features(policy.plain):
-            problem = f"the forward of {type(policy.plain).__name__} takes none"
+            problem = (
+                f"the forward of {type(policy.plain).__name__} takes none in transformers {transformers.__version__}"
+            )
         else:
             features = policy.image_features(batch.vision)
             with policy.measuring():

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from unidpo.adapters import with_adapter
+from unidpo.arguments import checkpoints_are_reentrant
 from unidpo.errors import RecipeError
 from unidpo.feature_store import images_are_frozen, vision_fingerprint
 from unidpo.models import Part, freeze, keep_trainable_in_float32
@@ -66,7 +67,7 @@ def make_learner(
     if peft_config is not None:
         own_reference = reference in ("stored", "live")
         learner = with_adapter(model, peft_config, own_reference=own_reference, mixed_precision=mixed_precision)
-        if (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        if checkpoints_are_reentrant(args):
             # Such a checkpoint passes no gradient on unless one of its inputs asks for it.
             learner.enable_input_require_grads()  # type: ignore[operator]
     are_frozen = (cache_image_features or reference == "live") and images_are_frozen(model)

@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint
 
 from unidpo.adapters import adds_nothing_yet
-from unidpo.arguments import refuse_settings_without_effect
+from unidpo.arguments import checkpoints_are_reentrant, refuse_settings_without_effect
 from unidpo.batches import Batch, LostRows, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.checkpoints import published, writing_errors
 from unidpo.config.schema import Attention
@@ -286,7 +286,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             self._objective.shares_features = prepared.shares_features
             self._prepared = True
         self.policy.set_attention(self._attention_in_use)
-        if not (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        if not checkpoints_are_reentrant(self.args):
             # With checkpointing transformers has every embedding ask for a gradient, that of image patches included,
             # and a frozen vision tower would be computed again and gone through backward. Only reentrant checkpoints
             # need it.

@@ -68,7 +68,7 @@ RENAMED: Mapping[str, str] = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Arguments that people know by one name and transformers, from some version on, by another; a recipe takes both."""
+"""Former and later names of arguments. A recipe takes both; transformers knows the later ones from 5.22 on."""
 
 
 def _classes(module: str, named: str) -> dict[str, ast.ClassDef]:
@@ -223,6 +223,20 @@ def _fields() -> dict[str, Any]:
     }
 
 
+_FIELDS = _fields()
+
+
+def spelled_for_transformers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments under the names that the installed transformers prefers."""
+    names = {old: new if new in _FIELDS else old for old, new in RENAMED.items()}
+    names |= {new: names[old] for old, new in RENAMED.items()}
+    return {names.get(name, name): value for name, value in arguments.items()}
+
+
 def model_of_arguments(base: type[BaseModel]) -> Any:
     """A model with a field per training argument that a recipe may set; unset ones are left to transformers."""
-    return create_model("HuggingFaceArguments", __base__=base, __module__=__name__, **_fields())
+    other_names = {}
+    for pair in RENAMED.items():
+        known = next(_FIELDS[name] for name in pair if name in _FIELDS)
+        other_names |= {name: known for name in pair if name not in _FIELDS}
+    return create_model("HuggingFaceArguments", __base__=base, __module__=__name__, **_FIELDS, **other_names)

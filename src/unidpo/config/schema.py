@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
-from unidpo.config.hf_arguments import RENAMED, SCHEDULERS, model_of_arguments, one_of
+from unidpo.config.hf_arguments import RENAMED, SCHEDULERS, model_of_arguments, one_of, spelled_for_transformers
 from unidpo.config.loss_sections import LossSection, UniDPOSection
 from unidpo.config.ranges import MANY
 from unidpo.config.section import Section
@@ -215,9 +215,7 @@ class TrainSection(HuggingFaceArguments):
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `transformers.TrainingArguments`: what the recipe set, and our defaults."""
-        values = {name: value for name, value in self.given().items() if name not in _OURS_ALONE}
-        renamed = {old: new for old, new in RENAMED.items() if old in values and new in type(self).model_fields}
-        return {renamed.get(name, name): value for name, value in values.items()}
+        return spelled_for_transformers({k: value for k, value in self.given().items() if k not in _OURS_ALONE})
 
     def given(self) -> dict[str, Any]:
         """This section without the keys that are left to transformers' own defaults."""
