@@ -37,12 +37,15 @@ test: $(INSTALLED)
 # What pyproject.toml promises: its lowest bounds, the newest releases beside the pinned torch, other versions of Python
 # (`make test-python PYTHON=python3.13`).
 test-oldest test-newest: test-%: .venv-%/.installed
-	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(WORKERS) $(TESTS)
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(WORKERS) $(WARNINGS) $(TESTS)
 
 test-python: $(PYTHON_VENV)/.installed
 	OMP_NUM_THREADS=1 $(PYTHON_VENV)/bin/python -m pytest -n $(WORKERS) $(TESTS)
 
+.venv-oldest/.installed: constraints-oldest.txt
 .venv-oldest/.installed: CONSTRAINTS = constraints-oldest.txt
+# torch 2.11 warns of its own use of an older part.
+test-oldest: WARNINGS = -W 'ignore:`torch.jit:DeprecationWarning'
 .venv-newest/.installed: CONSTRAINTS = .venv-newest.txt
 .venv-newest/.installed: UPGRADE = --upgrade --upgrade-strategy eager
 .venv-newest/.installed: .venv-newest.txt FORCE # there may be newer ones than last time

@@ -30,7 +30,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-# Up to 5.20, `transformers.AutoImageProcessor` asks for torchvision, which its own module does not need.
+# In 5.17, `transformers.AutoImageProcessor` asks for torchvision, which its own module does not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING

@@ -68,7 +68,7 @@ RENAMED: Mapping[str, str] = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Former and later names of arguments. A recipe takes both; transformers knows the later ones from 5.22 on."""
+"""Former and later names of arguments. A recipe takes both; transformers knows the later ones from 5.23 on."""
 
 
 def _classes(module: str, named: str) -> dict[str, ast.ClassDef]:
@@ -235,8 +235,6 @@ def spelled_for_transformers(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_of_arguments(base: type[BaseModel]) -> Any:
     """A model with a field per training argument that a recipe may set; unset ones are left to transformers."""
-    other_names = {}
-    for pair in RENAMED.items():
-        known = next(_FIELDS[name] for name in pair if name in _FIELDS)
-        other_names |= {name: known for name in pair if name not in _FIELDS}
+    pairs = [*RENAMED.items(), *((new, old) for old, new in RENAMED.items())]
+    other_names = {name: _FIELDS[known] for name, known in pairs if name not in _FIELDS}
     return create_model("HuggingFaceArguments", __base__=base, __module__=__name__, **_FIELDS, **other_names)
