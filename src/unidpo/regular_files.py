@@ -44,6 +44,14 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def is_regular(path: Path) -> bool:
+    """Whether `open_regular` would find a file. Unlike `Path.is_file` it takes a name too long for one, too."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _require_regular(mode: int, path: Path) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

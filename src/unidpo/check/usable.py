@@ -12,7 +12,7 @@ from unidpo.check.report import CheckReport
 from unidpo.errors import DataError
 from unidpo.pairs import PromptGroup
 from unidpo.sources import read_groups
-from unidpo.sources.files import write_json
+from unidpo.sources.files import is_same, write_json
 from unidpo.sources.reading import read_rows
 
 
@@ -39,7 +39,7 @@ def write_usable(report: CheckReport, to: str | Path) -> int:
         raise DataError(f"{target}: rows are written as JSON; name the file .json or .jsonl")
     if not report.groups:
         raise DataError(f"{target}: nothing to write, no row of {report.file} can be used")
-    if target.exists() and Path(report.file).exists() and target.samefile(report.file):
+    if is_same(target, Path(report.file)):
         raise DataError(f"{target}: this is the checked file itself; give another one")
     usable = {group.pairs[0].row for group in report.groups}
     unproved = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 from unidpo.errors import DataError, Finding, from_findings, shown
 from unidpo.images import open_image
 from unidpo.pairs import ImageSource, PromptGroup, merge_by_prompt
+from unidpo.regular_files import is_regular
 from unidpo.sources import tables
 from unidpo.sources.files import LINE_SUFFIXES, is_same, json_bytes, write_json
 from unidpo.sources.layouts import LAYOUTS, check_writable, detected, extra_columns, form_of, write_group
@@ -128,7 +129,7 @@ def convert(
 
     joined = _join(kept)
     written = _write((lambda: iter(joined)) if joins else items, target, to_layout, _least_plain(survey.forms))
-    not_found = {path: row for path, row in survey.images.items() if not path.is_file()}
+    not_found = {path: row for path, row in survey.images.items() if not is_regular(path)}
     return ConvertReport(
         target,
         to_layout,

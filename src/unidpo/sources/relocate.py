@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unidpo.errors import DataError, Finding, from_findings, shown
-from unidpo.regular_files import open_regular
+from unidpo.regular_files import is_regular, open_regular
 from unidpo.sources import tables
 from unidpo.sources.dataset_info import columns_of
 from unidpo.sources.files import is_parquet, is_same, json_bytes, replacing, rows_of
@@ -75,7 +75,7 @@ def relocate(
         raise DataError(f"{to}: this is the file itself; give another one, or say `in_place`")
     if source.suffix != target.suffix:
         raise DataError(f"{to}: the new file is of the same kind, {source.suffix or 'without suffix'}")
-    if not source.is_file():
+    if not is_regular(source):
         raise DataError(f"{path}: there is no such file")
     if not root.is_dir():
         raise DataError(f"{root}: there is no such image folder")
