@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from unidpo.attention import PACK_ATTENTION, set_text_attention
 from unidpo.batches import Plan, PlannedBatches, StepLoader, StepSampler
+from unidpo.layouts import smallest
 from unidpo.logps import response_logps
 from worlds import GOLDEN, group, tiny_policy
 
@@ -241,6 +242,17 @@ def test_stored_numbers_stay_with_their_responses_where_rows_are_left_out(encode
     assert batch.pairs.rows.tolist() == [1, 4]
     assert batch.ref_logps.tolist() == [-1.0, -2.0, -7.0, -8.0]
     assert [finding.row for finding in lost] == [2, 3]
+
+
+def test_a_model_is_tried_on_an_image_where_there_is_one_and_on_little_text(encoder):
+    groups = [group(images=images, responses=(words, words), seed=seed) for seed, (images, words) in enumerate(SIZES)]
+    tried = smallest(groups, encoder)
+    assert tried.has_images
+    assert torch.equal(tried.prompt_ids, encoder.encode(groups[2]).prompt_ids)
+    assert not smallest(groups[:1], encoder).has_images
+
+
+SIZES = [(0, 1), (1, 30), (1, 3), (2, 9)]  # images, words in a response
 
 
 # --- a stand-in ------------------------------------------------------------------------------------------------------

@@ -177,6 +177,13 @@ def test_questions_of_one_unit_are_drawn_together() -> None:
     assert (low, high) == (50, 200), "either only the half picture, or only the whole one"
 
 
+def test_no_category_goes_missing_in_the_drawing() -> None:
+    """MME adds up its categories; of one picture each, every drawing has all of them."""
+    rows = [Judged(str(i), f"{category}/1", 1) for i, category in enumerate("aabb")]
+    zero = [Judged(each.index, each.unit, 0) for each in rows]
+    assert paired_bootstrap(zero, rows, statistic="mme", best=400) == (400, 400)
+
+
 def test_answers_that_changed_are_named_the_right_way_round(tmp_path: Path) -> None:
     benchmark = load_benchmark(exam(tmp_path, 4))
     said = {"before": {"3": "?", "4": "?"}, "after": {"2": "!", "4": "!"}}

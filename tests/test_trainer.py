@@ -21,6 +21,7 @@ from unidpo.packs import Pack, index_pairs, pack, pad
 from unidpo.pairs import Pair, Response, merge_by_prompt
 from unidpo.records import LEDGER_COLUMNS
 from unidpo.reference import ReferencePass
+from unidpo.stores import weights_fingerprint
 from unidpo.trainer import PreferenceTrainer
 from worlds import GOLDEN, group, save_gemma2, tiny_policy
 
@@ -147,12 +148,12 @@ def test_each_reference_has_a_store_of_its_own(make, tmp_path):
 
 
 def test_each_precision_has_a_store_of_its_own(make, caplog):
-    """The weights that learn are float32 with bf16 and without; what is computed of them is not."""
+    """The weights that learn are float32 with autocast and without; what is computed of them is not."""
     caplog.set_level("INFO", "unidpo")
-    for precision in ({}, {"bf16": True}, {}):
-        make(max_steps=1, **precision).train()
+    for precision in ({}, {"bf16": True}, {"fp16": True}, {}):
+        make(some_groups(1), max_steps=1, **precision).train()
     computed = [message.rsplit(", ", 1)[1] for message in caplog.messages if message.startswith("reference")]
-    assert computed == ["8 computed", "8 computed", "0 computed"]
+    assert computed == ["2 computed"] * 3 + ["0 computed"]
 
 
 def test_a_reference_that_is_no_model(make, tmp_path):
@@ -376,6 +377,32 @@ def test_bf16_computes_in_bfloat16_and_stays_near_float32(make):
     assert (in_full, in_mixed) == ({torch.float32}, {torch.bfloat16})
     assert mixed == pytest.approx(full, abs=0.02)
     assert mixed[1] != full[1]
+
+
+def test_a_live_reference_computes_in_the_precision_of_the_policy(make):
+    trainer = make(model=load_policy(GOLDEN / "model"), bf16=True, reference="live")
+    trainer._prepare()
+    types = set()
+    layer = trainer._objective.live_reference.plain.model.language_model.layers[1]
+    layer.mlp.down_proj.register_forward_hook(lambda module, inputs, out: types.add(out.dtype))
+    trainer.train()
+    assert types == {torch.bfloat16}
+
+
+def test_another_model_as_reference_is_held_in_the_policys_dtype(make, tmp_path):
+    model = load_policy(GOLDEN / "model", dtype=torch.bfloat16)
+    make(some_groups(1), model=model, reference=str(GOLDEN / "model"), max_steps=1, cache=tmp_path / "cache").train()
+    (folder,) = (tmp_path / "cache" / "reference").iterdir()
+    assert folder.name.startswith(weights_fingerprint(load_policy(GOLDEN / "model", dtype=torch.bfloat16)))
+
+
+def test_checkpointing_does_not_compute_a_frozen_vision_tower_again(make):
+    trainer = make(loss=SimPO(), batch=(4, 1), max_steps=1, activation_checkpointing=True)
+    trainer._prepare()
+    forwards = []
+    trainer.policy.plain.model.visual.blocks[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    trainer.train()
+    assert len(forwards) == 1
 
 
 def test_bfloat16_keeps_what_learns_in_float32(make):
