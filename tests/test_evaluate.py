@@ -12,13 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 from exams import all_answers, encoded, write, write_tsv
+from unidpo.encode import CHATML
 from unidpo.errors import DataError, ModelError
 from unidpo.evaluate import scorers
 from unidpo.evaluate.benchmarks import EvaluationError, Generation, Question
 from unidpo.evaluate.comparing import metric
-from unidpo.evaluate.generation import HuggingFace
+from unidpo.evaluate.generation import HuggingFace, processor_fingerprint, stop_ids
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.predictions import Answer
 from unidpo.evaluate.prompting import Prompter
@@ -334,6 +336,39 @@ def test_an_answer_ends_at_a_stop_token_or_is_truncated(policy: Any) -> None:
     assert {end, known["<|endoftext|>"]} <= backend._stops
     assert backend._read([*red, end, known["<|endoftext|>"]], 4) == Answer("red", len(red))
     assert backend._read(red * 2, 2 * len(red)) == Answer("redred", 2 * len(red), truncated=True)
+
+
+def test_an_answer_ends_where_the_model_itself_ends_one(policy: Any) -> None:
+    model, processor = policy
+    usual = stop_ids(processor, model)
+    before = model.generation_config
+    try:
+        for own in (7, [7, 9]):
+            model.generation_config = GenerationConfig(eos_token_id=own)
+            assert stop_ids(processor, model) == stop_ids(processor) | {7, 9 if isinstance(own, list) else 7}
+    finally:
+        model.generation_config = before
+    assert not usual & {7, 9}
+
+
+def test_the_fingerprint_of_a_processor_names_what_answers_depend_on(policy: Any) -> None:
+    """Predictions are gone on with only by what would have said the same."""
+
+    def fingerprint(change: Any = lambda processor: None, style: Any = "chat", stops: Any = (1, 2)) -> str:
+        processor = load_processor(GOLDEN / "model")
+        change(processor)
+        return processor_fingerprint(processor, Prompter(processor, style), stops)
+
+    prints = [
+        fingerprint(),
+        fingerprint(stops=(1, 3)),
+        fingerprint(style="plain"),
+        fingerprint(lambda processor: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3])),
+        fingerprint(lambda processor: processor.tokenizer.add_tokens(["circle"])),
+        fingerprint(lambda processor: setattr(processor, "chat_template", CHATML.replace("helpful", "grumpy"))),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(stops=(2, 1)) == fingerprint()
 
 
 def test_a_word_behind_a_stop_token_is_no_part_of_the_answer(policy: Any) -> None:

@@ -22,12 +22,12 @@ from unidpo.demo.answers import accuracies, greedy_answers, write_benchmark
 from unidpo.demo.digits import load_world
 from unidpo.demo.story import ASKED
 from unidpo.errors import UserError
-from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Judged
+from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Judged, Question
 from unidpo.evaluate.comparing import compare, metric, paired_bootstrap
 from unidpo.evaluate.generation import HuggingFace
 from unidpo.evaluate.loading import LoadOptions, load_model
 from unidpo.evaluate.own import BenchmarkFile, load_benchmark
-from unidpo.evaluate.predictions import Predictions, read_answers
+from unidpo.evaluate.predictions import Predictions, question_digest, read_answers
 from unidpo.evaluate.results import escaped
 from unidpo.evaluate.running import evaluate
 from unidpo.evaluate.session import candidates
@@ -175,6 +175,20 @@ def test_questions_of_one_unit_are_drawn_together() -> None:
     zero = [Judged(each.index, each.unit, 0) for each in rows]
     low, high = paired_bootstrap(zero, rows, statistic="mme", best=200)
     assert (low, high) == (50, 200), "either only the half picture, or only the whole one"
+
+
+def test_f1_is_of_yes() -> None:
+    said = [("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"), ("no", "")]
+    rows = [Judged(str(i), str(i), float(t == s), truth=t, said=s) for i, (t, s) in enumerate(said)]
+    assert metric(rows, statistic="f1", best=100) == 200 * 1 / (2 + 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [(b"picture", "what?", "then"), (b"picture", "what?then"), ("what?", b"Picture", "then"), ("what?", "then")],
+)
+def test_a_digest_names_all_of_a_question(other: tuple[Any, ...]) -> None:
+    assert question_digest(Question("1", ("what?", b"picture", "then"))) != question_digest(Question("1", other))
 
 
 def test_no_category_goes_missing_in_the_drawing() -> None:
