@@ -52,6 +52,13 @@ def test_a_quick_stage_is_one_line(clock):
     assert lines(console) == ["checking images: 1,500/1,500 in 0:02, 750.0/s"]
 
 
+def test_a_stage_that_is_done_when_it_begins_has_no_speed(clock):
+    console = plain()
+    with Stages(console) as stages:
+        stages.update("rows", 4, 4)
+    assert lines(console) == ["rows: 4/4 in 0:00"]
+
+
 def test_a_resumed_stage_counts_only_what_it_did_itself(clock):
     console = plain()
     with Stages(console) as stages:

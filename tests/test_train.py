@@ -522,7 +522,10 @@ WRONG = {
     "broken JSON": (text('[{"instruction": "a",\n "chosen" "b"}]'), ["pairs.json", "line 2, column 11"]),
     "broken JSON line": (text(JSONL, "pairs.jsonl"), ["pairs.jsonl", "row 2", "not valid JSON"]),
     "missing score": (edit(3, score_rejected=None), ["pairs.json", "row 3", "`score_rejected`"]),
-    "no scores": (edit(3, score_rejected=None, score_chosen=None), ["pairs.json", "row 3", "`score_chosen`"]),
+    "no scores": (
+        edit(3, score_rejected=None, score_chosen=None),
+        ["pairs.json", "row 3", "`score_chosen`", "or train with a loss that needs none: loss={name: dpo}"],
+    ),
     "score that is no number": (edit(3, score_chosen="good"), ["pairs.json", "row 3", "`score_chosen`", "'good'"]),
     "NaN score": (text(NAN_ROW), ["pairs.json", "row 1", "`score_chosen`", "nan"]),
     "empty response": (edit(2, rejected="  "), ["pairs.json", "row 2", "`rejected`", "empty"]),
@@ -544,7 +547,10 @@ WRONG = {
     "a folder that is no model": (no_model, ["/empty", "no model"]),
     "a model with half its weights": (broken_model, ["/halved", "cannot load the model"]),
     "a template nobody knows": (recipe_with(data={"template": "chatm"}), ["did you mean `chatml`?", "chatml"]),
-    "a length no prompt fits": (recipe_with(data={"max_length": 20}), ["data.max_length=20", "row 1"]),
+    "a length no prompt fits": (
+        recipe_with(data={"max_length": 20}),
+        ["data.max_length=20; raise it", "golden48.json, row 1"],
+    ),
     "packs for a model that cannot": (None, ["model.attention=sdpa", "sliding_attention"]),
 }
 

@@ -237,7 +237,9 @@ class Encoder:
         try:
             prompt = self.prompt_tokens(group)
         except ImageError as error:
-            raise ImageError(f"row {group.pairs[0].row}: {error}", findings=error.findings) from error
+            kind = error.findings[0].kind if error.findings else "refused-row"
+            located = Finding(kind, str(error), group.pairs[0].file, group.pairs[0].row)
+            raise ImageError(str(located), findings=[located]) from error
         return GroupTokens(prompt, tuple(len(self.response_ids(response)) for response in group.responses))
 
     def length_findings(self, group: PromptGroup) -> list[Finding]:
@@ -249,18 +251,19 @@ class Encoder:
         return self._length_findings(group, self.lengths(group))
 
     def _length_findings(self, group: PromptGroup, tokens: GroupTokens) -> list[Finding]:
-        row = group.pairs[0].row
+        file, row = group.pairs[0].file, group.pairs[0].row
         if tokens.prompt >= self.max_length:
             message = (
                 f"the prompt alone has {tokens.prompt} tokens, data.max_length is {self.max_length}; it is skipped"
             )
-            return [Finding("prompt-too-long", message, row=row, severity="warning")]
+            return [Finding("prompt-too-long", message, file, row, severity="warning")]
         lengths = [tokens.prompt + response for response in tokens.responses]
         return [
             Finding(
                 "response-cut",
                 f"prompt and response have {length} tokens; the response loses its last {length - self.max_length}",
-                row=row,
+                file,
+                row,
                 severity="warning",
             )
             for length in lengths
@@ -398,7 +401,9 @@ def fit_to_length(groups: Sequence[PromptGroup], encoder: Encoder) -> Fitted:
             fitted.tokens.append(GroupTokens(tokens.prompt, tuple(min(room, each) for each in tokens.responses)))
     if groups and not fitted.groups:
         raise from_findings(
-            DataError, f"no prompt fits data.max_length={encoder.max_length}", findings["prompt-too-long"]
+            DataError,
+            f"no prompt fits data.max_length={encoder.max_length}; raise it, or lower data.max_pixels",
+            findings["prompt-too-long"],
         )
     for kind, found in findings.items():
         rows = ", ".join(str(finding.row) for finding in found[:10]) + (", ..." if len(found) > 10 else "")

@@ -88,7 +88,8 @@ class Stages:
         rate = (done - stage.first) / max(now - stage.started, 1e-9)
         left = "" if ended or not rate else f", {_clock((total - done) / rate)} left"
         end = f" in {_clock(now - stage.started)}" if ended else ""
-        line = f"{name}: {done:,}/{total:,}{end}, {rate:,.1f}/s{left}" + (f", {note}" if note else "")
+        speed = "" if ended and done == stage.first else f", {rate:,.1f}/s"  # done before it could be timed
+        line = f"{name}: {done:,}/{total:,}{end}{speed}{left}" + (f", {note}" if note else "")
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -191,6 +191,8 @@ def training_data(
     errors = [finding for report in reports for finding in report.errors]
     if errors and data.on_bad_row == "error":
         verdicts = "; ".join(f"{report.file}: {report.verdict}" for report in reports if report.errors)
+        if loss.needs_scores and all(finding.kind == "missing-score" for finding in errors):
+            verdicts += " Add scores, or train with a loss that needs none: loss={name: dpo}."
         raise DataError(verdicts, findings=errors)
     weighted = [(report.groups, source.weight) for report, source in zip(reports, data.sources, strict=True)]
     groups = select_pairs(
