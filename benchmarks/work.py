@@ -14,6 +14,7 @@ from benchmarks.settings import Setting
 from benchmarks.shapes import Shape
 from benchmarks.variants import VARIANTS, Variant, pairs_of, prompts_of
 from unidpo.encode import Encoder, plain_positions
+from unidpo.lengths import TokenCounter
 from unidpo.models import load_processor
 
 PATCHES_PER_TOKEN = 4
@@ -25,12 +26,13 @@ def step_work(setting: Setting, name: str) -> float:
     variant = VARIANTS[name]
     encoder = Encoder(load_processor(setting.model), plain_positions, template="chatml")
     groups = prompts_of(setting) if variant.layout == "prompts" else pairs_of(setting)
+    counter = TokenCounter(encoder)
     total = 0.0
     for group in groups[: len(groups) // (setting.steps + 1)]:
-        prompt = encoder.prompt_tokens(group)
-        responses = [len(encoder.response_ids(response)) for response in group.responses]
-        image = prompt - len(encoder.tokenizer(encoder.prompt_text(group.messages))["input_ids"]) + 1
-        total += group_work(setting.shape, variant, image=image, prompt=prompt, responses=responses)
+        tokens = counter.one(group)
+        total += group_work(
+            setting.shape, variant, image=sum(tokens.images), prompt=tokens.prompt, responses=tokens.responses
+        )
     return total
 
 

@@ -161,12 +161,17 @@ def measure(data: Path) -> dict[str, Any]:
 
     import unidpo
     from unidpo.config import recipe_from
-    from unidpo.encode import Encoder, fit_to_length, plain_positions
+    from unidpo.encode import Encoder, plain_positions
     from unidpo.losses import make_loss
     from unidpo.models import load_processor
     from unidpo.progress import Stages
     from unidpo.stores import content_keys
     from unidpo.train import training_data
+
+    try:
+        from unidpo.lengths import fit_to_length
+    except ModuleNotFoundError:  # where earlier revisions have it
+        from unidpo.encode import fit_to_length
 
     recipe = recipe_from(
         {"output": "unused", "model": {"name": str(MODEL)}, "data": {"path": str(data), "eval_fraction": 0.02}}

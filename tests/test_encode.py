@@ -5,14 +5,13 @@ import random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from unidpo.encode import CHATML, Encoder, GroupTokens, PromptTooLong, fit_to_length, prompt_positions
-from unidpo.errors import DataError, ImageError, ModelError, UserError
+from unidpo.encode import CHATML, Encoder, PromptTooLong, prompt_positions
+from unidpo.errors import ModelError, UserError
+from unidpo.lengths import TokenCounter
 from unidpo.models import load_policy, load_processor
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.sources import load_pairs
@@ -123,7 +122,7 @@ def test_no_token_comes_from_the_tokenizer_that_the_template_did_not_write(posit
     found, expected = encoder.encode(one), plain.encode(one)
     assert found.prompt_ids.tolist() == expected.prompt_ids.tolist()
     assert [ids.tolist() for ids in found.response_ids] == [ids.tolist() for ids in expected.response_ids]
-    assert encoder.lengths(one) == plain.lengths(one)
+    assert TokenCounter(encoder).one(one) == TokenCounter(plain).one(one)
 
 
 def test_only_the_wanted_responses_are_encoded(make):
@@ -152,91 +151,6 @@ def test_a_prompt_is_never_cut(make):
         with pytest.raises(PromptTooLong, match=rf"{prompt} tokens.*data\.max_length={limit}"):
             make(max_length=limit).encode(one)
     assert make(max_length=prompt + 1).encode(one).prompt_ids.tolist() == whole.prompt_ids.tolist()
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), max_size=3),
-    max_pixels=st.sampled_from([1024, 5000, 768 * 768]),
-    words=st.integers(0, 5),
-)
-def test_prompt_tokens_counts_what_encode_makes(make, sizes, max_pixels, words):
-    # The model's processor refuses shapes beyond 200:1.
-    sizes = [(max(w, h // 50), max(h, w // 50)) for w, h in sizes]
-    one = ask(*[IMAGE] * len(sizes), "word " * words, images=[Image.new("RGB", size) for size in sizes])
-    encoder = make(max_pixels=max_pixels)
-    assert encoder.prompt_tokens(one) == len(encoder.encode(one).prompt_ids)
-    # A second prompt with images of the same sizes is counted from memory.
-    other = ask("other text here", *[IMAGE] * len(sizes), images=[Image.new("RGB", size) for size in sizes])
-    assert encoder.prompt_tokens(other) == len(encoder.encode(other).prompt_ids)
-
-
-def test_a_processors_own_count_of_patches_is_believed_only_once_it_was_right(positions):
-    """Of images that a processor tiles, for one, it counts otherwise."""
-    processor = load_processor(GOLDEN / "model")
-    encoder = Encoder(processor, positions)
-    counted = processor.image_processor.get_number_of_image_patches
-    processor.image_processor.get_number_of_image_patches = lambda *size: counted(*size) + 4 * 9
-    for side in (56, 84):
-        one = ask(IMAGE, images=[Image.new("RGB", (side, side))])
-        assert encoder.prompt_tokens(one) == len(encoder.encode(one).prompt_ids)
-
-
-def test_prompt_tokens_reads_no_pixels(make, tmp_path):
-    path = tmp_path / "half.png"
-    Image.effect_noise((112, 84), 50).save(path)
-    whole = make().prompt_tokens(ask(IMAGE, images=[path]))
-    path.write_bytes(path.read_bytes()[:2000])
-    assert make().prompt_tokens(ask(IMAGE, images=[path])) == whole
-
-
-def test_a_shape_the_models_processor_refuses(make):
-    one = ask(IMAGE, images=[Image.new("RGB", (1, 300))])
-    with pytest.raises(ImageError, match=r"row 7: .*aspect ratio"):
-        fit_to_length([one], make())
-
-
-def test_fewer_pixels_are_fewer_tokens(make):
-    one = ask(IMAGE, images=[Image.new("RGB", (280, 280))])
-    counts = [make(max_pixels=cap).prompt_tokens(one) for cap in (280 * 280, 140 * 140, 56 * 56)]
-    plain = make().prompt_tokens(ask("")) + 2  # vision start and end
-    assert [count - plain for count in counts] == [100, 25, 4]
-
-
-def test_length_findings_name_row_length_and_limit(make):
-    one = group(images=1, responses=(2, 30), row=12)
-    encoded = make().encode(one)
-    prompt, longer = len(encoded.prompt_ids), len(encoded.response_ids[1])
-    assert make().length_findings(one) == []
-    assert make(max_length=prompt + longer).length_findings(one) == []
-    (cut,) = make(max_length=prompt + longer - 3).length_findings(one)
-    assert (cut.kind, cut.row, cut.severity) == ("response-cut", 12, "warning")
-    assert f"{prompt + longer} tokens" in cut.message
-    assert "its last 3" in cut.message
-    (long,) = make(max_length=prompt).length_findings(one)
-    assert (long.kind, long.row) == ("prompt-too-long", 12)
-    assert f"{prompt} tokens" in long.message
-    assert f"data.max_length is {prompt}" in long.message
-
-
-def test_prompts_that_do_not_fit_are_left_out_and_named(make, caplog):
-    short, long = group(images=0, row=3), group(images=3, row=4)
-    limit = make().prompt_tokens(long)
-    with caplog.at_level("WARNING", "unidpo"):
-        fitted = fit_to_length([short, long], make(max_length=limit))
-    assert fitted.groups == [short]
-    assert [tokens.prompt for tokens in fitted.tokens] == [make().prompt_tokens(short)]
-    assert "1 prompts skipped (rows 4)" in caplog.text
-    with pytest.raises(DataError, match="row 4"):
-        fit_to_length([long], make(max_length=limit))
-
-
-def test_lengths_are_those_of_what_is_left(make):
-    one = group(images=1, responses=(2, 30))
-    whole = make().lengths(one)
-    limit = whole.prompt + whole.responses[0] + 3
-    (fitted,) = fit_to_length([one], make(max_length=limit)).tokens
-    assert fitted == GroupTokens(whole.prompt, (whole.responses[0], whole.responses[0] + 3))
 
 
 def test_a_template_from_a_file(make, tmp_path):
@@ -289,12 +203,11 @@ def test_a_tokenizer_is_the_processor_of_a_text_model(make_text):
     assert encoder.tokenizer.decode(encoded.prompt_ids).endswith("user\nhello<|im_end|>\n<|im_start|>assistant\n")
     assert encoded.position_ids.tolist() == [list(range(len(encoded.prompt_ids)))]
     assert encoded.vision == {}
-    assert encoder.prompt_tokens(ask("hello")) == len(encoded.prompt_ids)
 
 
 def test_images_and_a_text_model(make_text):
     one = group(images=1)
-    for use in (make_text().encode, make_text().prompt_tokens):
+    for use in (make_text().encode, TokenCounter(make_text()).one):
         with pytest.raises(ModelError, match="takes none"):
             use(one)
 

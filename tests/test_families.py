@@ -30,6 +30,7 @@ from unidpo import PreferenceTrainer, UniDPO
 from unidpo.attention import PackAttentionError
 from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import ModelError
+from unidpo.lengths import TokenCounter
 from unidpo.logps import response_logps
 from unidpo.models import freeze, language_linear_layers, load_policy, load_processor, parts
 from unidpo.packs import pack
@@ -66,7 +67,7 @@ def test_both_layouts_equal_separate_passes_in_log_probabilities_and_gradients(f
     world = load_family(folder(name), tuning)
     groups = prompts(images=name in PROJECTORS)
     expected = measure(world, groups, separate_logps)
-    counted = [world.encoder.prompt_tokens(group) for group in groups]
+    counted = [tokens.prompt for tokens in TokenCounter(world.encoder).count(groups)]
     assert counted == [len(world.encoder.encode(group).prompt_ids) for group in groups]
     for layout in LAYOUTS.values():
         if layout is pack_logps and FAMILIES[name].refuses:

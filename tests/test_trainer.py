@@ -467,7 +467,8 @@ def test_the_data_seed_alone_makes_the_order(make):
 def test_a_limit_on_tokens_counts_the_prompt_of_each_padded_row(make, attention, passes):
     one = group(responses=(3, 3), seed=1)
     encoder = tiny_policy()[2]
-    prompt, responses = encoder.prompt_tokens(one), sum(len(encoder.response_ids(each)) for each in one.responses)
+    encoded = encoder.encode(one)
+    prompt, responses = len(encoded.prompt_ids), sum(map(len, encoded.response_ids))
     groups = [one, replace(one, pairs=(Pair(0, 1, 2),))]
     options = {"attention": attention, "max_tokens_per_pack": 2 * (prompt + responses), "loss": SimPO()}
     trainer = make(groups, batch=(1, 2), max_steps=1, **options)
@@ -507,7 +508,7 @@ def test_what_is_logged_is_the_mean_over_all_pairs_since_the_last_record(make):
 
 def test_prompts_that_do_not_fit_are_left_out(make, caplog):
     groups = [*some_groups(3), group(images=3, seed=9, row=40)]
-    limit = tiny_policy()[2].prompt_tokens(groups[-1])
+    limit = len(tiny_policy()[2].encode(groups[-1]).prompt_ids)
     trainer = make(groups, batch=(4, 1), max_length=limit, max_steps=1, on_pairs=(seen := []).append)
     trainer.train()
     assert sorted(seen[0]["row"]) == [1, 2, 3]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +15,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from unidpo.errors import DataError, Finding, ImageError, ModelError, UserError, from_findings
+from unidpo.errors import ImageError, ModelError, UserError
 from unidpo.features import ImageFeatures
-from unidpo.images import cap_pixels, capped_size, image_size, open_image
+from unidpo.images import cap_pixels, open_image
 from unidpo.pairs import IMAGE, Message, PromptGroup, Response
 from unidpo.regular_files import read_regular
 
@@ -38,7 +36,6 @@ CHATML = (
 """ChatML with Qwen's vision marks and default system prompt: the template the reference trains Qwen2-VL on."""
 TEMPLATES: Mapping[str, str] = {"chatml": CHATML}
 
-_LOG = logging.getLogger(__name__)
 # Stands for a response where only the text that closes it is wanted; plain letters survive every template.
 _PLACEHOLDER = "UNIDPORESPONSE"
 
@@ -88,14 +85,6 @@ class GroupEncoder(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class GroupTokens:
-    """Lengths of a group in tokens: its prompt, image tokens included, and each of its responses."""
-
-    prompt: int
-    responses: tuple[int, ...]
-
-
 class Encoder:
     """Chat template and processor behind one call.
 
@@ -133,8 +122,6 @@ class Encoder:
         self.max_pixels = max_pixels
         self._position_ids = position_ids
         self._template = _template_text(template, processor)
-        self._image_tokens: dict[tuple[tuple[int, int], ...], int] = {}
-        self._patches_agree = False
         self._turn_end = self._find_turn_end()
 
     def encode(self, group: PromptGroup, responses: Sequence[int] | None = None) -> EncodedGroup:
@@ -146,7 +133,7 @@ class Encoder:
             ModelError: the group has images and the model takes none, or the template leaves a prompt empty.
         """
         images = [self._prepare(open_image(source)) for source in group.images]
-        prompt_ids, types, vision = self._tokenize(self.prompt_text(group.messages), images)
+        prompt_ids, types, vision = self.tokenize(self.prompt_text(group.messages), images)
         positions = self._position_ids(prompt_ids, types, vision)
         prompt = EncodedGroup(prompt_ids, positions, types, response_ids=(), cut_tokens=(), vision=vision)
         return self.with_responses(prompt, group, responses)
@@ -190,85 +177,14 @@ class Encoder:
             )
         return text
 
+    def response_text(self, response: Response) -> str:
+        """The response and what closes the turn."""
+        return response.text + self._turn_end
+
     def response_ids(self, response: Response) -> list[int]:
         """The response's tokens and those that close the turn."""
-        ids: list[int] = self.tokenizer(response.text + self._turn_end, add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(self.response_text(response), add_special_tokens=False)["input_ids"]
         return ids
-
-    def prompt_tokens(self, group: PromptGroup) -> int:
-        """Length of the prompt in tokens. Reads only the headers of images. Raises `ImageError`."""
-        text_ids = self.tokenizer(self.prompt_text(group.messages), add_special_tokens=False)["input_ids"]
-        return len(text_ids) + (self._tokens_beside_marks(group, len(text_ids)) if group.images else 0)
-
-    def image_tokens(self, group: PromptGroup) -> int:
-        """Tokens that stand for a prompt's images, with what the processor puts between them; see `prompt_tokens`."""
-        text_ids = self.tokenizer(self.prompt_text(group.messages), add_special_tokens=False)["input_ids"]
-        return self._tokens_beside_marks(group, len(text_ids)) + len(group.images)
-
-    def _tokens_beside_marks(self, group: PromptGroup, text_tokens: int) -> int:
-        """What images add to a prompt that has so many tokens with a mark for each of them."""
-        sizes = tuple(capped_size(image_size(source), self.max_pixels) for source in group.images)
-        if sizes not in self._image_tokens:
-            counted = self._patch_tokens(sizes)
-            if counted is None or not self._patches_agree:
-                blanks = [PIL.Image.new("RGB", size) for size in sizes]
-                found = len(self._tokenize(self.prompt_text(group.messages), blanks)[0]) - text_tokens
-                # Counting patches is quick and says for nearly every processor what running it on images would say;
-                # the first images show whether this is one of them.
-                self._patches_agree = counted == found
-                counted = found
-            self._image_tokens[sizes] = counted
-        return self._image_tokens[sizes]
-
-    def _patch_tokens(self, sizes: Sequence[tuple[int, int]]) -> int | None:
-        """Tokens that images of these sizes add to their marks, by the processor's own count of patches."""
-        processor = getattr(self.processor, "image_processor", None)
-        patches: Any = getattr(processor, "get_number_of_image_patches", None)
-        merge: int | None = getattr(processor, "merge_size", None)
-        if patches is None or merge is None:
-            return None
-        try:
-            return sum(int(patches(height, width)) // merge**2 - 1 for width, height in sizes)
-        except ValueError as error:
-            raise _refused(sizes, error) from error
-
-    def lengths(self, group: PromptGroup) -> GroupTokens:
-        """Lengths before any cut. Reads only the headers of images. Raises `ImageError`, which names the row."""
-        try:
-            prompt = self.prompt_tokens(group)
-        except ImageError as error:
-            kind = error.findings[0].kind if error.findings else "refused-row"
-            located = Finding(kind, str(error), group.pairs[0].file, group.pairs[0].row)
-            raise ImageError(str(located), findings=[located]) from error
-        return GroupTokens(prompt, tuple(len(self.response_ids(response)) for response in group.responses))
-
-    def length_findings(self, group: PromptGroup) -> list[Finding]:
-        """What `data.max_length` does to a group: a prompt that is skipped, or responses that are cut; all warnings.
-
-        Raises:
-            ImageError: an image cannot be read, or the model's processor refuses it.
-        """
-        return self._length_findings(group, self.lengths(group))
-
-    def _length_findings(self, group: PromptGroup, tokens: GroupTokens) -> list[Finding]:
-        file, row = group.pairs[0].file, group.pairs[0].row
-        if tokens.prompt >= self.max_length:
-            message = (
-                f"the prompt alone has {tokens.prompt} tokens, data.max_length is {self.max_length}; it is skipped"
-            )
-            return [Finding("prompt-too-long", message, file, row, severity="warning")]
-        lengths = [tokens.prompt + response for response in tokens.responses]
-        return [
-            Finding(
-                "response-cut",
-                f"prompt and response have {length} tokens; the response loses its last {length - self.max_length}",
-                file,
-                row,
-                severity="warning",
-            )
-            for length in lengths
-            if length > self.max_length
-        ]
 
     def fingerprint(self) -> str:
         """Equal where two encoders turn every group into the same tensors."""
@@ -290,8 +206,13 @@ class Encoder:
     def _prepare(self, image: PIL.Image.Image) -> PIL.Image.Image:
         return cap_pixels(image, self.max_pixels)
 
-    def _tokenize(self, text: str, images: Sequence[PIL.Image.Image]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Ids (tokens,), token types (tokens,) and image tensors of a rendered prompt."""
+    def tokenize(self, text: str, images: Sequence[PIL.Image.Image]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Ids (tokens,), token types (tokens,) and image tensors of a rendered prompt with scaled images.
+
+        Raises:
+            ImageError: the model's processor refuses the images.
+            ModelError: there are images and the model takes none.
+        """
         if not images:
             ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             return ids, torch.zeros_like(ids), {}
@@ -309,7 +230,7 @@ class Encoder:
                 )
             )
         except ValueError as error:
-            raise _refused([image.size for image in images], error) from error
+            raise refused_images([image.size for image in images], error) from error
         ids = encoded.pop("input_ids")[0]
         encoded.pop("attention_mask", None)
         # Gemma 3 calls them `token_type_ids`; under that name other tokenizers number sentences.
@@ -343,7 +264,8 @@ class Encoder:
         return end if found and end.strip() else str(self.tokenizer.eos_token or "")
 
 
-def _refused(sizes: Sequence[tuple[int, int]], error: Exception) -> ImageError:
+def refused_images(sizes: Sequence[tuple[int, int]], error: Exception) -> ImageError:
+    """What to raise where the processor does not take images of these sizes, once scaled."""
     listed = ", ".join(f"{width} x {height}" for width, height in sizes)
     return ImageError(
         f"the model's processor refuses the images (scaled to {listed} pixels): {error}; leave the row out"
@@ -372,44 +294,6 @@ def prompt_positions(model: PreTrainedModel) -> PositionIds:
         return torch.as_tensor(found)[:, 0]
 
     return positions
-
-
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """Groups that fit the length limit, and the tokens of each, responses as long as the limit leaves them."""
-
-    groups: list[PromptGroup]
-    tokens: list[GroupTokens]
-
-
-def fit_to_length(groups: Sequence[PromptGroup], encoder: Encoder) -> Fitted:
-    """The groups whose prompts leave room for a response. Skipped prompts and cut responses are counted and named.
-
-    Raises:
-        DataError: no group is left.
-    """
-    fitted = Fitted([], [])
-    findings: dict[str, list[Finding]] = defaultdict(list)
-    for group in groups:
-        tokens = encoder.lengths(group)
-        noticed = encoder._length_findings(group, tokens)
-        for finding in noticed:
-            findings[finding.kind].append(finding)
-        if not any(finding.kind == "prompt-too-long" for finding in noticed):
-            room = encoder.max_length - tokens.prompt
-            fitted.groups.append(group)
-            fitted.tokens.append(GroupTokens(tokens.prompt, tuple(min(room, each) for each in tokens.responses)))
-    if groups and not fitted.groups:
-        raise from_findings(
-            DataError,
-            f"no prompt fits data.max_length={encoder.max_length}; raise it, or lower data.max_pixels",
-            findings["prompt-too-long"],
-        )
-    for kind, found in findings.items():
-        rows = ", ".join(str(finding.row) for finding in found[:10]) + (", ..." if len(found) > 10 else "")
-        what = "prompts skipped" if kind == "prompt-too-long" else "responses cut"
-        _LOG.warning("data.max_length=%d: %d %s (rows %s)", encoder.max_length, len(found), what, rows)
-    return fitted
 
 
 def _template_text(template: str | None, processor: ProcessorMixin | PreTrainedTokenizerBase) -> str:

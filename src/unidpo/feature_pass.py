@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from unidpo.errors import Finding, ImageError, ModelError, UserError, from_findi
 from unidpo.feature_store import FeatureEncoder, FeatureStore, record, require_seen
 from unidpo.features import ImageFeatures, takes_features
 from unidpo.layouts import padded_rows, smallest
+from unidpo.lengths import GroupTokens, TokenCounter
 from unidpo.packs import Pack, PaddedRows, join_vision, to_device, with_features
 from unidpo.pairs import Pair, PromptGroup
 from unidpo.policy import Policy
@@ -157,10 +157,9 @@ class FeaturePass:
         return small
 
     def _announce(self, todo: Sequence[_Prompt], folder: Path, bytes_per_token: float) -> None:
-        tokens = 0
-        for prompt in todo:
-            with contextlib.suppress(ImageError):  # told of in its turn
-                tokens += self.encoder.image_tokens(prompt.group)
+        counted = TokenCounter(self.encoder).count([prompt.group for prompt in todo])
+        # Images that cannot be read are told of in their turn.
+        tokens = sum(sum(each.images) for each in counted if isinstance(each, GroupTokens))
         needed = tokens * bytes_per_token
         free = shutil.disk_usage(next(parent for parent in folder.parents if parent.is_dir())).free
         sizes = f"about {_size(needed)} for {len(todo)} prompts, and the disk has {_size(free)} free"

@@ -24,9 +24,10 @@ from unidpo.arguments import checkpoints_are_reentrant, refuse_settings_without_
 from unidpo.batches import Batch, LostRows, PlannedBatches, Step, StepLoader, StepSampler
 from unidpo.checkpoints import published, writing_errors
 from unidpo.config.schema import Attention
-from unidpo.encode import Encoder, GroupTokens, fit_to_length, prompt_positions
+from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import DataError, Finding, Interrupted, ModelError, from_findings
 from unidpo.learner import make_learner
+from unidpo.lengths import GroupTokens, fit_to_length
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.measures import Columns, Means, RewardShift, extend, joined, pair_columns, require_finite
 from unidpo.models import Part, Processor, load_policy, load_processor, load_weights

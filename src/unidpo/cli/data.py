@@ -13,6 +13,7 @@ from unidpo.cli.consoles import INPUT_WRONG, messages, results
 from unidpo.errors import printable
 
 if TYPE_CHECKING:
+    from unidpo.pairs import PromptGroup
     from unidpo.sources.convert import ConvertReport
 
 data = typer.Typer(help="Check, convert, move and fetch preference data.", no_args_is_help=True)
@@ -198,16 +199,21 @@ def _limits_of(model: str, max_length: int) -> dict[str, Any]:
     """What `check_data` needs to hold data against a model."""
     from unidpo.check import GroupLengths
     from unidpo.encode import Encoder, plain_positions
+    from unidpo.lengths import TokenCounter
     from unidpo.models import load_processor
 
     encoder = Encoder(load_processor(model), plain_positions, max_length=max_length)
+    counter = TokenCounter(encoder)
+
+    def lengths(group: PromptGroup) -> GroupLengths:
+        tokens = counter.one(group)
+        return GroupLengths(tokens.prompt, tokens.responses)
+
     return {
         "special_tokens": encoder.tokenizer.all_special_tokens,
         "max_pixels": encoder.max_pixels,
-        "lengths": lambda group: GroupLengths(
-            encoder.prompt_tokens(group), tuple(len(encoder.response_ids(response)) for response in group.responses)
-        ),
-        "extra": [encoder.length_findings],
+        "lengths": lengths,
+        "extra": [counter.findings],
     }
 
 

@@ -13,30 +13,14 @@ import PIL.Image
 from unidpo.batches import StepSampler
 from unidpo.config import Recipe
 from unidpo.encode import Encoder
-from unidpo.errors import DataError, Finding, ImageError, from_findings
-from unidpo.images import capped_size, image_size
+from unidpo.errors import DataError, Finding, ImageError, UserError, from_findings
+from unidpo.lengths import GroupTokens, TokenCounter
 from unidpo.packs import used_responses
 from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.plan.work import Load, Vision, packed, padded
 from unidpo.reference import PASS_TOKENS
 
-_TICK = 500
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A prompt group in tokens.
-
-    Attributes:
-        prompt: of the prompt, images included.
-        images: of each image.
-        responses: of each response, as far as the length limit lets it.
-    """
-
-    prompt: int
-    images: tuple[int, ...]
-    responses: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +28,14 @@ class Counted:
     """A data set in tokens.
 
     Attributes:
-        groups: those that fit, and `tokens` of each.
+        groups: those that fit, and the tokens of each, as far as the length limit lets them.
         too_long: prompts that leave no room for a response and are skipped.
         cut: responses that lose their end.
         unreadable: groups left out because an image cannot be read.
     """
 
     groups: list[PromptGroup]
-    tokens: list[Tokens]
+    tokens: list[GroupTokens]
     too_long: int
     cut: int
     unreadable: int
@@ -70,64 +54,28 @@ def count_tokens(
         DataError: no group is left; images cannot be read and `skip_unreadable` is not set.
         ModelError: the data and the model do not go together, see `Encoder.encode`.
     """
-    counter = _Counter(encoder)
     counted = Counted([], [], 0, 0, 0)
     too_long = cut = 0
     unreadable: list[Finding] = []
-    for done, group in enumerate(groups, start=1):
-        if done % _TICK == 0 or done == len(groups):
-            on_progress("counting tokens, groups", done, len(groups))
-        try:
-            prompt, images = counter.prompt(group)
-        except ImageError as error:
-            unreadable.append(Finding("unreadable-image", str(error), group.pairs[0].file, group.pairs[0].row))
+    found = TokenCounter(encoder).count(groups, lambda done, total: on_progress("counting tokens, groups", done, total))
+    for group, tokens in zip(groups, found, strict=True):
+        if isinstance(tokens, ImageError):
+            unreadable.append(Finding("unreadable-image", str(tokens), group.pairs[0].file, group.pairs[0].row))
             continue
-        room = encoder.max_length - prompt
-        if room < 1:
+        if isinstance(tokens, UserError):
+            raise tokens
+        fitting = tokens.within(encoder.max_length)
+        if fitting is None:
             too_long += 1
             continue
-        lengths = [counter.response(response) for response in group.responses]
-        cut += sum(length > room for length in lengths)
+        cut += sum(now < before for now, before in zip(fitting.responses, tokens.responses, strict=True))
         counted.groups.append(group)
-        counted.tokens.append(Tokens(prompt, images, tuple(min(length, room) for length in lengths)))
+        counted.tokens.append(fitting)
     if unreadable and not skip_unreadable:
         raise from_findings(DataError, f"{len(unreadable)} groups have images that cannot be read", unreadable)
     if not counted.groups:
         raise DataError(f"no prompt fits data.max_length={encoder.max_length}; there is nothing to plan")
     return Counted(counted.groups, counted.tokens, too_long, cut, len(unreadable))
-
-
-class _Counter:
-    """Counts each distinct prompt and response once."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._prompts: dict[Hashable, tuple[int, tuple[int, ...]]] = {}
-        self._responses: dict[str, int] = {}
-
-    def prompt(self, group: PromptGroup) -> tuple[int, tuple[int, ...]]:
-        """Tokens of the prompt, and of each of its images."""
-        key = group.prompt_key()
-        if key not in self._prompts:
-            self._prompts[key] = self._count(group)
-        return self._prompts[key]
-
-    def response(self, response: Response) -> int:
-        if response.text not in self._responses:
-            self._responses[response.text] = len(self._encoder.response_ids(response))
-        return self._responses[response.text]
-
-    def _count(self, group: PromptGroup) -> tuple[int, tuple[int, ...]]:
-        total = self._encoder.prompt_tokens(group)
-        if not group.images:
-            return total, ()
-        text = self._encoder.prompt_text(group.messages)
-        # In the text each image is one mark.
-        alone = len(self._encoder.tokenizer(text, add_special_tokens=False)["input_ids"]) - len(group.images)
-        areas = [math.prod(capped_size(image_size(i), self._encoder.max_pixels)) for i in group.images]
-        images = [round((total - alone) * area / sum(areas)) for area in areas]
-        images[-1] += total - alone - sum(images)
-        return total, tuple(images)
 
 
 def vision_of(encoder: Encoder, *, patch_size: int, side: int = 448) -> Vision:
@@ -137,7 +85,7 @@ def vision_of(encoder: Encoder, *, patch_size: int, side: int = 448) -> Vision:
     grey = PIL.Image.new("RGB", (side, side))
     message = Message("user", (IMAGE, "?"))
     group = PromptGroup((message,), (grey,), (Response("a"), Response("b")), (Pair(0, 1, row=1),))
-    _, (tokens,) = _Counter(encoder).prompt(group)
+    [tokens] = TokenCounter(encoder).one(group).images
     pixels = encoder.encode(group).vision["pixel_values"]
     if pixels.dim() == 2:  # a patch per row: images of any size
         return Vision(len(pixels) / tokens)
@@ -157,7 +105,7 @@ class Layout:
     packs: bool
     vision: Vision
 
-    def load(self, shares: Sequence[tuple[Tokens, Sequence[int]]]) -> Load:
+    def load(self, shares: Sequence[tuple[GroupTokens, Sequence[int]]]) -> Load:
         """The load of some groups, each with the responses that take part."""
         found = Load()
         if self.packs:
@@ -205,7 +153,7 @@ def passes(sampler: StepSampler, counted: Counted, layout: Layout) -> Iterator[l
 def reference_passes(counted: Counted, layout: Layout) -> Iterator[Load]:
     """The forward passes that give every distinct response its reference log-probability."""
     seen: set[tuple[Hashable, str]] = set()
-    shares: list[tuple[Tokens, Sequence[int]]] = []
+    shares: list[tuple[GroupTokens, Sequence[int]]] = []
     together = 0
     for group, tokens in zip(counted.groups, counted.tokens, strict=True):
         prompt = group.prompt_key()
@@ -231,7 +179,7 @@ def distinct_images(counted: Counted, vision: Vision) -> Load:
 
 def prompt_packs(counted: Counted, layout: Layout, *, together: bool) -> Iterator[Load]:
     """An epoch with a pack per pair, or with a pack per distinct prompt that holds all its distinct responses."""
-    prompts: dict[Hashable, tuple[Tokens, dict[str, int]]] = {}
+    prompts: dict[Hashable, tuple[GroupTokens, dict[str, int]]] = {}
     for group, tokens in zip(counted.groups, counted.tokens, strict=True):
         if not together:
             for pair in group.pairs:
@@ -254,7 +202,7 @@ def padded_pairs(counted: Counted, vision: Vision, *, every_logit: bool) -> Load
     return found
 
 
-def _share(counted: Counted, index: int, places: Sequence[int]) -> tuple[Tokens, list[int]]:
+def _share(counted: Counted, index: int, places: Sequence[int]) -> tuple[GroupTokens, list[int]]:
     """A group's tokens, and those of its responses that some of its pairs name."""
     pairs = counted.groups[index].pairs
     return counted.tokens[index], used_responses([pairs[place] for place in places])
