@@ -11,6 +11,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
 from unidpo.card import HELD_OUT_ROWS, write_card
+from unidpo.manifest import write_manifest
 from unidpo.records import LEDGER_COLUMNS, Ledger, Metrics
 from unidpo.runs import RunFolder
 
@@ -109,6 +110,7 @@ def test_the_best_model_is_said_to_be_the_best(tmp_path):
     checkpoint = folder.path / "checkpoint-8"
     checkpoint.mkdir()
     (checkpoint / "trainer_state.json").write_text(json.dumps({"best_global_step": 4}))
+    write_manifest(checkpoint, 8, run=folder.path, resumable=False)
     write_card(folder, model)
     assert "of step 4, the best by `rewards/accuracies`" in (model / "README.md").read_text()
 

@@ -31,6 +31,7 @@ from unidpo.evaluate.predictions import Predictions, question_digest, read_answe
 from unidpo.evaluate.results import escaped
 from unidpo.evaluate.running import evaluate
 from unidpo.evaluate.session import candidates
+from unidpo.manifest import write_manifest
 from unidpo.models import load_policy, load_processor
 from worlds import GOLDEN
 
@@ -306,7 +307,7 @@ def test_an_adapter_is_its_model_with_the_adapter_merged(tmp_path: Path) -> None
 def test_a_run_without_a_model_says_what_to_name(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text("{}")
     (tmp_path / "checkpoint-7").mkdir()
-    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    write_manifest(tmp_path / "checkpoint-7", 7, run=tmp_path, resumable=True)
     with pytest.raises(EvaluationError, match="checkpoint-7"):
         candidates([str(tmp_path)])
 

@@ -64,7 +64,8 @@ def text(log):
 
 def taken_over(run, before):
     """Whether a start has made the run folder its own, which it does before it reads the data."""
-    return (run / "environment.json").exists() and (run / "environment.json").stat().st_mtime_ns != before
+    lock = run / ".lock.json"
+    return lock.exists() and lock.stat().st_mtime_ns != before
 
 
 def test_kill_and_resume(world, forked):
@@ -84,7 +85,7 @@ def test_kill_and_resume(world, forked):
         env = {"UNIDPO_CACHE": str(world / f"cache-{number}")}
         while not (run / "model").is_dir():
             resume = ["--resume"] if (run / "config.json").is_file() else []
-            before = (run / "environment.json").stat().st_mtime_ns if resume else 0
+            before = (run / ".lock.json").stat().st_mtime_ns if resume else 0
             (pid,) = forked.start(*command, *resume, log=log, env=env)
             if moments:
                 wait_for(lambda run=run, before=before: taken_over(run, before))

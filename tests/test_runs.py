@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unidpo.errors import RunError
+from unidpo.manifest import write_manifest
 from unidpo.records import LEDGER_COLUMNS, LEDGER_SCHEMA, Ledger, Metrics
 from unidpo.runs import RunFolder
 from unidpo.writing import write_atomically
@@ -24,6 +25,7 @@ def checkpoint(run, step):
     folder = run.path / f"checkpoint-{step}"
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
+    write_manifest(folder, step, run=run.path, resumable=True)
     return folder
 
 
@@ -42,7 +44,7 @@ def run(tmp_path):
 
 class TestRunFolder:
     def test_a_new_run_says_what_and_where(self, run):
-        assert run.create(CONFIG) == 0
+        run.create(CONFIG, {"threads": 2})
         assert json.loads(run.config.read_text()) == CONFIG
         (start,) = json.loads(run.environment.read_text())["starts"]
         assert start["packages"]["pyarrow"] == pyarrow.__version__
@@ -58,9 +60,9 @@ class TestRunFolder:
         run.create(CONFIG)
         run.finish(lambda folder: (folder / "weights").write_text("w"))
         assert (run.model / "weights").read_text() == "w"
-        for resume in (False, True):
+        for begin in (run.create, run.resume):
             with pytest.raises(RunError, match=r"finished run.*another `output`"):
-                run.create(CONFIG, resume=resume)
+                begin(CONFIG)
 
     def test_a_model_half_written_is_no_finished_run(self, run):
         run.create(CONFIG)
@@ -80,10 +82,12 @@ class TestRunFolder:
         Metrics(run.metrics).add({"step": 1})
         with pytest.raises(RunError, match="--resume"):
             run.create(CONFIG)
-        assert run.create(CONFIG, resume=True) == 0
+        assert run.resume(CONFIG) is None
+        run.add_start(CONFIG)
         checkpoint(run, 9)
         checkpoint(run, 10)
-        assert run.create(CONFIG, resume=True) == 10
+        assert run.resume(CONFIG).name == "checkpoint-10"
+        run.add_start(CONFIG)
         assert len(json.loads(run.environment.read_text())["starts"]) == 3
 
     def test_a_checkpoint_half_written_does_not_count(self, run):
@@ -95,12 +99,12 @@ class TestRunFolder:
     def test_a_run_that_never_made_a_step_may_begin_again_otherwise(self, run):
         run.create(CONFIG)
         Metrics(run.metrics)
-        assert run.create({**CONFIG, "loss": {"beta": 3.0}}) == 0
+        run.create({**CONFIG, "loss": {"beta": 3.0}})
         assert json.loads(run.config.read_text())["loss"] == {"beta": 3.0}
 
     def test_nothing_to_resume(self, run):
         with pytest.raises(RunError, match="no run to resume"):
-            run.create(CONFIG, resume=True)
+            run.resume(CONFIG)
         assert not run.path.exists()
 
     def test_files_of_others_are_left_alone(self, run):
@@ -119,7 +123,7 @@ class TestRunFolder:
         run.create(CONFIG)
         checkpoint(run, 1)
         with pytest.raises(RunError) as error:
-            run.create({**CONFIG, "loss": {"beta": 3.0, "gamma": 1.0}}, resume=True)
+            run.resume({**CONFIG, "loss": {"beta": 3.0, "gamma": 1.0}})
         assert [finding.key for finding in error.value.findings] == ["loss.beta", "loss.gamma"]
         assert "was 2.0, is 3.0" in str(error.value)
 
@@ -127,14 +131,14 @@ class TestRunFolder:
         run.create(CONFIG)
         checkpoint(run, 1)
         changed = {**CONFIG, "output": "elsewhere", "train": {"seed": 1, "logging_steps": 5, "report_to": "none"}}
-        assert run.create(changed, resume=True) == 1
+        assert run.resume(changed).name == "checkpoint-1"
 
     @pytest.mark.parametrize("name", ["config", "environment"])
     def test_damaged_files_are_named(self, run, name):
         run.create(CONFIG)
         getattr(run, name).write_text("{")
         with pytest.raises(RunError, match=f"{name}.json.*damaged"):
-            run.create(CONFIG, resume=True)
+            run.resume(CONFIG)
 
 
 class TestMetrics:

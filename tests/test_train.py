@@ -146,7 +146,8 @@ def test_a_run_ends_with_what_can_be_done_next(finished):
 def test_the_run_folder(finished):
     run = finished[0] / "run"
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "environment.json", "metrics.jsonl", "pairs.parquet", "model", "checkpoint-10", "checkpoint-12",
+        "config.json", "environment.json", "inputs.json", "inputs.parquet",
+        "metrics.jsonl", "pairs.parquet", "model", "checkpoint-10", "checkpoint-12",
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())
     assert config["loss"]["quality_eta"] == 0.7  # defaults are filled in

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from omegaconf import OmegaConf
 
+from unidpo.inputs import DataFile, began_with, data_file
 from unidpo.runs import RunFolder
 
 TITLES = {"uni_dpo": "Uni-DPO", "dpo": "DPO", "simpo": "SimPO"}
@@ -44,6 +45,8 @@ def write_card(folder: RunFolder, model: Path) -> None:
     trained = [record for record in records if "loss" in record]
     ledger = pq.read_table(folder.ledger) if any(folder.ledger.glob("*.parquet")) else None
     loss, base = config["loss"]["name"], config["model"]["name"]
+    # As the run began with them: they may be others by now.
+    files = began_with(folder.path) or [data_file(**source) for source in _sources(config["data"])]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("unidpo", "."),
         undefined=jinja2.StrictUndefined,
@@ -51,7 +54,7 @@ def write_card(folder: RunFolder, model: Path) -> None:
         keep_trailing_newline=True,
     )
     environment.filters |= {"code": _code, "cell": _cell, "number": _number, "fenced": _fenced}
-    metadata = _metadata(config, adapter=(model / "adapter_config.json").is_file())
+    metadata = _metadata(base, loss, files, adapter=(model / "adapter_config.json").is_file())
     text = environment.get_template("card.md.j2").render(
         metadata=f"---\n{metadata.to_yaml()}\n---\n",
         title=f"{_plain(Path(base).name)}, {TITLES.get(loss, loss)}",
@@ -59,7 +62,7 @@ def write_card(folder: RunFolder, model: Path) -> None:
         loss=loss,
         adapter=(model / "adapter_config.json").is_file(),
         best=_best(folder, config["train"]),
-        sources=[_source(source) for source in _sources(config["data"])],
+        sources=[replace(file, path=_home(file.path)) for file in files],
         visits=_visits(ledger),
         held_out=_thinned(evaluations),
         held_out_share=f"{config['data']['eval_fraction']:.0%}",
@@ -74,16 +77,15 @@ def write_card(folder: RunFolder, model: Path) -> None:
     (model / "README.md").write_text(text, "utf-8")
 
 
-def _metadata(config: Mapping[str, Any], *, adapter: bool) -> ModelCardData:
+def _metadata(base: str, loss: str, files: Iterable[DataFile], *, adapter: bool) -> ModelCardData:
     """What the hub reads: only names that it can know."""
-    base = config["model"]["name"]
-    sets = [re.split("[:@]", source["path"])[0] for source in _sources(config["data"])]
+    sets = [re.split("[:@]", file.path)[0] for file in files]
     return ModelCardData(
         base_model=base if _on_hub(base) else None,
         datasets=[name for name in dict.fromkeys(sets) if _on_hub(name)] or None,
         license=_license(base),
         library_name="peft" if adapter else "transformers",
-        tags=["unidpo", "preference-optimization", config["loss"]["name"]],
+        tags=["unidpo", "preference-optimization", loss],
     )
 
 
@@ -114,15 +116,8 @@ def _license(base: str) -> str | None:
 
 def _sources(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     path = data["path"]
-    return [{"path": path, "weight": 1.0}] if isinstance(path, str) else list(path)
-
-
-def _source(source: Mapping[str, Any]) -> dict[str, Any]:
-    path, digest = Path(source["path"]), None
-    if path.is_file():
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": _home(source["path"]), "weight": source["weight"], "sha256": digest}
+    several = [{"path": path, "weight": 1.0}] if isinstance(path, str) else path
+    return [{"path": source["path"], "weight": source["weight"]} for source in several]
 
 
 def _best(folder: RunFolder, train: Mapping[str, Any]) -> dict[str, Any] | None:

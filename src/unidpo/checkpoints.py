@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from unidpo.errors import TrainingError
+from unidpo.errors import RunError, TrainingError
+from unidpo.manifest import MANIFEST, damage, write_manifest
 from unidpo.ranks import is_main, wait_for_all
 from unidpo.runs import UNFINISHED_CHECKPOINT, RunFolder
 
@@ -21,7 +23,8 @@ from unidpo.runs import UNFINISHED_CHECKPOINT, RunFolder
 def published(args: TrainingArguments, state: TrainerState) -> Iterator[Path]:
     """Within it, `Trainer._save_checkpoint` writes into a hidden folder, which then becomes `checkpoint-<step>/`.
 
-    Yields where the checkpoint lies meanwhile. Older checkpoints above `args.save_total_limit` are removed
+    What it holds is written down in it, see `manifest`. Yields where the checkpoint lies meanwhile. Older checkpoints
+    above `args.save_total_limit` are removed
     afterwards. Every process must enter it.
     """
     output, limit = Path(args.output_dir), args.save_total_limit
@@ -40,6 +43,7 @@ def published(args: TrainingArguments, state: TrainerState) -> Iterator[Path]:
         state.best_model_checkpoint = str(output / name)
     if args.should_save:
         state.save_to_json(str(hidden / name / TRAINER_STATE_NAME))
+        write_manifest(hidden / name, state.global_step, run=output, resumable=not args.save_only_model)
         shutil.rmtree(output / name, ignore_errors=True)
         (hidden / name).rename(output / name)
         hidden.rmdir()
@@ -63,4 +67,25 @@ def writing_errors(step: int, output: Path) -> Iterator[None]:
         raise TrainingError(
             f"the checkpoint of step {step} could not be written ({' '.join(str(error).split())}); {kept}; "
             "free some space and go on with `--resume`"
+        ) from error
+
+
+def refuse_damaged(checkpoint: Path) -> None:
+    """Raise `RunError` where a checkpoint has lost something; one without a manifest is somebody else's."""
+    problem = damage(checkpoint) if (checkpoint / MANIFEST).exists() else None
+    if problem is not None:
+        raise RunError(f"{checkpoint}: {problem}; resume from another checkpoint, or begin again")
+
+
+@contextlib.contextmanager
+def reading_errors(checkpoint: str | None) -> Iterator[None]:
+    """Say that a checkpoint's state cannot be read, which sizes do not tell. Raises `RunError`."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        if checkpoint is None:
+            raise
+        raise RunError(
+            f"{checkpoint}: its optimizer, schedule or random state cannot be read ({' '.join(str(error).split())}); "
+            "delete this checkpoint, and `--resume` takes the one before"
         ) from error

@@ -114,14 +114,21 @@ def content_digest(source: ImageSource) -> bytes:
         return hashlib.blake2b(source, digest_size=16).digest()
     if isinstance(source, Path):
         try:
-            with open_regular(source) as file:
-                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+            state = source.stat()
+            return _file_digest(source, state.st_size, state.st_mtime_ns)
         except (OSError, ValueError) as error:
             raise _image_error(source, error) from error
     image = open_image(source)
     digest = hashlib.blake2b(f"{image.mode} {image.size} ".encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.digest()
+
+
+@functools.lru_cache(maxsize=1 << 18)
+def _file_digest(path: Path, size: int, changed: int) -> bytes:
+    """Of a file of this size and time of change, so that a process reads it once and notices when it is another."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 @functools.cache

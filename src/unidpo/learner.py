@@ -24,7 +24,7 @@ class Learner:
 
     Attributes:
         model: with its adapter, where it has one.
-        fingerprint: of its weights, where it is the reference of stored numbers; else empty.
+        fingerprint: of its weights without an adapter, where it was asked for; else empty.
         vision_fingerprint: of its vision tower and projector, where features of images are stored.
         images_are_frozen: whether these are known and neither learns; false too where nobody asks.
     """
@@ -43,11 +43,13 @@ def make_learner(
     frozen: Iterable[Part],
     reference: str | None,
     cache_image_features: bool,
+    name_weights: bool,
 ) -> Learner:
     """Freeze parts of a model, or put an adapter around it.
 
     Args:
         reference: as `PreferenceTrainer` takes it; `None` where the loss needs none.
+        name_weights: see `Learner.fingerprint`.
         args, peft_config, frozen, cache_image_features: see `PreferenceTrainer`.
 
     Raises:
@@ -61,7 +63,7 @@ def make_learner(
             keep_trainable_in_float32(model)
     # After a wider type for what learns, in which the numbers round otherwise; before an adapter, without which
     # the reference is computed: runs with and without one share it where the weights' types are the same.
-    fingerprint = weights_fingerprint(model) if reference == "stored" else ""
+    fingerprint = weights_fingerprint(model) if name_weights else ""
     vision = vision_fingerprint(model) if cache_image_features else None
     learner: torch.nn.Module = model
     if peft_config is not None:

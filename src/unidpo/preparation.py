@@ -69,6 +69,7 @@ class Preparation:
         cache: where numbers are stored.
         workers: processes that read ahead.
         on_lost: told of rows that cannot be read any more; may raise.
+        on_reference: told the fingerprint of another model that is the reference; may raise.
         on_feature_progress, on_reference_progress: told what is done and what is to do, in every process.
     """
 
@@ -87,6 +88,7 @@ class Preparation:
     cache: Path
     workers: int
     on_lost: Callable[[list[Finding]], None]
+    on_reference: Callable[[str], None]
     on_feature_progress: Callable[[int, int], None]
     on_reference_progress: Callable[[int, int], None]
 
@@ -143,6 +145,7 @@ class Preparation:
         if self.reference != "stored":
             model = load_policy(self.reference, dtype=policy.plain.dtype)
             fingerprint, complete = weights_fingerprint(model), False
+            self.on_reference(fingerprint)
             policy = self._beside(model)
             if self.vision_fingerprint is not None and vision_fingerprint(model) != self.vision_fingerprint:
                 encoder = self.encoder

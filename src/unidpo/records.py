@@ -26,14 +26,7 @@ class Metrics:
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         self.path = path
-        kept = []
-        for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
-            try:
-                if json.loads(line)["step"] <= resume_step:
-                    kept.append(f"{line}\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        write_atomically(path, "".join(kept).encode())
+        write_atomically(path, "".join(f"{line}\n" for line in _lines_up_to(resume_step, path)).encode())
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record; it needs a `step`. NaN and infinities, which JSON lacks, become null."""
@@ -42,6 +35,23 @@ class Metrics:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite, allow_nan=False) + "\n")
+
+
+def count_records(path: Path, step: int) -> int:
+    """How many whole records of `metrics.jsonl` there are up to a step; 0 where there is no file."""
+    return len(_lines_up_to(step, path))
+
+
+def _lines_up_to(step: int, path: Path) -> list[str]:
+    kept = []
+    # A line that was damaged may be no UTF-8.
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
 
 
 class Column(NamedTuple):
@@ -132,8 +142,7 @@ class Ledger:
             values.clear()
 
     def _drop_after(self, step: int, part: Path) -> None:
-        name = _PART.fullmatch(part.name)
-        first, last = (int(name[1]), int(name[2])) if name else (0, 0)
+        first, last = _steps_of(part)
         if first > step:
             part.unlink()
         elif last > step:
@@ -153,5 +162,31 @@ class Ledger:
 
     def _write(self, table: pa.Table, path: Path) -> None:
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
+        pq.write_table(table, sink, write_page_checksum=True)
         write_atomically(path, sink.getvalue())
+
+
+def count_rows(path: Path, step: int) -> int:
+    """How many rows of a ledger there are up to a step; 0 where there is none.
+
+    Raises:
+        ValueError: a part that holds such rows is damaged; names it.
+    """
+    rows = 0
+    for part in sorted(path.glob("part-*.parquet")):
+        if _steps_of(part)[0] > step:
+            continue
+        try:
+            table = pq.ParquetFile(part, page_checksum_verification=True).read()
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{part} is damaged") from error
+        if not table.schema.equals(LEDGER_SCHEMA):
+            raise ValueError(f"{part} is damaged")
+        rows += pyarrow.compute.sum(pyarrow.compute.less_equal(table["step"], step), min_count=0).as_py()
+    return rows
+
+
+def _steps_of(part: Path) -> tuple[int, int]:
+    """First and last optimizer step of a part."""
+    name = _PART.fullmatch(part.name)
+    return (int(name[1]), int(name[2])) if name else (0, 0)

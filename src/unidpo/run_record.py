@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from unidpo.errors import RunError
+from unidpo.manifest import cannot_resume
 from unidpo.measures import Columns
 from unidpo.ranks import on_main
 from unidpo.records import LEDGER_COLUMNS, Ledger, Metrics
@@ -18,20 +19,37 @@ from unidpo.runs import RunFolder
 
 
 class RunRecord(TrainerCallback):  # type: ignore[misc]
-    """Writes `metrics.jsonl` and `pairs.parquet/` of a training.
+    """Writes `metrics.jsonl` and `pairs.parquet/` of a training. Touches neither before it begins.
 
     Args:
         folder: where they go.
         step: the optimizer step that the training goes on from; what is recorded of later ones is dropped.
+        files: other names for data files in the ledger, see `Inputs.see_data`.
+        on_begin: called when nothing forbids the training any more.
     """
 
-    def __init__(self, folder: RunFolder, *, step: int) -> None:
-        self._metrics = Metrics(folder.metrics, resume_step=step)
-        self._ledger = Ledger(folder.ledger, resume_step=step)
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        step: int,
+        files: Mapping[str, str] | None = None,
+        on_begin: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._folder = folder
+        self._step = step
+        self._files = files or {}
+        self._on_begin = on_begin
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._on_begin()
+        self._metrics = Metrics(self._folder.metrics, resume_step=self._step)
+        self._ledger = Ledger(self._folder.ledger, resume_step=self._step)
 
     def add_pairs(self, columns: Mapping[str, Sequence[Any]]) -> None:
         """Take the pairs of one optimizer step into the ledger."""
-        self._ledger.add({column.name: columns[column.name] for column in LEDGER_COLUMNS})
+        files = [self._files.get(file, file) for file in columns["file"]]
+        self._ledger.add({column.name: columns[column.name] for column in LEDGER_COLUMNS} | {"file": files})
 
     # The ledger must not lag behind the checkpoint a resumed run goes on from. These are the moments after which
     # transformers may write one.
@@ -83,6 +101,10 @@ def recorded(trainer: Trainer, on_pairs: list[Callable[[Columns], None]], checkp
                     "`train(resume_from_checkpoint=True)`, delete metrics.jsonl and pairs.parquet, or give another "
                     "`output_dir`"
                 )
+            if checkpoint is not None and checkpoint.parent.resolve() == folder.path.resolve():
+                problem = cannot_resume(checkpoint, run=folder.path)
+                if problem is not None:
+                    raise RunError(f"{checkpoint}: {problem}; resume from another checkpoint, or begin again")
             state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             record = RunRecord(folder, step=0 if state is None else state.global_step)
             trainer.add_callback(record)

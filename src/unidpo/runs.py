@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -20,23 +21,30 @@ from typing import Any
 
 from unidpo.errors import Finding, RunError, from_findings
 from unidpo.locks import LOCK_FILES, locked
+from unidpo.manifest import cannot_resume, damage
 from unidpo.redaction import redacted
 from unidpo.writing import write_json
 
+_LOG = logging.getLogger(__name__)
 MAY_CHANGE_ON_RESUME = frozenset(
     {
         "data.max_lost_fraction",
         "output",
         "train.dataloader_num_workers",
         "train.dataloader_prefetch_factor",
+        "train.logging_first_step",
         "train.logging_steps",
+        "train.logging_strategy",
         "train.report_to",
         "train.run_name",
         "train.save_steps",
+        "train.save_strategy",
         "train.save_total_limit",
     }
 )
 """Recipe keys that do not change what is learned; every other one must be as the run began."""
+PLACES = frozenset({"data.images", "data.path", "data.template", "model.name", "reference"})
+"""Recipe keys that say where something lies: on resume its content counts, see `inputs`."""
 UNFINISHED_CHECKPOINT = ".checkpoint-unfinished"
 """Folder in which a checkpoint is written before it appears."""
 _PACKAGES = ("unidpo", "torch", "transformers", "accelerate", "peft", "datasets", "pillow", "pyarrow", "numpy")
@@ -46,13 +54,14 @@ class RunFolder:
     """One run on disk.
 
     Args:
-        path: the folder; `open` makes it.
+        path: the folder; `create` makes it.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.json"
         self.environment = self.path / "environment.json"
+        self.inputs = self.path / "inputs.json"
         self.metrics = self.path / "metrics.jsonl"
         self.ledger = self.path / "pairs.parquet"
         self.model = self.path / "model"
@@ -63,11 +72,15 @@ class RunFolder:
         return self.config.is_file() and self.model.is_dir()
 
     @property
+    def checkpoints(self) -> list[Path]:
+        """Every `checkpoint-<step>/`, whole or not, the newest first."""
+        found = [path for path in self.path.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+        return sorted(found, key=step_of, reverse=True)
+
+    @property
     def last_checkpoint(self) -> Path | None:
-        """The newest complete `checkpoint-<step>/`, or `None`."""
-        complete = [p for p in self.path.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-        steps = {int(p.name.rpartition("-")[2]): p for p in complete if p.name.rpartition("-")[2].isdecimal()}
-        return steps[max(steps)] if steps else None
+        """The newest whole one, or `None`."""
+        return next((path for path in self.checkpoints if damage(path) is None), None)
 
     def refuse_unless_free(self, *, resume: bool) -> None:
         """Raise `RunError` where `create` would because of what the folder holds; writes nothing."""
@@ -77,7 +90,7 @@ class RunFolder:
         ours = self.config.is_file()
         if resume and not ours:
             raise RunError(f"{self.path}: there is no run to resume; leave `--resume` out to begin one")
-        if ours and not resume and (self.last_checkpoint is not None or self._has_metrics()):
+        if ours and not resume and (self.checkpoints or self._has_metrics()):
             raise RunError(f"{self.path}: this folder holds an unfinished run; go on with `--resume`, or {other}")
         if not ours and self.path.is_dir() and any(path.name not in LOCK_FILES for path in self.path.iterdir()):
             raise RunError(f"{self.path}: this folder holds files that are no run; {other}")
@@ -100,37 +113,79 @@ class RunFolder:
     def _unusable(self, error: OSError) -> RunError:
         return RunError(f"{self.path}: cannot be a run folder ({error.strerror}); give another `output`")
 
-    def create(self, config: Mapping[str, Any], *, resume: bool = False) -> int:
-        """Begin the run, or go on with it, and write `config.json` and `environment.json`.
+    def create(self, config: Mapping[str, Any], machine: Mapping[str, Any] | None = None) -> None:
+        """Begin the run, and write `config.json` and `environment.json`.
 
         A run that stopped before its first step leaves nothing worth keeping; beginning again there is no resume.
 
         Args:
             config: the resolved recipe, plain JSON values.
-            resume: go on from the last checkpoint, or from the beginning where there is none yet.
-
-        Returns:
-            The optimizer step to go on from; 0 for a new run.
+            machine: what `environment.json` says of the start beside versions and command.
 
         Raises:
-            RunError: the folder cannot be written, holds a finished run, an unfinished one (without `resume`), none
-                (with it), one of another recipe, or files of somebody else's.
+            RunError: the folder cannot be written, holds another run, or files of somebody else's.
         """
-        self.refuse_unless_free(resume=resume)
-        if resume:
-            self.refuse_other_config(config)
+        self.refuse_unless_free(resume=False)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._clear_unfinished()
-            starts = json.loads(self.environment.read_text("utf-8"))["starts"] if self.environment.is_file() else []
-            write_json(self.environment, {"starts": [*(starts if resume else []), environment()]})
+            for of_another_start in (self.inputs, self.path / "inputs.parquet"):
+                of_another_start.unlink(missing_ok=True)
+            write_json(self.environment, {"starts": [{**environment(), **(machine or {})}]})
             write_json(self.config, config)
         except OSError as error:
             raise self._unusable(error) from error
+
+    def resume(self, config: Mapping[str, Any]) -> Path | None:
+        """The checkpoint that the run goes on from, `None` where there is none yet. See `add_start`.
+
+        Raises:
+            RunError: there is no run, a finished one, one of another recipe, or no checkpoint is whole.
+        """
+        self.refuse_unless_free(resume=True)
+        self.refuse_other_config(config)
+        self._starts()
+        self._clear_unfinished()
+        damaged: list[Finding] = []
+        for checkpoint in self.checkpoints:
+            problem = cannot_resume(checkpoint, run=self.path)
+            if problem is None:
+                for finding in damaged:
+                    _LOG.warning("%s; resuming from %s", finding, checkpoint.name)
+                return checkpoint
+            damaged.append(Finding("damaged-checkpoint", problem, file=checkpoint))
+        if damaged:
+            title = (
+                f"{self.path}: there is no checkpoint to go on from; put back what is lost, or give another `output`"
+            )
+            raise from_findings(RunError, title, damaged)
+        return None
+
+    def add_start(self, config: Mapping[str, Any], machine: Mapping[str, Any] | None = None) -> None:
+        """Write down that the run goes on: nothing was found that forbids it. Warns of another machine.
+
+        Args:
+            config: as it was given to `resume`.
+            machine: see `create`.
+        """
+        starts, start = self._starts(), {**environment(), **(machine or {})}
+        changed = _other_machine(starts[-1], start) if starts else []
+        if changed:
+            _LOG.warning(
+                "resumed with %s: the results will not be those of an uninterrupted run bit for bit", ", ".join(changed)
+            )
+        try:
+            write_json(self.environment, {"starts": [*starts, start]})
+            write_json(self.config, config)
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _starts(self) -> list[dict[str, Any]]:
+        try:
+            starts = json.loads(self.environment.read_text("utf-8"))["starts"] if self.environment.is_file() else []
+            return [dict(start) for start in starts]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{self.environment}: is damaged ({error}); delete this file") from error
-        checkpoint = self.last_checkpoint if resume else None
-        return 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
 
     def finish(self, save: Callable[[Path], None]) -> None:
         """Let `save` write weights and processor into a folder, which then becomes `model/` in one move."""
@@ -155,10 +210,14 @@ class RunFolder:
         except ValueError as error:
             raise RunError(f"{self.config}: is damaged ({error}); delete the run folder and begin again") from error
         now = _flat(json.loads(json.dumps(config)))
+        may_change = MAY_CHANGE_ON_RESUME
+        if self.inputs.is_file():
+            ways = {"stored", "live"} & {before.get("reference"), now.get("reference")}
+            may_change |= PLACES - ({"reference"} if ways else set())
         changed = [
             Finding("changed-key", f"was {before.get(key)!r}, is {now.get(key)!r}", key=key)
             for key in sorted(before.keys() | now.keys())
-            if key not in MAY_CHANGE_ON_RESUME and before.get(key) != now.get(key)
+            if key not in may_change and before.get(key) != now.get(key)
         ]
         if changed:
             title = f"{self.path}: this run began with another recipe; set these back, or give another `output`"
@@ -184,6 +243,25 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "packages": versions,
     }
+
+
+def _other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two starts and changes how numbers round."""
+    known = [(name, before.get(name), now.get(name)) for name in ("threads", "processes", "devices")]
+    versions = [start.get("packages", {}) for start in (before, now)]
+    known += [(name, *(each.get(name) for each in versions)) for name in ("torch", "transformers", "unidpo")]
+    return [
+        f"{name} {_plain(new)} (before: {_plain(old)})" for name, old, new in known if old != new and old is not None
+    ]
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step of a `checkpoint-<step>`."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

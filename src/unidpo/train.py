@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,15 +30,16 @@ from unidpo.card import write_card
 from unidpo.check import ScoreKnobs, check_data
 from unidpo.config import LossSection, Recipe, UniDPOSection
 from unidpo.errors import DataError, Interrupted, RecipeError, TrainingError, did_you_mean
+from unidpo.inputs import Inputs
 from unidpo.losses import PreferenceLoss, make_loss
 from unidpo.measures import held_out_keys
 from unidpo.midway import Midway, midway
 from unidpo.models import load_config, load_policy, load_processor, save_model
 from unidpo.pairs import PromptGroup
 from unidpo.progress import Stages
-from unidpo.ranks import is_main, on_main, wait_for_all, world_size
+from unidpo.ranks import gather, is_main, on_main, wait_for_all, world_size
 from unidpo.run_record import RunRecord
-from unidpo.runs import RunFolder
+from unidpo.runs import RunFolder, step_of
 from unidpo.sources import mix, select_pairs, split_by_prompt
 from unidpo.terminal import Terminal
 from unidpo.trainer import PreferenceTrainer
@@ -68,13 +69,19 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     with _locked(folder, resume=resume):
         with Stages(console) as stages, midway(recipe.eval, folder.path, stages.update) as benchmarks:
             _require_metric(args, loss, [] if benchmarks is None else benchmarks.names)
-            step = on_main(lambda: folder.create(recipe.resolved(), resume=resume))
-            checkpoint = folder.last_checkpoint if resume else None
+            config, machine = recipe.resolved(), _machine()
+            checkpoint = on_main(lambda: folder.resume(config) if resume else folder.create(config, machine))
             groups, held_out = on_main(lambda: training_data(recipe, loss, stages))
+            inputs = Inputs(folder.path, resume=resume)
+            files = on_main(lambda: _see_data(inputs, recipe, groups, held_out, stages))
             with packages_the_recipe_needs():
-                record = RunRecord(folder, step=step) if is_main() else None
+                begin = (lambda: folder.add_start(config, machine)) if resume else (lambda: None)
+                step = 0 if checkpoint is None else step_of(checkpoint)
+                record = RunRecord(folder, step=step, files=files, on_begin=begin) if is_main() else None
                 progress = _Progress(stages)
-                trainer = _trainer(recipe, args, loss, groups, held_out, record, progress, benchmarks)
+                trainer = _trainer(
+                    recipe, args, loss, groups, held_out, record, progress, benchmarks, inputs.see_models
+                )
                 with _stopped_by_signals(trainer), _together():
                     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         _finish(folder, trainer, getattr(torch, recipe.model.dtype))
@@ -109,6 +116,21 @@ def _finish(folder: RunFolder, trainer: PreferenceTrainer, dtype: torch.dtype) -
     if is_main():
         folder.finish(save)
     wait_for_all()
+
+
+def _machine() -> dict[str, Any]:
+    """What of the machine changes how numbers round. Every process must call it."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    return {"threads": torch.get_num_threads(), "processes": world_size(), "devices": gather([device])}
+
+
+def _see_data(
+    inputs: Inputs, recipe: Recipe, groups: Sequence[PromptGroup], held_out: Sequence[PromptGroup], stages: Stages
+) -> dict[str, str]:
+    sources = [(str(source.path), source.weight) for source in recipe.data.sources]
+    return inputs.see_data(
+        groups, held_out, sources, lambda done, total: stages.update("digests of the data, groups", done, total)
+    )
 
 
 @contextlib.contextmanager
@@ -224,6 +246,7 @@ def _trainer(
     record: RunRecord | None,
     progress: _Progress,
     benchmarks: Midway | None,
+    on_digests: Callable[[Mapping[str, str]], None],
 ) -> PreferenceTrainer:
     set_seed(args.seed)
     trust = recipe.model.trust_remote_code
@@ -250,6 +273,7 @@ def _trainer(
         on_bad_row=recipe.data.on_bad_row,
         max_lost_fraction=recipe.data.max_lost_fraction,
         callbacks=[progress, *([record] if record else [])],
+        on_digests=on_digests,
         on_pairs=record.add_pairs if record else None,
         on_reference_progress=progress.show_reference,
         on_feature_progress=progress.show_features,

@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint
 
 from unidpo.adapters import adds_nothing_yet
 from unidpo.arguments import checkpoints_are_reentrant, refuse_settings_without_effect
 from unidpo.batches import Batch, LostRows, PlannedBatches, Step, StepLoader, StepSampler
-from unidpo.checkpoints import published, writing_errors
+from unidpo.checkpoints import published, reading_errors, refuse_damaged, writing_errors
 from unidpo.config.schema import Attention
 from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import DataError, Finding, Interrupted, ModelError, from_findings
@@ -38,6 +37,7 @@ from unidpo.policy import Policy
 from unidpo.preparation import Preparation
 from unidpo.ranks import gather, is_main, on_main, rank, world_size
 from unidpo.run_record import recorded
+from unidpo.runs import RunFolder
 from unidpo.sources import groups_of
 from unidpo.stores import default_cache
 
@@ -83,6 +83,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         callbacks: as `Trainer` takes them.
         record: leave `metrics.jsonl` and the ledger `pairs.parquet/` in `args.output_dir`, as `unidpo train` does; see
             docs/run-folder.md. A resumed training goes on with them.
+        on_digests: called in the main process with digests of the weights (`model`), of processor and template
+            (`processor`) and, later, of the weights of another `reference`; refuses them by raising `UserError`.
         on_pairs: called in the main process once per optimizer step with the step's pairs, see
             `measures.pair_columns`.
         on_reference_progress: called in the main process with responses done and responses to do.
@@ -122,6 +124,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         cache: Path | None = None,
         callbacks: list[TrainerCallback] | None = None,
         record: bool = False,
+        on_digests: Callable[[Mapping[str, str]], None] | None = None,
         on_pairs: Callable[[Columns], None] | None = None,
         on_reference_progress: Callable[[int, int], None] | None = None,
         on_feature_progress: Callable[[int, int], None] | None = None,
@@ -150,8 +153,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             frozen=frozen,
             reference=reference if loss.needs_reference else None,
             cache_image_features=cache_image_features,
+            name_weights=(loss.needs_reference and reference == "stored") or on_digests is not None,
         )
         model = learner.model
+        self._on_digests = on_digests or (lambda digests: None)
+        on_main(lambda: self._on_digests({"model": learner.fingerprint, "processor": encoder.fingerprint()}))
         self._fingerprint = learner.fingerprint
         self._vision_fingerprint = learner.vision_fingerprint
         self._images_are_frozen = learner.images_are_frozen
@@ -231,12 +237,15 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         Raises:
             Interrupted: `request_stop` was called; there is a checkpoint of the last step.
             RunError: the training is to be recorded where the record of another one lies or is being written.
+            RunError: the checkpoint to resume from has lost something.
         """
         self._resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
             self._objective.policy_is_reference = False
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+                last = RunFolder(self.args.output_dir).last_checkpoint
+                resume_from_checkpoint = True if last is None else str(last)
+            refuse_damaged(Path(str(resume_from_checkpoint)))
             kept = Path(str(resume_from_checkpoint)) / _REWARD_SHIFT
             if kept.is_file():
                 self._reward_shift = RewardShift(**json.loads(kept.read_text("utf-8")))
@@ -312,6 +321,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             cache=self._cache,
             workers=self.args.dataloader_num_workers,
             on_lost=self._lost.see,
+            on_reference=lambda digest: on_main(lambda: self._on_digests({"reference": digest})),
             on_feature_progress=self._progress("feature", self._on_feature_progress),
             on_reference_progress=self._progress("reference", self._on_reference_progress),
         )
@@ -348,6 +358,14 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         wide = torch.promote_types(self.model.dtype, torch.float32)
         saved = load_weights(type(self.model), resume_from_checkpoint, dtype=wide)
         self.model.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading_errors(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_errors(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
