@@ -106,6 +106,26 @@ def test_a_name_with_a_hidden_end_is_judged_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", [".unidpo-unpacking", "a/.unidpo-unpacking/b", ".UNIDPO-unpacking", ".unidpo-fetch.json", "./.unidpo-lock"]
+)
+def test_a_name_that_we_use_ourselves_unpacks_nothing(tmp_path: Path, name: str) -> None:
+    """It would be deleted as what an unpacking left unfinished, or pass for our record of what was verified."""
+    path = archive(tmp_path / "a.zip", ("good.png", NOISE), (name, b"evil"))
+    with pytest.raises(ArchiveError, match=r"'\S+' has a name that begins with \.unidpo-"):
+        extract(path, tmp_path / "out", max_bytes=MANY)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip"]
+
+
+def test_a_file_damaged_at_the_same_size_is_unpacked_again(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.zip", ("a", NOISE), ("b", NOISE))
+    extract(path, tmp_path / "out", max_bytes=MANY)
+    (tmp_path / "out/b").write_bytes(NOISE[:-1] + bytes([NOISE[-1] ^ 1]))
+    assert extract(path, tmp_path / "out", max_bytes=MANY) == Extracted(2, 1, 8000, ("b",))
+    assert set(on_disk(tmp_path / "out").values()) == {NOISE}
+    assert extract(path, tmp_path / "out", max_bytes=MANY).damaged == ()
+
+
+@pytest.mark.parametrize(
     ("mode", "word"),
     [
         (stat.S_IFLNK | 0o777, "symbolic link"),

@@ -278,6 +278,26 @@ def test_a_file_the_user_had_already_is_fetched_only_if_it_is_wrong(mm_rlhf: Loc
     assert (tmp_path / "short/a.png").read_bytes() == SHORT
 
 
+def test_what_was_damaged_at_the_same_size_is_named_and_brought_back(mm_rlhf: LocalHub, tmp_path: Path) -> None:
+    fetch("mm-rlhf", tmp_path, subsets=["long"], endpoint=mm_rlhf.endpoint)
+    mm_rlhf.asked.clear()
+    for name in ("data.jsonl", "long/b.png"):
+        times = (tmp_path / name).stat()
+        (tmp_path / name).write_bytes(bytes((tmp_path / name).stat().st_size))
+        os.utime(tmp_path / name, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a failing disk leaves it
+    done = fetch("mm-rlhf", tmp_path, subsets=["long"], endpoint=mm_rlhf.endpoint)
+    assert [name for name, _ in mm_rlhf.asked] == ["data.jsonl"]
+    assert (tmp_path / "data.jsonl").read_bytes() == mm_rlhf.files[MM_RLHF]["data.jsonl"]
+    assert (tmp_path / "long/b.png").read_bytes() == b"b" * 100
+    assert done.damaged == ("data.jsonl",)
+    assert done.unpacked["long.zip"].damaged == ("long/b.png",)
+    text = shown(done)
+    assert "data.jsonl: differed from the hub's checksum, fetched again" in text
+    assert "long.zip: 'long/b.png' was damaged, unpacked again" in text
+    again = fetch("mm-rlhf", tmp_path, subsets=["long"], endpoint=mm_rlhf.endpoint)
+    assert (again.downloaded, again.damaged, again.unpacked["long.zip"].written) == (0, (), 0)
+
+
 def test_archives_that_were_not_kept_are_not_fetched_again(mm_rlhf: LocalHub, tmp_path: Path) -> None:
     fetch("mm-rlhf", tmp_path, subsets=["long"], endpoint=mm_rlhf.endpoint, keep_archives=False)
     assert files_of(tmp_path) == [name for name in FETCHED if name != "long.zip"]

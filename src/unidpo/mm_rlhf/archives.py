@@ -30,7 +30,9 @@ _ENCRYPTED_FLAGS = 0x1 | 0x40 | 0x2000
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _DRIVE = re.compile(r"[A-Za-z]:")
-_UNFINISHED = ".unidpo-unpacking"
+_OURS = ".unidpo-"
+"""How the names of files begin that fetching and unpacking write for themselves."""
+_UNFINISHED = f"{_OURS}unpacking"
 
 
 class ArchiveError(DataError):
@@ -45,11 +47,13 @@ class Extracted:
         files: files in the archive, all of them on disk now.
         written: how many of them were written; the rest was there before.
         bytes: size of all files.
+        damaged: those of the files written that were there with the right size and other content.
     """
 
     files: int
     written: int
     bytes: int
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,8 @@ def extract(
 ) -> Extracted:
     """Unpack a zip archive into a folder, nothing outside of it, at most so many bytes.
 
-    Files appear whole or not at all. A file that is there with the right size is left alone, so that a second call
-    goes on where a first one was broken off.
+    Files appear whole or not at all. A file that is there with the right size and checksum is left alone, so that a
+    second call goes on where a first one was broken off, and mends what was damaged since.
 
     Args:
         archive: the zip file.
@@ -90,8 +94,8 @@ def extract(
     Raises:
         ArchiveError: the archive cannot be read, or an entry must not be unpacked: it would lie outside the target
             (``..``, absolute, backslash, drive letter, through a link that is there), is a link or device, is
-            encrypted or packed in an unusual way, stands twice or over another, or is too large. If the headers say
-            so, nothing is unpacked.
+            encrypted or packed in an unusual way, stands twice or over another, has a name that is kept for files
+            written here meanwhile, or is too large. If the headers say so, nothing is unpacked.
         DataError: the target cannot be written.
     """
     archive, target = Path(archive), Path(target)
@@ -114,7 +118,7 @@ def extract(
             ) from error
     if on_progress is not None:
         on_progress(stage, total, total)
-    return Extracted(total, writer.written, writer.bytes)
+    return Extracted(total, writer.written, writer.bytes, tuple(writer.damaged))
 
 
 def unpacked_size(archive: str | Path) -> int:
@@ -178,6 +182,8 @@ def _entry_problem(entry: zipfile.ZipInfo, max_ratio: float) -> str | None:
         return "has an absolute path"
     if any(part != "." and part and not part.strip(" .") for part in parts):
         return "points outside the folder it is unpacked into"
+    if any(part.lower().startswith(_OURS) for part in parts):
+        return f"has a name that begins with {_OURS}, as files do that are written here meanwhile"
     if not _path_of(entry).parts and not entry.is_dir():
         return "has no name"
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
@@ -216,6 +222,7 @@ class _Writer:
         self.target = target
         self.max_bytes = max_bytes
         self.written = self.bytes = 0
+        self.damaged: list[str] = []
         self._folders: set[PurePosixPath] = set()
 
     def folder(self, path: PurePosixPath) -> None:
@@ -237,8 +244,10 @@ class _Writer:
             raise ArchiveError(f"{place}: is a link or folder where {self.archive.name} has a file; remove it")
         self.folder(path.parent)
         if place.is_file() and place.stat().st_size == entry.file_size:
-            self.bytes += entry.file_size
-            return
+            if _checksum(place) == entry.CRC:
+                self.bytes += entry.file_size
+                return
+            self.damaged.append(str(path))
         unfinished = self.target / _UNFINISHED
         unfinished.unlink(missing_ok=True)
         try:
@@ -263,6 +272,14 @@ class _Writer:
         if size != entry.file_size:
             raise EOFError("it ends early")
         self.bytes += size
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open_regular(path) as file:
+        while chunk := file.read(_CHUNK):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def _opened(archive: Path) -> zipfile.ZipFile:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from unidpo.errors import DataError, did_you_mean, shown
 from unidpo.locks import locked
 from unidpo.mm_rlhf.archives import Extracted, Progress, extract, top_folders, unpacked_size
 from unidpo.mm_rlhf.hubs import FetchError, Hub, RemoteFile, Source, open_hub
+from unidpo.mm_rlhf.record import FetchRecord
 
 DataSet: TypeAlias = Literal["mm-rlhf", "uni-dpo"]
 
@@ -35,8 +36,9 @@ DEFAULT_SUBSETS: dict[DataSet, tuple[str, ...]] = {
 }
 _MM_RLHF_ALWAYS = ("data.jsonl", "dpo_pairs.jsonl")
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".zip")
-_RECORD = ".unidpo-fetch.json"
 _MB = 1_000_000
+_NAMED = 20
+"""Of damaged files so many are named."""
 # Photographs hardly pack, so an archive unpacks to about its own size; a bound far above that stops a bomb.
 _UNPACKED_ESTIMATE = 1.05
 _UNPACKED_BOUND = 10
@@ -108,13 +110,13 @@ class FetchPlan:
 
     def render(self, console: Console) -> None:
         """Print what will be downloaded, and how large it is."""
-        table = Table(title=f"{self.repo} ({self.source}) to {self.to}", title_justify="left")
+        table = Table(title=Text(f"{self.repo} ({self.source}) to {self.to}"), title_justify="left")
         for name, justify in (("file", "left"), ("size", "right"), ("to download", "right"), ("unpacks to", "right")):
             table.add_column(name, justify="right" if justify == "right" else "left")
         for step in self.steps:
             unpacks = f"about {_size(step.unpacks_to)}" if step.unpacks_to else ""
             missing = _size(step.missing) if step.missing else "there"
-            table.add_row(step.remote.path, _size(step.remote.size), missing, unpacks)
+            table.add_row(Text(step.remote.path), _size(step.remote.size), missing, unpacks)
         console.print(table)
         verdict = f"{_size(self.download_bytes)} to download, about {_size(self.needed_bytes)} of disk needed"
         console.print(f"{verdict}, {_size(self.free)} free", markup=False, highlight=False, soft_wrap=True)
@@ -128,16 +130,23 @@ class Fetched:
         plan: what was planned.
         downloaded: bytes downloaded, 0 where everything was there.
         unpacked: what each archive unpacked to, by its path on the hub.
+        damaged: files that were there, of the right size, with other content than the hub's; they were fetched again.
     """
 
     plan: FetchPlan
     downloaded: int = 0
     unpacked: dict[str, Extracted] = field(default_factory=dict)
+    damaged: tuple[str, ...] = ()
 
     def render(self, console: Console) -> None:
         """Print what was fetched, and what can be done next."""
         lines = [f"{_size(self.downloaded)} downloaded to {self.plan.to}"]
+        lines += [f"{path}: differed from the hub's checksum, fetched again" for path in self.damaged]
         lines += [f"{path}: {e.files:,} files, {e.written:,} new" for path, e in self.unpacked.items()]
+        for path, extracted in self.unpacked.items():
+            lines += [f"{path}: {shown(name)} was damaged, unpacked again" for name in extracted.damaged[:_NAMED]]
+            if (more := len(extracted.damaged) - _NAMED) > 0:
+                lines.append(f"{path}: ... and {more:,} more")
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -185,7 +194,8 @@ def fetch(
 ) -> Fetched:
     """Download a data set, compare it with the hub's sizes and checksums, and unpack its archives beside it.
 
-    A call that was broken off anywhere goes on where it was; a call after a finished one downloads nothing.
+    A call that was broken off anywhere goes on where it was. A call after a finished one brings only what was damaged
+    since.
 
     Args:
         dataset: see `plan_fetch`, as are `to`, `source`, `subsets`, `repo` and `endpoint`.
@@ -213,21 +223,24 @@ def fetch(
         return Fetched(plan)
     try:
         with locked(plan.to):
-            record = _Record(plan.to)
-            downloaded, unpacked = 0, {}
+            record = FetchRecord(plan.to)
+            downloaded, unpacked, damaged = 0, {}, []
             for step in plan.steps:
                 if not step.verified:
-                    downloaded += _download(hub, plan.repo, step, on_progress)
-                    record.add_file(step)
+                    there = step.place.is_file() and step.place.stat().st_size == step.remote.size
+                    received = _download(hub, plan.repo, step, on_progress)
+                    damaged += [step.remote.path] if there and received else []
+                    downloaded += received
+                    record.add_file(step.remote, step.place)
             for step in plan.steps:
                 if step.unpack:
                     unpacked[step.remote.path] = _unpack(step, on_progress)
-                    record.add_unpacked(step)
+                    record.add_unpacked(step.remote)
                     if not keep_archives:
                         step.place.unlink()
     except OSError as error:
         raise DataError(f"{plan.to}: cannot be written: {error.strerror or error}; choose another folder") from error
-    return Fetched(plan, downloaded, unpacked)
+    return Fetched(plan, downloaded, unpacked, tuple(damaged))
 
 
 def _plan(
@@ -254,7 +267,7 @@ def _plan(
     if missing or not chosen:
         what = ", ".join(missing) or f"no data file of {', '.join(wanted)}"
         raise DataError(f"{repo}: the repository does not have {what}; check the id (`--repo`) and the subsets")
-    record = _Record(to)
+    record = FetchRecord(to)
     steps = tuple(_step(hub, files[path], to, record) for path in chosen)
     return FetchPlan(repo, source, to, steps, shutil.disk_usage(existing).free)
 
@@ -273,7 +286,7 @@ def _uni_dpo(files: Collection[str], subsets: Sequence[str]) -> list[str]:
     return sorted(path for path in files if path.endswith(_DATA_SUFFIXES) and subset(path) in subsets)
 
 
-def _step(hub: Hub, remote: RemoteFile, to: Path, record: _Record) -> FileStep:
+def _step(hub: Hub, remote: RemoteFile, to: Path, record: FetchRecord) -> FileStep:
     path = PurePosixPath(remote.path)
     if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in remote.path:
         raise DataError(
@@ -339,41 +352,6 @@ def _unpack(step: FileStep, on_progress: Progress | None) -> Extracted:
     target = step.place.parent if top_folders(step.place) <= {name, "__MACOSX"} else step.place.parent / name
     bound = _UNPACKED_BOUND * step.remote.size + _UNPACKED_BOUND_FREE
     return extract(step.place, target, max_bytes=bound, on_progress=on_progress)
-
-
-class _Record:
-    """What earlier runs verified and unpacked, in a file beside the data: 15 GB are not hashed twice."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / _RECORD
-        self.files: dict[str, Any] = {}
-        self.unpacked: dict[str, Any] = {}
-        try:
-            saved = json.loads(self.path.read_text("utf-8"))
-            self.files, self.unpacked = dict(saved["files"]), dict(saved["unpacked"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # without a record everything is verified again
-
-    def has_file(self, remote: RemoteFile, place: Path) -> bool:
-        stat = place.stat()
-        return bool(self.files.get(remote.path) == [remote.identity, stat.st_size, stat.st_mtime_ns])
-
-    def has_unpacked(self, remote: RemoteFile) -> bool:
-        return bool(self.unpacked.get(remote.path) == remote.identity)
-
-    def add_file(self, step: FileStep) -> None:
-        stat = step.place.stat()
-        self.files[step.remote.path] = [step.remote.identity, stat.st_size, stat.st_mtime_ns]
-        self._save()
-
-    def add_unpacked(self, step: FileStep) -> None:
-        self.unpacked[step.remote.path] = step.remote.identity
-        self._save()
-
-    def _save(self) -> None:
-        unfinished = self.path.with_name(f"{_RECORD}.unfinished")
-        unfinished.write_text(json.dumps({"files": self.files, "unpacked": self.unpacked}, indent=1), "utf-8")
-        unfinished.replace(self.path)
 
 
 def _size(count: int) -> str:
