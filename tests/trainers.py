@@ -28,7 +28,7 @@ def arguments(folder: Path, batch: tuple[int, int] = (2, 2), **more: Any) -> Tra
         "use_cpu": True,
     }
     sizes = dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), batch, strict=True))
-    return TrainingArguments(str(folder), **spelled_for_transformers(plain | sizes | more))
+    return TrainingArguments(str(folder), **plain | sizes | more)
 
 
 def some_groups(count: int = 4, *, images: Callable[[int], int] = lambda i: 1) -> list[PromptGroup]:
@@ -45,6 +45,7 @@ def trainer_of(
     **options: Any,
 ) -> PreferenceTrainer:
     """A trainer that writes to `folder`; keywords that `TrainingArguments` knows go there."""
+    options = spelled_for_transformers(options)
     known = TrainingArguments.__dataclass_fields__.keys() & options.keys()
     args = arguments(folder, batch, **{name: options.pop(name) for name in known})
     groups = some_groups() if groups is None else groups
