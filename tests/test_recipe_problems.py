@@ -1,7 +1,9 @@
 """What is wrong with a recipe is said by `unidpo recipe check`: what, where, what to do; never in a traceback."""
 
 import contextlib
+import io
 import json
+import logging
 import shutil
 import sys
 import typing
@@ -339,3 +341,19 @@ class TestNames:
         assert set(FOREIGN.values()) <= {*_dotted_keys(), "output", "reference"}
         ours = {key.rpartition(".")[2] for key in _dotted_keys()} - {"batch_size"}  # of `eval`, not of `train`
         assert not FOREIGN.keys() & ours
+
+
+def test_what_transformers_says_of_a_file_gives_no_orders_to_the_terminal():
+    import transformers
+
+    from unidpo.terminal import Terminal
+    from unidpo.train import _log_to
+
+    before = logging.getLogger("transformers").handlers
+    try:
+        _log_to(Terminal(file=(said := io.StringIO())))
+        transformers.logging.get_logger("transformers.models").error("unknown token \x1b]0;title")
+        logging.getLogger("unidpo").warning("row \x1b[2J")
+    finally:
+        logging.getLogger("transformers").handlers = before
+    assert said.getvalue().splitlines() == ["unknown token \\x1b]0;title", "row \\x1b[2J"]

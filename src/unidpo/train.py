@@ -336,8 +336,9 @@ class _ConsoleLog(logging.Handler):
 
 
 def _log_to(console: Console) -> None:
-    """What this package says goes to the console; transformers' own chatter stays out."""
+    """What this package says goes to the console, and so do errors of transformers; its chatter stays out."""
     _LOG.handlers = [_ConsoleLog(console)]
+    logging.getLogger("transformers").handlers = [_ConsoleLog(console)]  # its own writes a file's text as it is
     _LOG.setLevel(logging.INFO)
     _LOG.propagate = False
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed's, once per step
