@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from trainers import some_groups, trainer_of
 from unidpo.encode import Encoder, PromptTooLong, plain_positions
 from unidpo.errors import DataError, ImageError, ModelError
 from unidpo.lengths import GroupTokens, TokenCounter, fit_to_length
@@ -213,3 +214,9 @@ def test_progress_counts_groups(make, monkeypatch):
     seen = []
     fit_to_length([ask("x")] * 5, make(), on_progress=lambda *numbers: seen.append(numbers))
     assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
+
+
+def test_a_trainer_counts_groups_to_train_on_and_held_out_as_one_work(tmp_path):
+    groups, seen = some_groups(5, images=lambda i: 0), []
+    trainer_of(tmp_path, groups[:3], eval_dataset=groups[3:], on_token_progress=lambda *done: seen.append(done))
+    assert seen == [(0, 5), (3, 5), (3, 5), (5, 5)]

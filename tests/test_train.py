@@ -123,6 +123,7 @@ def test_what_a_run_prints(finished):
         "training on 48 pairs of 48 groups",
         "reference: 0 responses found",
         "96 computed",
+        "tokenizing, groups: 48/48",
         "reference, responses: 96/96",
         "training, pairs: 48/48",
         f"finished: {folder / 'run' / 'model'}",

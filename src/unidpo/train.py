@@ -275,6 +275,7 @@ def _trainer(
         callbacks=[progress, *([record] if record else [])],
         on_digests=on_digests,
         on_pairs=record.add_pairs if record else None,
+        on_token_progress=progress.show_tokens,
         on_reference_progress=progress.show_reference,
         on_feature_progress=progress.show_features,
         benchmark=None if benchmarks is None else benchmarks.take,
@@ -290,6 +291,9 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
         self._stages = stages
         self._pairs_per_step = 0.0
         self._loss = ""
+
+    def show_tokens(self, done: int, total: int) -> None:
+        self._stages.update("tokenizing, groups", done, total)
 
     def show_reference(self, done: int, total: int) -> None:
         self._stages.update("reference, responses", done, total)

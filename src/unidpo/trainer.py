@@ -87,6 +87,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
             (`processor`) and, later, of the weights of another `reference`; refuses them by raising `UserError`.
         on_pairs: called in the main process once per optimizer step with the step's pairs, see
             `measures.pair_columns`.
+        on_token_progress: called in the main process with groups whose tokens are counted and groups to count.
         on_reference_progress: called in the main process with responses done and responses to do.
         on_feature_progress: called in the main process with prompts done and prompts to do, where features are kept.
         benchmark: called in the main process at each evaluation with the model in its own attention, the processor
@@ -126,6 +127,7 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         record: bool = False,
         on_digests: Callable[[Mapping[str, str]], None] | None = None,
         on_pairs: Callable[[Columns], None] | None = None,
+        on_token_progress: Callable[[int, int], None] | None = None,
         on_reference_progress: Callable[[int, int], None] | None = None,
         on_feature_progress: Callable[[int, int], None] | None = None,
         benchmark: Callable[[PreTrainedModel, Processor, int], Mapping[str, float]] | None = None,
@@ -144,8 +146,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
         encoder = Encoder(
             processing_class, prompt_positions(model), template=template, max_length=max_length, max_pixels=max_pixels
         )
-        groups = fit_to_length(train_groups, encoder)
-        held_out = fit_to_length(held_out_groups, encoder)
+        tell, all_groups = on_token_progress or (lambda done, total: None), len(train_groups) + len(held_out_groups)
+        groups = fit_to_length(train_groups, encoder, on_progress=lambda done, _: tell(done, all_groups))
+        held_out = fit_to_length(
+            held_out_groups, encoder, on_progress=lambda done, _: tell(len(train_groups) + done, all_groups)
+        )
         learner = make_learner(
             model,
             args,
