@@ -171,9 +171,12 @@ def test_one_command_starts_the_processes(world, one):
 
 
 def test_what_is_wrong_is_said_once(world):
-    failed = unidpo(world, "train", world / "recipe.yaml", f"output={world}/bad", "model.name=nowhere", "--nproc", 2)
+    (world / "broken").mkdir()
+    (world / "broken" / "config.json").write_text("{")
+    overrides = (f"output={world}/bad", f"model.name={world}/broken")
+    failed = unidpo(world, "train", world / "recipe.yaml", *overrides, "--nproc", 2)
     assert failed.returncode == 2
-    assert len(re.findall("nowhere: cannot load", failed.stderr)) == 1
+    assert len(re.findall("broken: cannot load", failed.stderr)) == 1
     assert "Traceback" not in failed.stderr
 
 
