@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
-from unidpo.cli import app
+from unidpo.cli import app, main
 from unidpo.errors import DataError
 from unidpo.sources import read_groups
 from unidpo.sources.other_kinds import SUFFIXES
@@ -76,6 +77,33 @@ def test_every_other_kind_is_named_and_never_looked_for_on_a_hub(tmp_path, monke
     found = unidpo("check", path).exception
     assert isinstance(found, DataError)
     assert "not read" in str(found)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "check LONG.json",
+        "check good.jsonl --images LONG",
+        "check good.jsonl --fix LONG.json",
+        "convert good.jsonl --to LONG.json",
+        "convert good.jsonl --to new.json --images LONG",
+        "relocate LONG.jsonl --images . --in-place",
+        "from-mm-rlhf LONG --to new.json",
+        "from-mm-rlhf . --to LONG.json",
+        "fetch mm-rlhf --to LONG",
+    ],
+)
+def test_a_name_too_long_for_a_file(tmp_path, monkeypatch, capfd, command):
+    monkeypatch.chdir(tmp_path)
+    Path("good.jsonl").write_text(json.dumps(PAIR))
+    monkeypatch.setattr(sys, "argv", ["unidpo", "data", *command.replace("LONG", "n" * 300).split()])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2
+    error = capfd.readouterr().err
+    assert "nnn" in error
+    assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["good.jsonl"]
 
 
 TWICE = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import Annotated
 import typer
 
 import unidpo
-from unidpo.cli.consoles import WORK_FAILED, kept_open, messages, out_of_space, results
+from unidpo.cli.consoles import INPUT_WRONG, WORK_FAILED, kept_open, messages, out_of_space, results
 from unidpo.cli.data import data
 from unidpo.cli.evaluation import evaluation
 from unidpo.cli.planning import plan
@@ -45,6 +46,9 @@ def main() -> None:
             _complain(str(error))
             sys.exit(WORK_FAILED if out_of_space(error) else error.exit_code)
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                _complain(f"{printable(str(error.filename), most=200)}: this name is too long for a file")
+                sys.exit(INPUT_WRONG)
             if reason := out_of_space(error):
                 remedy = "free some space and give the command again, `unidpo train` with `--resume`"
                 _complain(f"nothing more can be written ({reason}); {remedy}")
