@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from trainers import lora, some_groups, trainer_of
 from unidpo.attention import PACK_ATTENTION
-from unidpo.errors import Interrupted, ModelError, TrainingError
+from unidpo.errors import Interrupted, ModelError, RunError, TrainingError
 from unidpo.losses import DPO, MPO
 from unidpo.models import load_policy
 from unidpo.pairs import Pair
@@ -242,3 +242,27 @@ def test_a_checkpoint_that_lacks_weights_is_not_resumed(make, out):
     (weights.parent / "manifest.json").unlink()  # as of another program
     with pytest.raises(ModelError, match=r"checkpoint-1.*merger"):
         make().train(resume_from_checkpoint=str(weights.parent))
+
+
+def test_a_checkpoint_that_lost_something_is_refused_and_true_takes_the_last_whole_one(make, out):
+    make(**EACH_STEP).train()
+    (out / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(RunError, match=r"checkpoint-2: optimizer\.pt is missing"):
+        make().train(resume_from_checkpoint=str(out / "checkpoint-2"))
+    steps = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    make(callbacks=[Look()]).train(resume_from_checkpoint=True)
+    assert steps == [1]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_state_that_cannot_be_read_is_named_where_no_manifest_tells(make, out, name):
+    make(**EACH_STEP).train()
+    (out / "checkpoint-1" / "manifest.json").unlink()
+    (out / "checkpoint-1" / name).write_bytes(b"PK" * 500)
+    with pytest.raises(RunError, match=r"checkpoint-1: its optimizer, schedule or random state cannot be read"):
+        make().train(resume_from_checkpoint=str(out / "checkpoint-1"))

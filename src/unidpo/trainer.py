@@ -241,8 +241,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]
 
         Raises:
             Interrupted: `request_stop` was called; there is a checkpoint of the last step.
-            RunError: the training is to be recorded where the record of another one lies or is being written.
-            RunError: the checkpoint to resume from has lost something.
+            RunError: the checkpoint to resume from has lost something, or the training is to be recorded where the
+                record of another one lies or is being written.
         """
         self._resumed = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
