@@ -180,7 +180,7 @@ class TestScalesOfScores:
         assert 1 / (1 + math.exp(-float(eta) * 35)) == pytest.approx(0.8, abs=0.01)  # 35 is the median margin
 
     @pytest.mark.parametrize(
-        "scores", [[(4.5, 2.0), (3.0, 1.0)], [(90.0, 10.0), (66.0, 65.0), (52.0, 51.0)], [(3.0, 3.0)]]
+        "scores", [[(4.5, 2.0), (2.0, 1.0)], [(90.0, 10.0), (66.0, 65.0), (52.0, 51.0)], [(3.0, 3.0)]]
     )
     def test_on_a_scale_that_fits_nothing_is_said(self, tmp_path, scores):
         said = self.checked(tmp_path, scores)
