@@ -192,15 +192,6 @@ def test_each_distinct_prompt_is_rendered_and_each_distinct_text_tokenized_once(
     assert len(tokenized) == len(rendered) + len({each.text for one in groups for each in one.responses})
 
 
-def test_known_image_sizes_are_taken_instead_of_the_files(make, tmp_path):
-    path = tmp_path / "gone.png"
-    one = ask(IMAGE, images=[path])
-    with pytest.raises(ImageError, match=r"gone\.png"):
-        TokenCounter(make()).one(one)
-    known = TokenCounter(make(), {path: (84, 56)}).one(one)
-    assert known == TokenCounter(make()).one(ask(IMAGE, images=[Image.new("RGB", (84, 56))]))
-
-
 def test_what_is_wrong_with_one_group_leaves_the_others(make, tmp_path):
     good, gone = ask(IMAGE, images=[Image.new("RGB", (56, 56))]), ask(IMAGE, images=[tmp_path / "gone.png"])
     spelled = ask("<|image_pad|>", IMAGE, images=[Image.new("RGB", (56, 56))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import PIL.Image
 from unidpo.encode import Encoder, refused_images
 from unidpo.errors import DataError, Finding, ImageError, UserError, from_findings
 from unidpo.images import capped_size, image_size
-from unidpo.pairs import ImageSource, PromptGroup
+from unidpo.pairs import PromptGroup
 from unidpo.ranks import on_main
 
 _LOG = logging.getLogger(__name__)
@@ -51,16 +51,14 @@ class _Prompt:
 
 
 class TokenCounter:
-    """Counts what `Encoder.encode` would make of groups: each distinct prompt and response once.
+    """Counts what `Encoder.encode` would make of groups: each distinct prompt and response once. Reads image headers.
 
     Args:
         encoder: whose tokens.
-        image_sizes: width and height of images that were opened before. Of others the header is read.
     """
 
-    def __init__(self, encoder: Encoder, image_sizes: Mapping[ImageSource, tuple[int, int]] | None = None) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._sizes = image_sizes or {}
         self._prompts: dict[Hashable, _Prompt | UserError] = {}
         self._responses: dict[str, int] = {}
         self._added: dict[tuple[tuple[int, int], ...], int] = {}
@@ -136,7 +134,7 @@ class TokenCounter:
     def _with_images(self, group: PromptGroup, text: str, text_tokens: int) -> _Prompt:
         if not group.images:
             return _Prompt(text_tokens, (), group)
-        sizes = tuple(capped_size(self._size(source), self._encoder.max_pixels) for source in group.images)
+        sizes = tuple(capped_size(image_size(source), self._encoder.max_pixels) for source in group.images)
         added = self._tokens_beside_marks(sizes, text, text_tokens)
         # In the text each image is one mark. Processors do not say which image has how many: large ones have more.
         total = added + len(sizes)
@@ -144,10 +142,6 @@ class TokenCounter:
         images = [round(total * area / sum(areas)) for area in areas]
         images[-1] += total - sum(images)
         return _Prompt(text_tokens + added, tuple(images), group)
-
-    def _size(self, source: ImageSource) -> tuple[int, int]:
-        known = None if isinstance(source, PIL.Image.Image) else self._sizes.get(source)
-        return known or image_size(source)
 
     def _tokens_beside_marks(self, sizes: tuple[tuple[int, int], ...], text: str, text_tokens: int) -> int:
         """What images of these sizes add to a prompt that has so many tokens with a mark for each of them."""
@@ -208,7 +202,6 @@ def fit_to_length(
     groups: Sequence[PromptGroup],
     encoder: Encoder,
     *,
-    image_sizes: Mapping[ImageSource, tuple[int, int]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Fitted:
     """The groups whose prompts leave room for a response. Skipped prompts and cut responses are counted and named.
@@ -216,7 +209,6 @@ def fit_to_length(
     Every process must call it; the main one counts for all.
 
     Args:
-        image_sizes: see `TokenCounter`.
         on_progress: see `TokenCounter.count`.
 
     Raises:
@@ -224,7 +216,7 @@ def fit_to_length(
         ImageError: an image cannot be read, or the model's processor refuses it; names the row.
         ModelError: see `Encoder.encode`.
     """
-    counted = on_main(lambda: _count_all(groups, TokenCounter(encoder, image_sizes), on_progress))
+    counted = on_main(lambda: _count_all(groups, TokenCounter(encoder), on_progress))
     fitted = Fitted([], [])
     findings: dict[str, list[Finding]] = defaultdict(list)
     for group, tokens in zip(groups, counted, strict=True):
