@@ -32,6 +32,19 @@ def recorded(golden):
     return json.loads((golden / "reference" / "uni_dpo" / "gradient_norms_step1.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("finished", "said"), [(True, r"its model is .*run/model$"), (False, "it has no model yet; resume the run$")]
+)
+def test_a_run_folder_is_not_its_model(tmp_path, finished, said):
+    for name in ("config.json", "environment.json"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
+    if finished:
+        (tmp_path / "run" / "model").mkdir()
+    with pytest.raises(ModelError, match=f"run: this is a run folder; {said}"):
+        load_policy(tmp_path / "run")
+
+
 def test_the_golden_model_and_a_text_model_come_as_what_they_are(text_model):
     assert type(load_policy(GOLDEN / "model")).__name__ == "Qwen2VLForConditionalGeneration"
     assert type(load_policy(text_model)).__name__ == "Qwen2ForCausalLM"

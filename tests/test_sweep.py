@@ -298,6 +298,10 @@ methods:
         assert unidpo_command("train", "--sweep", two_runs.file, "--push-to-hub", "me/model") == 2
         assert "a sweep trains many models" in capfd.readouterr().err
 
+    def test_a_sweep_in_the_place_of_a_recipe_is_called_one(self, two_runs, capfd):
+        assert unidpo_command("train", two_runs.file) == 2
+        assert capfd.readouterr().err.endswith(f"train them with `unidpo train --sweep {two_runs.file}`\n")
+
     def test_an_interrupted_sweep_says_how_to_go_on(self, two_runs, commands, capfd):
         calls, ends = commands
         ends[1e-3] = 143

@@ -166,6 +166,10 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
             f"{name}: this folder holds no model (no config.json); name a folder written by `save_pretrained`, "
             "such as the `model/` of a run folder, or a hub id"
         )
+    if (folder / "environment.json").is_file():
+        finished = (folder / "model").is_dir()
+        what = f"its model is {folder / 'model'}" if finished else "it has no model yet; resume the run"
+        raise ModelError(f"{name}: this is a run folder; {what}")
     with _as_model_error(name, "the model's configuration"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
     return config

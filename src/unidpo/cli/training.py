@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unidpo.cli.consoles import INTERRUPTED, messages
-from unidpo.errors import Interrupted, TrainingError
+from unidpo.errors import Interrupted, RecipeError, TrainingError
 
 if TYPE_CHECKING:
     from unidpo.runs import RunFolder
@@ -44,10 +44,12 @@ def train(
             raise typer.BadParameter("a sweep trains many models; push the one you choose", param_hint="--push-to-hub")
         _sweep(recipe, overrides or (), ["--nproc", str(nproc)] if nproc > 1 else [])
         return
-    from unidpo.config import load_recipe
+    from unidpo.config import is_sweep, load_recipe
     from unidpo.locks import refuse_if_in_use
     from unidpo.runs import RunFolder
 
+    if is_sweep(recipe):
+        raise RecipeError(f"{recipe}: this is a sweep of several runs; train them with `unidpo train --sweep {recipe}`")
     resolved = load_recipe(recipe, overrides or (), look=True)
     if os.environ.get("RANK", "0") == "0":  # another process of this training may have begun
         # Before torch takes its seconds to import.
