@@ -397,7 +397,7 @@ def kinds_in(node: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("page", "modules"),
     [
-        ("docs/check.md", ["sources/**/*.py", "check/**/*.py", "images.py", "encode.py", "batches.py"]),
+        ("docs/check.md", ["sources/**/*.py", "check/**/*.py", "images.py", "lengths.py", "batches.py"]),
         ("docs/mm-rlhf.md", ["mm_rlhf/*.py"]),
     ],
 )
