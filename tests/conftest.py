@@ -46,10 +46,9 @@ def gemma2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_logging():
+def own_logging() -> None:
     """`unidpo train` takes the package's log to its console; other tests read it where pytest catches it."""
     log = logging.getLogger("unidpo")
-    before = log.handlers, log.level, log.propagate
-    yield
-    log.handlers, log.propagate = before[0], before[2]
-    log.setLevel(before[1])
+    # Before the test, not after it: a fixture of a whole module may have run the command.
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
