@@ -213,3 +213,10 @@ def test_a_file_that_is_no_data(tmp_path, name, data, reason):
     assert isinstance(done.exception, (DataError, SystemExit))
     assert done.exit_code in (1, 2)  # 1: the runner's own, for an error that `main` would print
     assert reason in (str(done.exception) if isinstance(done.exception, DataError) else done.output)
+
+
+@pytest.mark.parametrize("command", [["check", ""], ["convert", " ", "--to", "out.json", "--layout", "trl"]])
+def test_no_path_at_all(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="the path of the data is empty; give a file"):
+        raise unidpo(*command).exception

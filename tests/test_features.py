@@ -387,5 +387,5 @@ def test_a_recipe_that_keeps_features_of_what_learns_is_refused():
     recipe_from(plain)
     learning = plain | {"model": {"name": "m", "freeze": ["vision"]}}
     recipe_from(learning | {"lora": {}})
-    with pytest.raises(RecipeError, match=r"`data.cache_image_features` .* they learn: set `model.freeze:"):
+    with pytest.raises(RecipeError, match=r"`data.cache_image_features`: .* they learn: set `model.freeze:"):
         recipe_from(learning)

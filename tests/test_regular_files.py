@@ -19,7 +19,7 @@ from unidpo.models import load_processor
 from unidpo.regular_files import open_regular, read_regular
 from unidpo.sources.dataset_info import columns_of
 
-PAIR = {"prompt": "?", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1}
+PAIR = {"prompt": "?", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 1}
 KINDS = ["pipe", "link", "socket", "device", "endless", "folder"]
 
 

@@ -121,6 +121,8 @@ def read_rows(
     Raises:
         DataError: as `read_groups`, while iterating.
     """
+    if not str(path).strip():
+        raise DataError("the path of the data is empty; give a file, a folder or a data set of the hub")
     if images is not None and not Path(images).is_dir():
         raise DataError(f"{images}: there is no such image folder; give the one that the image paths start from")
     values: Iterator[tuple[int, Any]]
