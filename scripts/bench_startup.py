@@ -1,4 +1,4 @@
-"""What `unidpo train` costs before its first forward pass: check, selection, lengths in tokens, keys of stored numbers.
+"""What `unidpo train` costs before its first forward pass: check, lengths in tokens, digests of the data, stored keys.
 
     python scripts/bench_startup.py                          50,000 rows over 12,500 images
     python scripts/bench_startup.py --against 5e9b5a3        the same beside an earlier revision, in turn
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -185,6 +186,11 @@ def measure(data: Path) -> dict[str, Any]:
         fitted = staged(
             stages, "lengths in tokens", lambda: [fit_to_length(side, encoder) for side in (groups, held_out)]
         )
+        if importlib.util.find_spec("unidpo.inputs"):  # earlier revisions resumed on any data
+            from unidpo.inputs import Inputs
+
+            record = Inputs(data.parent, resume=False)
+            staged(stages, "digests", lambda: record.see_data(groups, held_out, [(str(data), 1.0)]))
         keys = staged(stages, "keys", lambda: content_keys([*fitted[0].groups, *fitted[1].groups]))
     stages["together"] = since(start)
     result = [
