@@ -14,7 +14,7 @@ CORE := adapters arguments check cli config demo encode equivalence golden losse
   packs recipes reference runs sources stores train trainer
 TESTS ?= $(CORE:%=tests/test_%.py)
 
-.PHONY: setup demo test test-oldest test-newest test-python test-eval test-watch mutants bench lint fmt FORCE
+.PHONY: setup demo test test-avx2 test-oldest test-newest test-python test-eval test-watch mutants bench lint fmt FORCE
 
 setup: $(INSTALLED)
 
@@ -33,6 +33,10 @@ demo: $(INSTALLED)
 # One thread per worker: two that fight over the same cores take longer than one.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# As on a CPU without AVX-512, for torch and oneDNN; 4-bit weights are tried with and without it in every run.
+test-avx2: $(INSTALLED)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # What pyproject.toml promises: its lowest bounds, the newest releases beside the pinned torch, other versions of Python
 # (`make test-python PYTHON=python3.13`).
