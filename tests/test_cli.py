@@ -99,15 +99,16 @@ class TestExitCodes:
         assert "on purpose" in err
         assert "please report" in err
 
-    def test_interrupted_training_says_how_to_go_on(self, unidpo_command, monkeypatch):
+    def test_interrupted_training_says_how_to_go_on(self, unidpo_command, monkeypatch, tmp_path):
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
         monkeypatch.setattr("unidpo.train.run", interrupted)
         monkeypatch.chdir(ROOT)
-        code, _, err = unidpo_command("train", TINY, "train.run_name=my run")
+        output = f"output={tmp_path / 'my run'}"
+        code, _, err = unidpo_command("train", TINY, output)
         assert code == 130
-        assert f"unidpo train {TINY} 'train.run_name=my run' --resume" in err
+        assert f"unidpo train {TINY} '{output}' --resume" in err
 
     def test_interrupted_otherwise(self, unidpo_command, monkeypatch):
         def interrupted(*_, **__):

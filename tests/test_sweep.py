@@ -250,7 +250,9 @@ def test_no_torch_is_imported_by_the_sweeping_process():
 
 class TestTheRealCommand:
     def test_trains_all_runs_over_one_reference(self, sweep_file, tmp_path, monkeypatch, capfd):
-        monkeypatch.chdir(ROOT)
+        monkeypatch.chdir(tmp_path)  # where runs go, should the sweep's output be lost
+        for name in ("recipes", "tests"):
+            (tmp_path / name).symlink_to(ROOT / name)
         out = tmp_path / "runs of [a] sweep"
         text = f"""
 output: {json.dumps(str(out))}
