@@ -17,11 +17,11 @@ from typing import Any
 
 from benchmarks import page
 from benchmarks.measure import MIB, in_own_process, peak
+from benchmarks.records import add_record
 from benchmarks.settings import Setting
 from benchmarks.shapes import SHAPES, Shape, save_model
 from benchmarks.speed import agreement, environment
 from benchmarks.variants import VARIANTS, run
-from scripts.records import add_record
 
 NAMES = ("pair packs", "prompt packs", "selective", "loop")
 

@@ -24,12 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import page
 from benchmarks.measure import Seconds, in_own_process
+from benchmarks.records import add_record
 from benchmarks.settings import Setting
 from benchmarks.shapes import SHAPES, Shape, save_model
 from benchmarks.speed import environment
 from benchmarks.variants import run
 from benchmarks.work import matmul_rate, step_work
-from scripts.records import add_record
 
 NAMES = ("prompt packs", "pair packs", "pair packs, features", "selective", "loop")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::mkldnn_convolution")

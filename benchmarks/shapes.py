@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from unidpo.encode import CHATML
+from unidpo.model.encode import CHATML
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "model"  # lends its tokenizer
 # Ids that the golden tokenizer knows; a larger vocabulary costs as much whichever of its tokens stand in the text.

@@ -29,11 +29,11 @@ import torch
 
 from benchmarks import curves, page
 from benchmarks.measure import Taken, in_own_process
+from benchmarks.records import add_record
 from benchmarks.settings import Setting
 from benchmarks.shapes import SHAPES, Shape, save_model
 from benchmarks.variants import VARIANTS, run
 from benchmarks.work import matmul_rate, step_work
-from scripts.records import add_record
 
 PACKAGES = ("torch", "transformers", "accelerate", "trl")
 # Largest relative difference that rounding explains: of losses, log-probabilities, norms of gradients.

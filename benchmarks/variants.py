@@ -14,11 +14,11 @@ from benchmarks.loops import full_logits, selective, train_padded
 from benchmarks.measure import Clock, First, Seconds, Taken, taken
 from benchmarks.settings import BETA, Setting, training_arguments
 from benchmarks.world import as_pairs, make_prompts
-from unidpo.encode import CHATML
+from unidpo.data.pairs import PromptGroup
 from unidpo.losses import DPO
-from unidpo.models import freeze, keep_trainable_in_float32, load_policy, load_processor
-from unidpo.pairs import PromptGroup
-from unidpo.trainer import PreferenceTrainer
+from unidpo.model.encode import CHATML
+from unidpo.model.load import freeze, keep_trainable_in_float32, load_policy, load_processor
+from unidpo.training.trainer import PreferenceTrainer
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ import torch
 from benchmarks.settings import Setting
 from benchmarks.shapes import Shape
 from benchmarks.variants import VARIANTS, Variant, pairs_of, prompts_of
-from unidpo.encode import Encoder, plain_positions
-from unidpo.lengths import TokenCounter
-from unidpo.models import load_processor
+from unidpo.model.encode import Encoder, plain_positions
+from unidpo.model.lengths import TokenCounter
+from unidpo.model.load import load_processor
 
 PATCHES_PER_TOKEN = 4
 PATCH_VALUES = 3 * 2 * 14 * 14

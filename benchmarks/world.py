@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.shapes import Lengths
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 
 TOKEN_SIDE = 28  # pixels of an image that become one token: 2 x 2 patches of 14 x 14
 

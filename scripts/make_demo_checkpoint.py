@@ -34,7 +34,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from unidpo.demo import CHECKPOINT
 from unidpo.demo.answers import accuracies, greedy_answers
 from unidpo.demo.digits import CELL, KINDS, LETTERS, READ_WORDINGS, DigitsWorld, Question, load_world
-from unidpo.models import compose_processor
+from unidpo.model.load import compose_processor
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",

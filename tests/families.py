@@ -44,10 +44,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from unidpo.attention import PACK_ATTENTION, set_text_attention
-from unidpo.encode import CHATML, Encoder, prompt_positions
-from unidpo.logps import response_logps
-from unidpo.models import (
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.model.attention import PACK_ATTENTION, set_text_attention
+from unidpo.model.encode import CHATML, Encoder, prompt_positions
+from unidpo.model.load import (
     compose_processor,
     freeze,
     language_linear_layers,
@@ -55,8 +55,8 @@ from unidpo.models import (
     load_processor,
     save_model,
 )
-from unidpo.packs import pack, pad
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.model.logps import response_logps
+from unidpo.model.packs import pack, pad
 from worlds import GOLDEN, picture, sentence
 
 Tuning = Literal["full", "LoRA"]

@@ -50,8 +50,8 @@ def serve():
     from deepspeed.comm.torch import build_shm_op
 
     import unidpo.cli
-    import unidpo.launch
-    import unidpo.train
+    import unidpo.run.launch
+    import unidpo.run.train
 
     # DeepSpeed compiles this for its first run on a CPU; two processes would wait for each other.
     with contextlib.redirect_stdout(sys.stderr):
@@ -62,14 +62,14 @@ def serve():
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in asked["wait"]]
             _answer(codes)
             continue
-        port = str(unidpo.launch.free_port())
+        port = str(unidpo.run.launch.free_port())
         pids = []
         for rank in range(asked["ranks"]):
             pid = os.fork()
             if pid == 0:
                 os.environ.update(asked["env"])
                 if asked["ranks"] > 1:
-                    os.environ.update(unidpo.launch.environment(rank, asked["ranks"], port))
+                    os.environ.update(unidpo.run.launch.environment(rank, asked["ranks"], port))
                 _become_the_command(asked["arguments"], f"{asked['log']}.{rank}")
             pids.append(pid)
         _answer(pids)

@@ -9,14 +9,14 @@ import torch
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
-from unidpo.adapters import adds_nothing_yet, lora_config, with_adapter
+from unidpo.cache.store import weights_fingerprint
 from unidpo.config import LoraSection
 from unidpo.config.hf_arguments import spelled_for_transformers
 from unidpo.errors import ModelError
 from unidpo.losses import DPO, SimPO, UniDPO
-from unidpo.models import language_linear_layers, load_policy, parts
-from unidpo.stores import weights_fingerprint
-from unidpo.trainer import PreferenceTrainer
+from unidpo.model.adapters import adds_nothing_yet, lora_config, with_adapter
+from unidpo.model.load import language_linear_layers, load_policy, parts
+from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group
 
 LN2 = 0.6931471805599453
@@ -305,7 +305,7 @@ def test_an_adapter_cannot_be_quantized_as_if_it_were_a_model(bitsandbytes, tmp_
 
 
 def test_quantizing_without_the_package_names_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("unidpo.models.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("unidpo.model.load.importlib.util.find_spec", lambda name: None)
     code, printed = unidpo("train", write_recipe(tmp_path, model={"quantize": "nf4"}, lora={"r": 4}))
     assert code == 2
     assert "pip install 'unidpo[quantize]'" in printed

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unidpo.data.mm_rlhf.archives import ArchiveError, Extracted, extract, unpacked_size
 from unidpo.errors import DataError
-from unidpo.mm_rlhf.archives import ArchiveError, Extracted, extract, unpacked_size
 
 NOISE = os.urandom(4000)
 MANY = 1 << 40

@@ -10,11 +10,11 @@ import pytest
 from transformers import TrainingArguments
 
 from trainers import some_groups, trainer_of
-from unidpo.arguments import ELSEWHERE
 from unidpo.config.hf_arguments import WITHOUT_EFFECT
 from unidpo.errors import UserError
 from unidpo.losses import UniDPO
-from unidpo.trainer import PreferenceTrainer
+from unidpo.training.arguments import ELSEWHERE
+from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN
 
 # TRL sets an argument of transformers by its former name.
@@ -104,7 +104,7 @@ def test_settings_of_trl_say_where_they_go(tmp_path: Path) -> None:
 
 def test_trl_arguments_as_they_come_train_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = with_config(dpo_config(tmp_path, learning_rate=1e-4, save_strategy="no"))
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "unidpo.arguments"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "unidpo.training.arguments"]
     assert warning.startswith("args: what DPOConfig has beside TrainingArguments (`")
     assert "has no effect here" in warning
     trainer.train()

@@ -15,7 +15,9 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from trainers import some_groups, trainer_of
-from unidpo.attention import (
+from unidpo.config.schema import Attention
+from unidpo.errors import ModelError
+from unidpo.model.attention import (
     BACKENDS,
     PACK_ATTENTION,
     PackAttentionError,
@@ -24,12 +26,10 @@ from unidpo.attention import (
     pack_attention,
     set_text_attention,
 )
-from unidpo.attention import backends as kernels
-from unidpo.attention.backends import masked_sdpa, sdpa
-from unidpo.config.schema import Attention
-from unidpo.errors import ModelError
-from unidpo.logps import response_logps
-from unidpo.packs import Pack, Segment, pack
+from unidpo.model.attention import backends as kernels
+from unidpo.model.attention.backends import masked_sdpa, sdpa
+from unidpo.model.logps import response_logps
+from unidpo.model.packs import Pack, Segment, pack
 from worlds import group, tiny_policy
 
 CPU = torch.device("cpu")
@@ -379,8 +379,10 @@ def test_a_backend_that_is_not_there_is_an_error_that_says_what_is(tmp_path, bac
 
 
 def test_auto_goes_on_to_the_next_backend_where_one_fails_or_disagrees(tmp_path, monkeypatch, caplog):
-    caplog.set_level(logging.DEBUG, "unidpo.layouts")
-    monkeypatch.setattr("unidpo.layouts.missing", lambda backend, **_: "not there" if backend == "flash" else None)
+    caplog.set_level(logging.DEBUG, "unidpo.model.pack_check")
+    monkeypatch.setattr(
+        "unidpo.model.pack_check.missing", lambda backend, **_: "not there" if backend == "flash" else None
+    )
     monkeypatch.setattr(kernels, "_varlen_attn", lambda: 1 / 0)
     monkeypatch.setattr(kernels, "_compiled_flex", lambda: lambda query, *_, **__: query * 2)
     during = []

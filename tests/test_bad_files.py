@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from unidpo.cli import app, main
+from unidpo.data.formats import read_groups
+from unidpo.data.formats.other_kinds import SUFFIXES
 from unidpo.errors import DataError
-from unidpo.sources import read_groups
-from unidpo.sources.other_kinds import SUFFIXES
 
 PAIR = {
     "prompt": "Which, 漢字?",

@@ -19,8 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from unidpo.cli import app
+from unidpo.data.formats import read_groups
 from unidpo.errors import DataError
-from unidpo.sources import read_groups
 
 NUMBER = itertools.count(1)
 SCORES = {"score_chosen": 4, "score_rejected": 1}

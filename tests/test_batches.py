@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unidpo.attention import PACK_ATTENTION, set_text_attention
-from unidpo.batches import Plan, PlannedBatches, StepLoader, StepSampler
-from unidpo.layouts import smallest
-from unidpo.logps import response_logps
+from unidpo.model.attention import PACK_ATTENTION, set_text_attention
+from unidpo.model.batches import Plan, PlannedBatches, StepLoader, StepSampler
+from unidpo.model.logps import response_logps
+from unidpo.model.pack_check import smallest
 from worlds import GOLDEN, group, tiny_policy
 
 counts = st.lists(st.integers(1, 12), min_size=1, max_size=20)

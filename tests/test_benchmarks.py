@@ -22,9 +22,9 @@ from benchmarks.speed import DifferentResult, agreement
 from benchmarks.variants import VARIANTS
 from benchmarks.work import group_work
 from benchmarks.world import as_pairs, make_prompts
-from unidpo.encode import Encoder, prompt_positions
-from unidpo.models import load_processor
-from unidpo.packs import pad
+from unidpo.model.encode import Encoder, prompt_positions
+from unidpo.model.load import load_processor
+from unidpo.model.packs import pad
 from worlds import GOLDEN, group, tiny_policy
 
 ROOT = Path(__file__).parent.parent

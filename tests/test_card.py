@@ -10,10 +10,10 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
-from unidpo.card import HELD_OUT_ROWS, write_card
-from unidpo.manifest import write_manifest
-from unidpo.records import LEDGER_COLUMNS, Ledger, Metrics
-from unidpo.runs import RunFolder
+from unidpo.run.card import HELD_OUT_ROWS, write_card
+from unidpo.run_folder.folder import RunFolder
+from unidpo.run_folder.manifest import write_manifest
+from unidpo.run_folder.records import LEDGER_COLUMNS, Ledger, Metrics
 
 TABLE = {"step": 1, "epoch": 0.0, "file": "a.json", "row": 1, "chosen": 0, "rejected": 1, "nll_gate": 0.0}
 
@@ -150,7 +150,7 @@ def test_a_card_that_cannot_be_written_does_not_cost_the_model(tmp_path, monkeyp
     def broken(folder, model):
         raise KeyError("loss")
 
-    monkeypatch.setattr("unidpo.train.write_card", broken)
+    monkeypatch.setattr("unidpo.run.train.write_card", broken)
     code, printed = unidpo("train", write_recipe(tmp_path, data=write_rows(tmp_path, rows_of(2))))
     assert code == 0, printed
     assert "the model card could not be written" in printed
@@ -191,8 +191,8 @@ def hub(monkeypatch):
         run_folder(recipe.output)[1].joinpath("config.json").write_text("{}")
 
     hub = Hub()
-    monkeypatch.setattr("unidpo.hub.HfApi", lambda: hub)
-    monkeypatch.setattr("unidpo.train.run", run)
+    monkeypatch.setattr("unidpo.run.hub.HfApi", lambda: hub)
+    monkeypatch.setattr("unidpo.run.train.run", run)
     return hub
 
 

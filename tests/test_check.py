@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from unidpo.check import CheckReport, check_data
+from unidpo.data.check import CheckReport, check_data
+from unidpo.data.images import inspect_image
 from unidpo.errors import DataError, Finding
-from unidpo.images import inspect_image
 
 GOLDEN = Path(__file__).parent / "golden" / "data" / "golden48.json"
 
@@ -86,7 +86,7 @@ def test_each_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Image.new("RGB", (40, 40)).save(tmp_path / f"{name}.png")
     seen: list[Any] = []
     monkeypatch.setattr(
-        "unidpo.check.scan.inspect_image",
+        "unidpo.data.check.scan.inspect_image",
         lambda source, **limits: seen.append(source) or inspect_image(source, **limits),
     )
     progress: list[tuple[str, int, int]] = []
@@ -206,5 +206,5 @@ def test_the_json_report_is_complete_and_strict(tmp_path: Path) -> None:
 
 
 def test_checking_needs_no_torch() -> None:
-    code = "import sys, unidpo.check; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
+    code = "import sys, unidpo.data.check; sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

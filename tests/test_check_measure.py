@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidpo.check import GroupLengths, check_data
-from unidpo.check.measure import epoch_tokens, estimated_lengths, spread
-from unidpo.check.report import sparkline
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.data.check import GroupLengths, check_data
+from unidpo.data.check.measure import epoch_tokens, estimated_lengths, spread
+from unidpo.data.check.report import sparkline
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.terminal import Terminal
 
 

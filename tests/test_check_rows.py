@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidpo.check import CheckReport, GroupLengths, check_data, special_token_check
-from unidpo.check.rows import mixed_scales
+from unidpo.data.check import CheckReport, GroupLengths, check_data, special_token_check
+from unidpo.data.check.rows import mixed_scales
+from unidpo.data.pairs import Message, Pair, PromptGroup, Response
 from unidpo.errors import Finding, ImageError, ModelError
-from unidpo.pairs import Message, Pair, PromptGroup, Response
 
 
 def row(instruction: str = "Which?", chosen: str = "good", rejected: str = "bad", **columns: Any) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from unidpo.check import CheckReport, check_data, write_usable
 from unidpo.cli import app
+from unidpo.data.check import CheckReport, check_data, write_usable
 from unidpo.errors import DataError
 
 ROWS = 2000

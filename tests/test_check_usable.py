@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from unidpo.check import check_data, write_usable
+from unidpo.data.check import check_data, write_usable
 from unidpo.errors import DataError
 
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from trainers import lora, some_groups, trainer_of
-from unidpo.attention import PACK_ATTENTION
+from unidpo.data.pairs import Pair
 from unidpo.errors import Interrupted, ModelError, RunError, TrainingError
 from unidpo.losses import DPO, MPO
-from unidpo.models import load_policy
-from unidpo.pairs import Pair
-from unidpo.runs import UNFINISHED_CHECKPOINT, RunFolder
+from unidpo.model.attention import PACK_ATTENTION
+from unidpo.model.load import load_policy
+from unidpo.run_folder.folder import UNFINISHED_CHECKPOINT, RunFolder
 from worlds import GOLDEN
 
 # peft asks transformers by a name that is on its way out.
@@ -216,7 +216,7 @@ def test_a_training_asked_to_stop_leaves_a_checkpoint_and_ends_as_the_uninterrup
 
 
 def test_a_reference_pass_asked_to_stop_keeps_what_it_has(make, out, monkeypatch, caplog):
-    monkeypatch.setattr("unidpo.reference.PASS_TOKENS", 1)
+    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)
     caplog.set_level("INFO", "unidpo")
     trainer = make(on_reference_progress=lambda done, total: trainer.request_stop() if done == 4 else None)
     with pytest.raises(Interrupted, match="reference pass"):

@@ -11,7 +11,7 @@ import pytest
 
 import unidpo
 from unidpo import cli
-from unidpo.runs import RunFolder
+from unidpo.run_folder.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "recipes" / "tiny.yaml")
@@ -103,7 +103,7 @@ class TestExitCodes:
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("unidpo.train.run", interrupted)
+        monkeypatch.setattr("unidpo.run.train.run", interrupted)
         monkeypatch.chdir(ROOT)
         output = f"output={tmp_path / 'my run'}"
         code, _, err = unidpo_command("train", TINY, output)
@@ -114,7 +114,7 @@ class TestExitCodes:
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("unidpo.check.check_data", interrupted)
+        monkeypatch.setattr("unidpo.data.check.check_data", interrupted)
         code, _, err = unidpo_command("data", "check", "x.json")
         assert code == 130
         assert "Traceback" not in err

@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 from unidpo import cli
 from unidpo.cli.data import Layout
+from unidpo.data.formats import LAYOUTS, read_groups
+from unidpo.data.mm_rlhf import FetchError
 from unidpo.errors import DataError
-from unidpo.mm_rlhf import FetchError
-from unidpo.sources import LAYOUTS, read_groups
 
 
 def unidpo(*arguments: object) -> Result:
@@ -191,8 +191,8 @@ class TestScalesOfScores:
         from unidpo.config import recipe_from
         from unidpo.losses import make_loss
         from unidpo.progress import Stages
+        from unidpo.run.train import training_data
         from unidpo.terminal import Terminal
-        from unidpo.train import training_data
 
         self.checked(tmp_path, [(90.0, 10.0), (70.0, 30.0)])
         values = {"output": "o", "model": {"name": "m"}, "data": {"path": str(tmp_path / "scored.json")}}
@@ -208,8 +208,8 @@ class TestScalesOfScores:
             assert "(of the recipe)" in said or not expected
 
     def test_the_defaults_are_those_of_recipes(self):
-        from unidpo.check import scale
         from unidpo.config import UniDPOSection
+        from unidpo.data.check import scale
 
         section = UniDPOSection(name="uni_dpo")
         assert (scale.DEFAULTS.quality_eta, scale.DEFAULTS.tau_good) == (section.quality_eta, section.tau_good)

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-import unidpo.logps
-from unidpo.attention import PACK_ATTENTION, set_text_attention
-from unidpo.logps import response_logps, response_logps_and_collisions
+import unidpo.model.logps
 from unidpo.losses import WPO
-from unidpo.packs import pack, pad
-from unidpo.trainer import PreferenceTrainer
+from unidpo.model.attention import PACK_ATTENTION, set_text_attention
+from unidpo.model.logps import response_logps, response_logps_and_collisions
+from unidpo.model.packs import pack, pad
+from unidpo.training.trainer import PreferenceTrainer
 from worlds import group, tiny_policy
 
 GROUPS = [group(responses=(3, 5), seed=1), group(images=0, responses=(2, 6, 4), seed=2)]
@@ -48,14 +48,14 @@ def batch(request, policy, monkeypatch):
         model.set_attn_implementation({"text_config": own})
     else:
         if request.param != "rows":
-            monkeypatch.setattr("unidpo.logps._head_is_known", lambda model: False)
+            monkeypatch.setattr("unidpo.model.logps._head_is_known", lambda model: False)
         yield pad(encoded, pad_token_id=0)
 
 
 @pytest.mark.parametrize("tokens_per_chunk", [1000, 4])
 def test_collisions_are_those_of_the_full_softmax(policy, batch, tokens_per_chunk, monkeypatch):
     model, _, expected = policy
-    monkeypatch.setattr("unidpo.head.LOGITS_CHUNK_BYTES", 4 * model.lm_head.out_features * tokens_per_chunk)
+    monkeypatch.setattr("unidpo.model.head.LOGITS_CHUNK_BYTES", 4 * model.lm_head.out_features * tokens_per_chunk)
     found = response_logps_and_collisions(model, batch)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the model's norms are float32
     torch.testing.assert_close(found[0], response_logps(model, batch), rtol=0, atol=1e-12)
@@ -76,7 +76,7 @@ def test_the_head_meets_a_chunk_at_a_time(policy, monkeypatch):
     model, encoded, _ = policy
     rows = pad(encoded, pad_token_id=0)
     response_logps(model, rows)  # tries the head once
-    monkeypatch.setattr("unidpo.head.LOGITS_CHUNK_BYTES", 4 * model.lm_head.out_features * 4)
+    monkeypatch.setattr("unidpo.model.head.LOGITS_CHUNK_BYTES", 4 * model.lm_head.out_features * 4)
     sizes = []
     hook = model.lm_head.register_forward_hook(lambda m, args, out: sizes.append(len(out)))
     response_logps_and_collisions(model, rows)
@@ -89,7 +89,7 @@ def test_log_probabilities_alone_cost_no_collisions(policy, batch, monkeypatch):
     def never(logits, targets):
         raise AssertionError("collisions were computed")
 
-    monkeypatch.setattr(unidpo.logps, "target_logps_and_collisions", never)
+    monkeypatch.setattr(unidpo.model.logps, "target_logps_and_collisions", never)
     response_logps(policy[0], batch)
 
 

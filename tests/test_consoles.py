@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from unidpo import cli
-from unidpo.runs import RunFolder
+from unidpo.run_folder.folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 DATA = "tests/golden/data/golden48.json"

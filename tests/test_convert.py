@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from unidpo.data.formats import LAYOUTS, LayoutName, convert, read_groups, write_pairs
+from unidpo.data.formats.texts import is_visible
+from unidpo.data.pairs import IMAGE, ImageMark, Message, Pair, PromptGroup, Response, ranked_pairs
 from unidpo.errors import DataError
-from unidpo.pairs import IMAGE, ImageMark, Message, Pair, PromptGroup, Response, ranked_pairs
-from unidpo.sources import LAYOUTS, LayoutName, convert, read_groups, write_pairs
-from unidpo.sources.texts import is_visible
 
 LAYOUT_NAMES: list[LayoutName] = ["alpaca", "sharegpt", "trl", "ranked"]
 SUFFIXES = [".json", ".jsonl", ".parquet"]

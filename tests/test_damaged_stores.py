@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
 from trainers import some_groups
-from unidpo.attention import PACK_ATTENTION, set_text_attention
+from unidpo.cache.feature_pass import FeaturePass
+from unidpo.cache.feature_store import FeatureStore
+from unidpo.cache.logps import LogpStore
+from unidpo.cache.reference import ReferencePass
+from unidpo.cache.store import content_keys, write_part
 from unidpo.errors import ModelError
-from unidpo.feature_pass import FeaturePass
-from unidpo.feature_store import FeatureStore
-from unidpo.logp_store import LogpStore
-from unidpo.packs import pack
-from unidpo.policy import Policy
-from unidpo.reference import ReferencePass
-from unidpo.stores import content_keys, write_part
+from unidpo.model.attention import PACK_ATTENTION, set_text_attention
+from unidpo.model.packs import pack
+from unidpo.model.policy import Policy
 from worlds import tiny_policy
 
 CHANGED = "is damaged: its bytes are not those that were written into this folder"
@@ -437,10 +437,10 @@ def test_each_process_reads_its_share_of_the_parts_and_all_leave_out_what_one_fi
     folder = a_copy(features, tmp_path)
     ours, theirs = sorted(part.name for part in folder.iterdir())
     read = []
-    monkeypatch.setattr("unidpo.feature_store._problem", lambda part: read.append(part.name))
-    monkeypatch.setattr("unidpo.feature_store.world_size", lambda: 2)
+    monkeypatch.setattr("unidpo.cache.feature_store._problem", lambda part: read.append(part.name))
+    monkeypatch.setattr("unidpo.cache.feature_store.world_size", lambda: 2)
     monkeypatch.setattr(
-        "unidpo.feature_store.gather",
+        "unidpo.cache.feature_store.gather",
         lambda values: [*values, {theirs: "is damaged"} if isinstance(values[0], dict) else True],
     )
     store = FeatureStore.shared(folder, features.keys)

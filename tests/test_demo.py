@@ -18,7 +18,7 @@ from unidpo.demo import CHECKPOINT
 from unidpo.demo.answers import Accuracy, accuracies, greedy_answers, sampled_answers, write_ranked_data
 from unidpo.demo.digits import CELL, LETTERS, DigitsWorld, Question, grade, is_correct, load_world, noisy_grade
 from unidpo.errors import UserError
-from unidpo.models import load_policy, load_processor
+from unidpo.model.load import load_policy, load_processor
 
 BLANK = Image.new("RGB", (CELL, CELL), "white")
 
@@ -179,7 +179,7 @@ def test_ranked_data_merges_equal_answers_and_leaves_out_what_teaches_nothing(tm
 
 
 def test_ranked_data_is_read_by_the_package(tmp_path: Path) -> None:
-    from unidpo.sources import read_groups
+    from unidpo.data.formats import read_groups
 
     data = write_ranked_data([read("47")], [["47", "74", "4"]], tmp_path, noise=0.0, rng=rng())
     result = read_groups(data.path)

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 import unidpo
 from unidpo import cli
-from unidpo.check import check_data
 from unidpo.config import (
     DataSection,
     LoraSection,
@@ -32,10 +31,11 @@ from unidpo.config import (
 )
 from unidpo.config.loss_sections import LOSS_SECTIONS
 from unidpo.config.schema import SourceSection
-from unidpo.measures import LOGGED
-from unidpo.records import LEDGER_COLUMNS
-from unidpo.runs import MAY_CHANGE_ON_RESUME
-from unidpo.sources import LAYOUTS, read_groups
+from unidpo.data.check import check_data
+from unidpo.data.formats import LAYOUTS, read_groups
+from unidpo.run_folder.folder import MAY_CHANGE_ON_RESUME
+from unidpo.run_folder.records import LEDGER_COLUMNS
+from unidpo.training.metrics import LOGGED
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "unidpo"
@@ -120,7 +120,7 @@ READABLE = sorted(set(examples_in("docs/data.md")) - {"dataset_info.json", "old.
 
 
 def test_there_is_an_example_of_each_layout(tmp_path: Path) -> None:
-    from unidpo.sources.reading import read_rows
+    from unidpo.data.formats.reading import read_rows
 
     lay_out("docs/data.md", tmp_path)
     assert {row.layout for name in READABLE for row in read_rows(tmp_path / name)} == set(LAYOUTS)
@@ -262,7 +262,7 @@ def load_either(path: Path, overrides: Sequence[str] = ()) -> None:
 
 def test_the_quick_start_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """README's data and recipe, word for word; only the model is one that lies here."""
-    from unidpo.train import run
+    from unidpo.run.train import run
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNIDPO_CACHE", str(tmp_path / "cache"))
@@ -359,13 +359,14 @@ def test_links_lead_somewhere(path: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, anchor
 
 
-def test_the_module_map_names_modules_that_exist() -> None:
-    table = text_of("README.md").partition("## Modules")[2].partition("\n## ")[0]
-    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
-    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
-    assert len(named) > 15
-    there = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert named <= there
+def test_the_floors_in_the_readmes_are_those_that_imports_are_held_to() -> None:
+    contract = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]
+    floors = [floor.split(" | ") for floor in contract["layers"] if floor != "__main__"]
+    assert len(floors) <= 12
+    for page, title in (("README.md", "## The house"), ("README_zh.md", "## 结构")):
+        table = text_of(page).partition(title)[2].partition("\n## ")[0]
+        rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        assert [re.findall(r"`(\w+)`", row) for row in rows] == floors
 
 
 def findings_made(*paths: Path) -> Iterator[tuple[str, str]]:
@@ -397,8 +398,11 @@ def kinds_in(node: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("page", "modules"),
     [
-        ("docs/check.md", ["sources/**/*.py", "check/**/*.py", "images.py", "lengths.py", "batches.py"]),
-        ("docs/mm-rlhf.md", ["mm_rlhf/*.py"]),
+        (
+            "docs/check.md",
+            ["data/formats/**/*.py", "data/check/**/*.py", "data/images.py", "model/lengths.py", "model/batches.py"],
+        ),
+        ("docs/mm-rlhf.md", ["data/mm_rlhf/*.py"]),
     ],
 )
 def test_every_kind_of_finding_is_documented(page: str, modules: list[str]) -> None:
@@ -451,7 +455,7 @@ def test_every_column_and_logged_key_is_documented() -> None:
 
 def test_reading_a_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Python of docs/run-folder.md on a folder written as a run writes it."""
-    from unidpo.records import Ledger, Metrics
+    from unidpo.run_folder.records import Ledger, Metrics
 
     monkeypatch.chdir(tmp_path)
     Path("runs/tiny").mkdir(parents=True)

@@ -9,12 +9,12 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from unidpo.encode import CHATML, Encoder, PromptTooLong, prompt_positions
+from unidpo.data.formats import load_pairs
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.errors import ModelError, UserError
-from unidpo.lengths import TokenCounter
-from unidpo.models import load_policy, load_processor
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
-from unidpo.sources import load_pairs
+from unidpo.model.encode import CHATML, Encoder, PromptTooLong, prompt_positions
+from unidpo.model.lengths import TokenCounter
+from unidpo.model.load import load_policy, load_processor
 from worlds import GOLDEN, group, picture
 
 IMAGE_TOKEN = 2060

@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerCallback
 
 from trainers import lora, trainer_of
-from unidpo.sources import load_pairs
+from unidpo.data.formats import load_pairs
 
 CLASSES = {
     "full": {

@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from exams import all_answers, encoded, write, write_tsv
-from unidpo.encode import CHATML
 from unidpo.errors import DataError, ModelError
 from unidpo.evaluate import scorers
 from unidpo.evaluate.benchmarks import EvaluationError, Generation, Question
@@ -25,7 +24,8 @@ from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.predictions import Answer
 from unidpo.evaluate.prompting import Prompter
 from unidpo.evaluate.running import evaluate
-from unidpo.models import load_policy, load_processor
+from unidpo.model.encode import CHATML
+from unidpo.model.load import load_policy, load_processor
 from worlds import GOLDEN, picture, tiny_policy
 
 MODEL = GOLDEN / "model"

@@ -31,8 +31,8 @@ from unidpo.evaluate.predictions import Predictions, question_digest, read_answe
 from unidpo.evaluate.results import escaped
 from unidpo.evaluate.running import evaluate
 from unidpo.evaluate.session import candidates
-from unidpo.manifest import write_manifest
-from unidpo.models import load_policy, load_processor
+from unidpo.model.load import load_policy, load_processor
+from unidpo.run_folder.manifest import write_manifest
 from worlds import GOLDEN
 
 MODEL = GOLDEN / "model"

@@ -1,6 +1,5 @@
 """Model families, each as a small random model: packs and padded rows against separate passes of the stock model."""
 
-import importlib
 import itertools
 import json
 import math
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, CohereConfig, FuyuConfig, GraniteConfig, TrainingArguments
 
+from benchmarks import models as model_table
 from families import (
     FAMILIES,
     LAYOUTS,
@@ -27,13 +27,13 @@ from families import (
     separate_logps,
 )
 from unidpo import PreferenceTrainer, UniDPO
-from unidpo.attention import PackAttentionError
-from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import ModelError
-from unidpo.lengths import TokenCounter
-from unidpo.logps import response_logps
-from unidpo.models import freeze, language_linear_layers, load_policy, load_processor, parts
-from unidpo.packs import pack
+from unidpo.model.attention import PackAttentionError
+from unidpo.model.encode import Encoder, prompt_positions
+from unidpo.model.lengths import TokenCounter
+from unidpo.model.load import freeze, language_linear_layers, load_policy, load_processor, parts
+from unidpo.model.logps import response_logps
+from unidpo.model.packs import pack
 from worlds import GOLDEN, save_text_model
 
 # peft asks transformers by a name that is on its way out.
@@ -254,13 +254,7 @@ def test_a_template_with_another_models_image_marks(folder):
 # --- the table
 
 
-@pytest.fixture
-def model_table(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    return importlib.import_module("model_table")
-
-
-def test_no_cell_of_the_table_is_untested(model_table):
+def test_no_cell_of_the_table_is_untested():
     cells = json.loads((ROOT / "benchmarks" / "results" / "model_table.json").read_text())[-1]["cells"]
     measured = [(cell["family"], cell["layout"], cell["tuning"]) for cell in cells]
     assert sorted(measured) == sorted(itertools.product(FAMILIES, LAYOUTS, model_table.TUNINGS))
@@ -272,6 +266,6 @@ def test_no_cell_of_the_table_is_untested(model_table):
             assert max(cell["logps"], cell["gradients"]) < 1e-9
 
 
-def test_the_table_in_the_docs_is_the_last_record(model_table):
+def test_the_table_in_the_docs_is_the_last_record():
     record = json.loads((ROOT / "benchmarks" / "results" / "model_table.json").read_text())[-1]
     assert model_table.TABLE.search(model_table.DOCUMENT.read_text("utf-8"))[0] == model_table.table(record) + "\n"

@@ -7,21 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-import unidpo.feature_store
+import unidpo.cache.feature_store
 from families import FAMILIES, Float64, difference, load_family, measure, pack_attention, prompts, save_family
 from trainers import lora, some_groups, trainer_of
 from unidpo import DPO
+from unidpo.cache.feature_pass import FeaturePass, _Share, features_problem
+from unidpo.cache.feature_store import FeatureStore, vision_fingerprint
+from unidpo.cache.store import content_keys, numbers_folder
 from unidpo.config import recipe_from
-from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import ImageError, ModelError, RecipeError, UserError
-from unidpo.feature_pass import FeaturePass, _Share, features_problem
-from unidpo.feature_store import FeatureStore, vision_fingerprint
-from unidpo.layouts import padded_rows
-from unidpo.logps import response_logps
-from unidpo.models import freeze, load_policy
-from unidpo.packs import pack
-from unidpo.policy import Policy
-from unidpo.stores import content_keys, numbers_folder
+from unidpo.model.encode import Encoder, prompt_positions
+from unidpo.model.load import freeze, load_policy
+from unidpo.model.logps import response_logps
+from unidpo.model.pack_check import padded_rows
+from unidpo.model.packs import pack
+from unidpo.model.policy import Policy
 from worlds import GOLDEN, group, tiny_policy
 
 SEEING = [name for name, family in FAMILIES.items() if family.processor is not None]
@@ -178,7 +178,7 @@ def test_a_live_reference_takes_the_policys_features(tmp_path, towers, monkeypat
 
     shared, calls = run("shared")
     assert calls == 3, "a forward pass per step"
-    monkeypatch.setattr("unidpo.preparation.features_problem", lambda *_: "told so")
+    monkeypatch.setattr("unidpo.training.setup.features_problem", lambda *_: "told so")
     plain, calls = run("plain")
     assert calls == 1 + 2 * 2, "two per step from the second on, when the policy is not the reference any more"
     assert_same(shared, plain)
@@ -196,15 +196,15 @@ def test_a_vision_tower_that_learns_shares_nothing(tmp_path, towers):
 
 
 def test_a_killed_pass_goes_on_where_its_parts_end(groups, tmp_path, towers, monkeypatch):
-    monkeypatch.setattr("unidpo.feature_pass.PASS_IMAGE_TOKENS", 1)  # a forward per prompt
-    monkeypatch.setattr("unidpo.feature_store.FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr("unidpo.cache.feature_pass.PASS_IMAGE_TOKENS", 1)  # a forward per prompt
+    monkeypatch.setattr("unidpo.cache.feature_store.FLUSH_SECONDS", -1.0)
     model, _, encoder = tiny_policy()
     folder, left = tmp_path / "features", tmp_path / "left" / "features"
 
     def kill(done, total):
         if done == 2:  # what a kill leaves: parts, and one that was being written
             shutil.copytree(folder, left)
-            (left / f".{unidpo.stores.platform.node()}-{2**22 + 1}-ab.tmp").write_bytes(b"half a part")
+            (left / f".{unidpo.cache.store.platform.node()}-{2**22 + 1}-ab.tmp").write_bytes(b"half a part")
 
     kept(model, encoder, groups, folder, on_progress=kill)
     said = []
@@ -215,7 +215,7 @@ def test_a_killed_pass_goes_on_where_its_parts_end(groups, tmp_path, towers, mon
 
 
 def test_an_interrupted_pass_keeps_what_it_had(groups, tmp_path, monkeypatch):
-    monkeypatch.setattr("unidpo.feature_pass.PASS_IMAGE_TOKENS", 1)
+    monkeypatch.setattr("unidpo.cache.feature_pass.PASS_IMAGE_TOKENS", 1)
     model, _, encoder = tiny_policy()
 
     def interrupt(done, total):
@@ -290,7 +290,7 @@ def test_what_stops_another_process_stops_this_one_and_what_it_had_is_kept(group
     def gather(values):
         return [*values, _Share(problem=problem)] if isinstance(values[0], _Share) else values
 
-    monkeypatch.setattr("unidpo.feature_pass.gather", gather)
+    monkeypatch.setattr("unidpo.cache.feature_pass.gather", gather)
     model, _, encoder = tiny_policy()
     with pytest.raises(UserError, match="of another process"):
         kept(model, encoder, groups, tmp_path / "features")
@@ -299,7 +299,7 @@ def test_what_stops_another_process_stops_this_one_and_what_it_had_is_kept(group
 
 def test_a_folder_that_another_process_does_not_see_is_refused_before_the_pass(groups, tmp_path, monkeypatch, towers):
     elsewhere = iter([True, False])  # nothing to see at first; then the new folder
-    monkeypatch.setattr("unidpo.feature_store.gather", lambda values: [*values, next(elsewhere)])
+    monkeypatch.setattr("unidpo.cache.feature_store.gather", lambda values: [*values, next(elsewhere)])
     model, _, encoder = tiny_policy()
     with pytest.raises(UserError, match="not every process sees this folder"):
         kept(model, encoder, groups, tmp_path / "features")
@@ -309,7 +309,7 @@ def test_a_folder_that_another_process_does_not_see_is_refused_before_the_pass(g
 
 def test_images_that_another_process_alone_does_not_see_are_an_error_in_all(groups, tmp_path, monkeypatch):
     elsewhere = [ImageError("0-0.png: no such file")]
-    monkeypatch.setattr("unidpo.feature_pass.gather", lambda values: [*values, *elsewhere])
+    monkeypatch.setattr("unidpo.cache.feature_pass.gather", lambda values: [*values, *elsewhere])
     model, _, encoder = tiny_policy()
     with pytest.raises(ImageError, match="no such file"):
         kept(model, encoder, groups, tmp_path / "features")
@@ -319,9 +319,9 @@ def test_what_others_wrote_is_found_though_the_folder_does_not_list_it(groups, t
     model, _, encoder = tiny_policy()
     folder = tmp_path / "features"
     theirs = kept(model, encoder, groups[:1], folder).store
-    monkeypatch.setattr("unidpo.feature_store.gather", lambda values: [*values, theirs._places])
+    monkeypatch.setattr("unidpo.cache.feature_store.gather", lambda values: [*values, theirs._places])
     ours = FeatureStore(folder, {})
-    monkeypatch.setattr("unidpo.feature_store.require_seen", lambda *_: None)
+    monkeypatch.setattr("unidpo.cache.feature_store.require_seen", lambda *_: None)
     (key,) = theirs._places
     assert key in ours.with_those_of_others()
 
@@ -363,7 +363,7 @@ def test_features_of_what_learns_are_not_kept(tmp_path, options):
 
 def test_a_model_whose_forward_takes_no_features_cannot_keep_them(groups, tmp_path, monkeypatch):
     model, _, encoder = tiny_policy()
-    monkeypatch.setattr("unidpo.feature_pass.takes_features", lambda model: False)
+    monkeypatch.setattr("unidpo.cache.feature_pass.takes_features", lambda model: False)
     with pytest.raises(ModelError, match=r"takes none.*data\.cache_image_features=false"):
         kept(model, encoder, groups, tmp_path / "features")
 
@@ -373,8 +373,8 @@ def test_a_model_that_makes_something_else_of_features_is_found_out(groups, monk
     batch = pack([encoder.encode(groups[0])])
     with pack_attention(model):
         assert features_problem(Policy(model, model), batch) is None
-        right = unidpo.policy.image_features
-        monkeypatch.setattr("unidpo.policy.image_features", lambda *given: _doubled(right(*given)))
+        right = unidpo.model.policy.image_features
+        monkeypatch.setattr("unidpo.model.policy.image_features", lambda *given: _doubled(right(*given)))
         assert "log-probabilities differ" in features_problem(Policy(model, model), batch)
 
 

@@ -19,8 +19,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from rich.console import Console
 
+from unidpo.data.mm_rlhf import FetchError, fetch, hubs, plan_fetch
 from unidpo.errors import DataError
-from unidpo.mm_rlhf import FetchError, fetch, hubs, plan_fetch
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MM_RLHF, UNI_DPO = "yifanzhang114/MM-RLHF", "psp-dada/Uni-DPO"

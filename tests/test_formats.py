@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unidpo.data.formats import Source, load_pairs, mix, read_groups, split_by_prompt
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.errors import DataError, Finding
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
-from unidpo.sources import Source, load_pairs, mix, read_groups, split_by_prompt
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000d49444154789c6360606060000000050001"

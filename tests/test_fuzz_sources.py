@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unidpo.data.formats.dataset_info import PLAIN, Columns
+from unidpo.data.formats.files import rows_in
+from unidpo.data.formats.layouts import LAYOUTS, check_writable, extra_columns, form_of, read_row
+from unidpo.data.formats.relocate import RelocateReport, moved
+from unidpo.data.formats.rows import Row
 from unidpo.errors import Finding, UserError
-from unidpo.sources.dataset_info import PLAIN, Columns
-from unidpo.sources.files import rows_in
-from unidpo.sources.layouts import LAYOUTS, check_writable, extra_columns, form_of, read_row
-from unidpo.sources.relocate import RelocateReport, moved
-from unidpo.sources.rows import Row
 
 BATCHES, IN_A_BATCH = 100, 50  # of each of the four kinds of damage below
 MARKED = {"type": "image"}, {"type": "text", "text": "Which <image>?"}

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from unidpo.data.formats import load_pairs
 from unidpo.losses import DPO, SimPO, UniDPO
-from unidpo.sources import load_pairs
-from unidpo.trainer import PreferenceTrainer
+from unidpo.training.trainer import PreferenceTrainer
 
 LOSSES = {
     "uni_dpo": UniDPO(),

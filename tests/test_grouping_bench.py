@@ -11,9 +11,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from unidpo.runs import RunFolder
+from unidpo.run_folder.folder import RunFolder
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 PROMPTS = 12
 
 
@@ -21,13 +20,12 @@ PROMPTS = 12
 def patched():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNIDPO_CACHE", "")  # the script sets it
-        patch.syspath_prepend(SCRIPTS)
         yield patch
 
 
 @pytest.fixture(scope="module")
 def bench(patched) -> ModuleType:
-    return importlib.import_module("bench_grouping")
+    return importlib.import_module("benchmarks.grouping")
 
 
 @pytest.fixture(scope="module")

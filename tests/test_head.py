@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unidpo import head as heads
-from unidpo.head import linear_logps, of_tokens
-from unidpo.logps import response_logps
-from unidpo.packs import pack, pad
+from unidpo.model import head as heads
+from unidpo.model.head import linear_logps, of_tokens
+from unidpo.model.logps import response_logps
+from unidpo.model.packs import pack, pad
 from worlds import group, tiny_policy
 
 TARGETS, HIDDEN, VOCABULARY = 23, 8, 50

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidpo.errors import ImageError
-from unidpo.images import (
+from unidpo.data.images import (
     MAX_ASPECT,
     MIN_PIXELS,
     Inspection,
@@ -21,6 +20,7 @@ from unidpo.images import (
     inspect_image,
     open_image,
 )
+from unidpo.errors import ImageError
 
 ORIENTATION = 0x0112
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from trainers import trainer_of
+from unidpo.data.formats import LAYOUTS, groups_of, read_groups, write_pairs
+from unidpo.data.images import open_image
 from unidpo.errors import DataError
-from unidpo.images import open_image
-from unidpo.sources import LAYOUTS, groups_of, read_groups, write_pairs
 from worlds import GOLDEN, group
 
 ROWS = json.loads((GOLDEN / "data" / "golden48.json").read_text("utf-8"))[:4]

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainers import some_groups, trainer_of
-from unidpo.encode import Encoder, PromptTooLong, plain_positions
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response, ranked_pairs
 from unidpo.errors import DataError, ImageError, ModelError
-from unidpo.lengths import GroupTokens, TokenCounter, fit_to_length
-from unidpo.models import load_processor
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response, ranked_pairs
+from unidpo.model.encode import Encoder, PromptTooLong, plain_positions
+from unidpo.model.lengths import GroupTokens, TokenCounter, fit_to_length
+from unidpo.model.load import load_processor
 from worlds import GOLDEN, group, picture
 
 
@@ -157,7 +157,7 @@ def mixed_world(folder):
 
 def test_lengths_of_many_groups_are_those_of_each_encoded_alone(make, tmp_path, monkeypatch):
     groups, encoder = mixed_world(tmp_path), make()
-    monkeypatch.setattr("unidpo.lengths._TOGETHER", 7)
+    monkeypatch.setattr("unidpo.model.lengths._TOGETHER", 7)
     for counted, one in zip(TokenCounter(encoder).count(groups), groups, strict=True):
         encoded = encoder.encode(one)
         assert (counted.prompt, counted.responses) == (len(encoded.prompt_ids), tuple(map(len, encoded.response_ids)))
@@ -201,7 +201,7 @@ def test_what_is_wrong_with_one_group_leaves_the_others(make, tmp_path):
 
 
 def test_progress_counts_groups(make, monkeypatch):
-    monkeypatch.setattr("unidpo.lengths._TOGETHER", 2)
+    monkeypatch.setattr("unidpo.model.lengths._TOGETHER", 2)
     seen = []
     fit_to_length([ask("x")] * 5, make(), on_progress=lambda *numbers: seen.append(numbers))
     assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from exams import exam, run_eval
 from test_train import rows_of, unidpo, write_recipe, write_rows
 from unidpo import cli
+from unidpo.data.mm_rlhf import FetchPlan
 from unidpo.errors import FolderInUse
-from unidpo.locks import locked
-from unidpo.mm_rlhf import FetchPlan
-from unidpo.run_record import RunRecord
+from unidpo.files.locks import locked
+from unidpo.training.record import RunRecord
 from worlds import GOLDEN
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
@@ -83,7 +83,7 @@ def _soon(happens, seconds=60):
 
 def test_a_second_fetch_into_a_folder_is_refused(tmp_path, monkeypatch):
     plan = FetchPlan("me/data", "huggingface", tmp_path / "data", (), free=1 << 40)
-    monkeypatch.setattr(sys.modules["unidpo.mm_rlhf.fetch"], "_plan", lambda *_: plan)
+    monkeypatch.setattr(sys.modules["unidpo.data.mm_rlhf.fetch"], "_plan", lambda *_: plan)
     command = ["data", "fetch", "mm-rlhf", "--to", str(plan.to)]
     with locked(plan.to):
         done = CliRunner().invoke(cli.app, command)
@@ -104,8 +104,8 @@ def test_a_second_evaluation_into_a_folder_is_refused(tmp_path):
 
 def test_what_a_killed_process_left_locks_nobody_out(tmp_path):
     code = (
-        "import os, pathlib, signal, sys, unidpo.locks\n"
-        "with unidpo.locks.locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, pathlib, signal, sys, unidpo.files.locks\n"
+        "with unidpo.files.locks.locked(pathlib.Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == -signal.SIGKILL
     assert (tmp_path / ".lock.json").exists()
@@ -131,7 +131,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
 
 
 def test_a_file_that_stands_for_a_lock_says_how_to_be_rid_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("unidpo.locks.FileLock", filelock.SoftFileLock)
+    monkeypatch.setattr("unidpo.files.locks.FileLock", filelock.SoftFileLock)
     with (
         locked(tmp_path),
         pytest.raises(FolderInUse, match=r"or delete .*/\.lock if that process is gone"),

@@ -18,7 +18,7 @@ from retyped import neg_log_sigmoid, pair_logps, sigmoid
 from unidpo.config import recipe_from
 from unidpo.errors import DataError, RecipeError
 from unidpo.losses import DPO, LOSSES, WPO, PairLogps, SimPO, UniDPO, make_loss
-from unidpo.trainer import PreferenceTrainer
+from unidpo.training.trainer import PreferenceTrainer
 from worlds import group
 
 CASES = "reference/loss_cases.json"

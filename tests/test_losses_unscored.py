@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from retyped import neg_log_sigmoid, one_pair, pair_logps, sigmoid
-from unidpo.logps import response_logps_and_collisions
 from unidpo.losses import DPO, IPO, MPO, WPO, PairLogps
-from unidpo.packs import PaddedRows
+from unidpo.model.logps import response_logps_and_collisions
+from unidpo.model.packs import PaddedRows
 
 LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 logps = st.fixed_dictionaries(dict.fromkeys(LOGPS, st.floats(-60, 0)))

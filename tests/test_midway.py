@@ -8,7 +8,7 @@ import torch
 from exams import write
 from unidpo.config import load_recipe
 from unidpo.errors import RecipeError, UserError
-from unidpo.train import run
+from unidpo.run.train import run
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_it_changes_no_step(recipe, tmp_path):
 
 
 def test_it_chooses_the_checkpoint(recipe, tmp_path, monkeypatch):
-    from unidpo.midway import Midway
+    from unidpo.run.benchmarks import Midway
 
     values = {2: 0.9, 4: 0.1}
     monkeypatch.setattr(Midway, "take", lambda self, model, processor, step: {"mine": values[step]})

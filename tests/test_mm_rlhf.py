@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from unidpo.data.formats import read_groups
+from unidpo.data.mm_rlhf import RatingsReport, Scoring, from_mm_rlhf, parse_weights, scored_groups
+from unidpo.data.mm_rlhf.ratings import subset_of
+from unidpo.data.pairs import IMAGE, PromptGroup
 from unidpo.errors import DataError
-from unidpo.mm_rlhf import RatingsReport, Scoring, from_mm_rlhf, parse_weights, scored_groups
-from unidpo.mm_rlhf.ratings import subset_of
-from unidpo.pairs import IMAGE, PromptGroup
-from unidpo.sources import read_groups
 
 
 def row(name: str = "long/1", ratings: Any = ((5, 5), (3, 3), (1, 1)), ranking: Any = None, **changes: Any) -> Any:

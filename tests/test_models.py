@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from unidpo.encode import Encoder, prompt_positions
 from unidpo.errors import ModelError
-from unidpo.models import (
+from unidpo.model.encode import Encoder, prompt_positions
+from unidpo.model.load import (
     freeze,
     keep_trainable_in_float32,
     language_linear_layers,

@@ -9,19 +9,19 @@ from safetensors.torch import load_file, save_file
 
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
 from trainers import some_groups, trainer_of
-from unidpo.attention import PACK_ATTENTION, set_text_attention
-from unidpo.batches import LostRows, Step
+from unidpo.cache.feature_pass import FeaturePass
+from unidpo.cache.feature_store import FeatureStore
+from unidpo.cache.logps import LogpStore, is_logp
+from unidpo.cache.reference import ReferencePass, _Scored
+from unidpo.cache.store import content_keys
+from unidpo.data.pairs import Pair
 from unidpo.errors import DataError, Finding, ModelError, TrainingError
-from unidpo.feature_pass import FeaturePass
-from unidpo.feature_store import FeatureStore
-from unidpo.logp_store import LogpStore, is_logp
 from unidpo.losses import SimPO
-from unidpo.packs import pack
-from unidpo.pairs import Pair
-from unidpo.policy import Policy
-from unidpo.reference import ReferencePass, _Scored
-from unidpo.stores import content_keys
-from unidpo.trainer import PreferenceTrainer, _Report
+from unidpo.model.attention import PACK_ATTENTION, set_text_attention
+from unidpo.model.batches import LostRows, Step
+from unidpo.model.packs import pack
+from unidpo.model.policy import Policy
+from unidpo.training.trainer import PreferenceTrainer, _Report
 from worlds import GOLDEN, group, tiny_policy
 
 SKIP = {"on_bad_row": "skip", "max_lost_fraction": 1.0}
@@ -195,8 +195,8 @@ def test_what_another_process_computes_wrong_stops_this_one_too(packs, tmp_path,
     def gather(values):
         return [*values, theirs] if isinstance(values[0], _Scored) else values
 
-    monkeypatch.setattr("unidpo.reference.gather", gather)
-    monkeypatch.setattr("unidpo.reference.world_size", lambda: 2)
+    monkeypatch.setattr("unidpo.cache.reference.gather", gather)
+    monkeypatch.setattr("unidpo.cache.reference.world_size", lambda: 2)
     with pytest.raises(ModelError, match="row 2"):
         reference_pass(*packs, groups, tmp_path)
     assert len(LogpStore(tmp_path)) == 3
@@ -271,7 +271,7 @@ def test_a_step_is_without_a_pair_only_where_no_process_has_one(tmp_path, monkey
     def gather(values):
         return [*values, _Report(theirs, [], False)] if isinstance(values[0], _Report) else values
 
-    monkeypatch.setattr("unidpo.trainer.gather", gather)
+    monkeypatch.setattr("unidpo.training.trainer.gather", gather)
     if theirs:
         assert trainer.training_step(trainer.model, Step([], lost(1))) == 0
     else:

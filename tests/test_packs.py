@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
-from unidpo.attention import PACK_ATTENTION, set_text_attention
-from unidpo.batches import Plan, PlannedBatches
-from unidpo.logps import response_logps
-from unidpo.packs import index_pairs, pack, pad, to_device
-from unidpo.pairs import Pair
+from unidpo.data.pairs import Pair
+from unidpo.model.attention import PACK_ATTENTION, set_text_attention
+from unidpo.model.batches import Plan, PlannedBatches
+from unidpo.model.logps import response_logps
+from unidpo.model.packs import index_pairs, pack, pad, to_device
 from worlds import group, tiny_policy
 
 CASES = {

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response, merge_by_prompt, ranked_pairs
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response, merge_by_prompt, ranked_pairs
 
 PROMPT = (Message("user", ("Which?",)),)
 

@@ -16,22 +16,22 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2VLConfig, Qwen3
 
 from trainers import lora, trainer_of
 from unidpo import cli
-from unidpo.attention import PACK_ATTENTION
 from unidpo.config import load_recipe
-from unidpo.encode import EncodedGroup, Encoder, plain_positions
+from unidpo.data.formats import load_pairs
 from unidpo.errors import ModelError, RecipeError, UserError
-from unidpo.features import image_features
 from unidpo.losses import SimPO
-from unidpo.models import load_processor
-from unidpo.packs import pack
+from unidpo.model.attention import PACK_ATTENTION
+from unidpo.model.encode import EncodedGroup, Encoder, plain_positions
+from unidpo.model.features import image_features
+from unidpo.model.load import load_processor
+from unidpo.model.packs import pack
+from unidpo.model.policy import Policy
 from unidpo.plan import GPUS, Speed, gpu_by_name, plan_recipe
 from unidpo.plan.data import count_tokens, vision_of
 from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of, state_bytes
 from unidpo.plan.report import clock
 from unidpo.plan.shape import adapter_weights, build_model, from_config, shape_of
 from unidpo.plan.work import Load, Vision, forward, in_chunks, packed, padded, training
-from unidpo.policy import Policy
-from unidpo.sources import load_pairs
 from worlds import GOLDEN, group, tiny_policy
 
 QUIET = Console(quiet=True)
@@ -205,7 +205,7 @@ class TestAgainstTorch:
 
     @pytest.mark.parametrize("chunk", [50, 97, 10**6])
     def test_all_logits_but_the_last_chunk_are_computed_twice(self, tmp_path, monkeypatch, chunk):
-        for module in ("unidpo.head", "unidpo.plan.work"):
+        for module in ("unidpo.model.head", "unidpo.plan.work"):
             monkeypatch.setattr(f"{module}.LOGITS_CHUNK_BYTES", 4 * 2080 * chunk)
         groups = [group(images=0, responses=self.LENGTHS, seed=i, row=i + 1) for i in range(4)]
         shape = shape_of(build_model(GOLDEN / "model"))

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from unidpo import cli, runs
+from unidpo import cli
 from unidpo.config import load_recipe
 from unidpo.config.schema import TrainSection
 from unidpo.errors import RecipeError
+from unidpo.run_folder import folder as runs
 
 MINIMAL = "output: runs/x\nmodel: {name: owner/m}\ndata: {path: p.json}\n"
 
@@ -163,7 +164,7 @@ class TestTrainSection:
         assert words in said
 
     def test_of_every_number_odd_values_are_refused_or_taken(self, tmp_path):
-        from unidpo.training_arguments import training_arguments
+        from unidpo.run.training_arguments import training_arguments
 
         file = tmp_path / "r.yaml"
         file.write_text(MINIMAL.replace("runs/x", str(tmp_path)).replace("owner/m", "m, dtype: float32"))
@@ -329,8 +330,8 @@ class TestNames:
 
     def test_names_written_out_are_those_of_their_modules(self):
         from unidpo.config import named
-        from unidpo.encode import TEMPLATES
         from unidpo.evaluate.vlmeval import PAPER
+        from unidpo.model.encode import TEMPLATES
 
         assert set(named.BENCHMARKS) == {"paper", *PAPER}
         assert set(named.TEMPLATES) == set(TEMPLATES)
@@ -346,8 +347,8 @@ class TestNames:
 def test_what_transformers_says_of_a_file_gives_no_orders_to_the_terminal():
     import transformers
 
+    from unidpo.run.train import _log_to
     from unidpo.terminal import Terminal
-    from unidpo.train import _log_to
 
     before = logging.getLogger("transformers").handlers
     try:

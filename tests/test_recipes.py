@@ -142,9 +142,9 @@ def test_the_math_recipe_holds_the_seed_values():
 
 
 def test_the_math_template_leaves_prompts_alone_and_closes_responses(text_model):
-    from unidpo.encode import Encoder, plain_positions
-    from unidpo.models import load_processor
-    from unidpo.pairs import Message, Pair, PromptGroup, Response
+    from unidpo.data.pairs import Message, Pair, PromptGroup, Response
+    from unidpo.model.encode import Encoder, plain_positions
+    from unidpo.model.load import load_processor
 
     prompt = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
     group = PromptGroup(
@@ -161,7 +161,7 @@ def test_the_math_template_leaves_prompts_alone_and_closes_responses(text_model)
 
 class TestMemory:
     def test_the_table_in_the_documentation_is_what_the_script_prints(self, capsys):
-        runpy.run_path(str(ROOT / "scripts" / "recipe_memory.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "benchmarks" / "recipe_memory.py"), run_name="__main__")
         printed = capsys.readouterr().out
         assert printed.count("\n") == 8
         assert printed in (ROOT / "docs" / "recipes.md").read_text("utf-8")

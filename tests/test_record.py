@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 from unidpo import PreferenceTrainer, UniDPO, load_pairs
 from unidpo.config import recipe_from
 from unidpo.errors import FolderInUse, RunError
-from unidpo.train import run
+from unidpo.run.train import run
 from worlds import GOLDEN
 
 DATA = GOLDEN / "data"
@@ -76,7 +76,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_record_is_that_of_the_command(tmp_path: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unidpo import train
+    from unidpo.run import train
 
     def split(groups: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
         return groups[:8], groups[8:]
@@ -119,7 +119,7 @@ def test_the_record_of_another_training_is_not_written_over(recorded: Path) -> N
 
 
 def test_nobody_else_writes_there_meanwhile(tmp_path: Path) -> None:
-    from unidpo.runs import RunFolder
+    from unidpo.run_folder.folder import RunFolder
 
     with RunFolder(tmp_path / "python").locked(), pytest.raises(FolderInUse, match=str(os.getpid())):
         trained(tmp_path)

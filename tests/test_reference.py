@@ -6,15 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from unidpo.attention import PACK_ATTENTION, set_text_attention
-from unidpo.logp_store import LogpStore
-from unidpo.logps import response_logps
-from unidpo.models import load_config, load_policy
-from unidpo.packs import pack, pad
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
-from unidpo.policy import Policy
-from unidpo.reference import ReferencePass, lookup
-from unidpo.stores import UNREADABLE, content_keys, default_cache, numbers_folder, weights_fingerprint
+from unidpo.cache.logps import LogpStore
+from unidpo.cache.reference import ReferencePass, lookup
+from unidpo.cache.store import UNREADABLE, content_keys, default_cache, numbers_folder, weights_fingerprint
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.model.attention import PACK_ATTENTION, set_text_attention
+from unidpo.model.load import load_config, load_policy
+from unidpo.model.logps import response_logps
+from unidpo.model.packs import pack, pad
+from unidpo.model.policy import Policy
 from worlds import GOLDEN, group, tiny_policy
 
 
@@ -90,7 +90,7 @@ def test_a_new_response_to_a_known_prompt_is_computed_alone(policy, groups, fill
 
 
 def test_an_interrupted_pass_keeps_what_it_had_and_goes_on(policy, groups, tmp_path, monkeypatch, forwards):
-    monkeypatch.setattr("unidpo.reference.PASS_TOKENS", 1)  # a forward pass per group
+    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)  # a forward pass per group
 
     def interrupt(done, total):
         if done == 8:
@@ -121,8 +121,8 @@ def test_an_interrupted_pass_leaves_the_model_in_its_mode(policy, groups, tmp_pa
 
 
 def test_long_passes_reach_the_disk_as_they_go(policy, groups, tmp_path, monkeypatch):
-    monkeypatch.setattr("unidpo.reference.PASS_TOKENS", 1)
-    monkeypatch.setattr("unidpo.reference.FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)
+    monkeypatch.setattr("unidpo.cache.reference.FLUSH_SECONDS", -1.0)
     on_disk = []
     fill(policy, LogpStore(tmp_path), groups[:3], on_progress=lambda *_: on_disk.append(len(LogpStore(tmp_path))))
     assert on_disk == [0, 0, 2, 4]
@@ -130,7 +130,7 @@ def test_long_passes_reach_the_disk_as_they_go(policy, groups, tmp_path, monkeyp
 
 @pytest.mark.parametrize("pass_tokens", [1, 150, 8192])
 def test_stored_equals_live(policy, groups, tmp_path, monkeypatch, pass_tokens):
-    monkeypatch.setattr("unidpo.reference.PASS_TOKENS", pass_tokens)
+    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", pass_tokens)
     model, encoder = policy
     store = LogpStore(tmp_path)
     fill(policy, store, groups)

@@ -10,14 +10,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from unidpo.cli import app
-from unidpo.encode import _template_text
+from unidpo.data.formats.dataset_info import columns_of
+from unidpo.data.images import content_digest, image_size, inspect_image, open_image
+from unidpo.data.mm_rlhf.archives import ArchiveError, extract
 from unidpo.errors import DataError, UserError
 from unidpo.evaluate.own import load_benchmark
-from unidpo.images import content_digest, image_size, inspect_image, open_image
-from unidpo.mm_rlhf.archives import ArchiveError, extract
-from unidpo.models import load_processor
-from unidpo.regular_files import open_regular, read_regular
-from unidpo.sources.dataset_info import columns_of
+from unidpo.files.regular import open_regular, read_regular
+from unidpo.model.encode import _template_text
+from unidpo.model.load import load_processor
 
 PAIR = {"prompt": "?", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 1}
 KINDS = ["pipe", "link", "socket", "device", "endless", "folder"]

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from unidpo.data.formats import read_groups, relocate
 from unidpo.errors import DataError
-from unidpo.sources import read_groups, relocate
 
 
 @pytest.fixture

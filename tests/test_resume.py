@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from test_train import interrupted_at, metrics_of, rows_of, unidpo, write_recipe
-from unidpo.encode import CHATML
 from unidpo.errors import RunError
-from unidpo.inputs import Inputs
+from unidpo.model.encode import CHATML
+from unidpo.run_folder.inputs import Inputs
 from worlds import GOLDEN, group
 
 ROWS = 12

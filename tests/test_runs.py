@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unidpo.errors import RunError
-from unidpo.manifest import write_manifest
-from unidpo.records import LEDGER_COLUMNS, LEDGER_SCHEMA, Ledger, Metrics
-from unidpo.runs import RunFolder
-from unidpo.writing import write_atomically
+from unidpo.files.writing import write_atomically
+from unidpo.run_folder.folder import RunFolder
+from unidpo.run_folder.manifest import write_manifest
+from unidpo.run_folder.records import LEDGER_COLUMNS, LEDGER_SCHEMA, Ledger, Metrics
 
 CONFIG = {"output": "runs/x", "train": {"seed": 1, "logging_steps": 1}, "loss": {"beta": 2.0}}
 

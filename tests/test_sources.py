@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from unidpo.data.formats import Read, load_pairs, read_groups
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.errors import DataError
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
-from unidpo.sources import Read, load_pairs, read_groups
 
 GOLDEN = Path(__file__).parent / "golden" / "data" / "golden48.json"
 SEED = {"instruction": "Which?", "chosen": "good", "rejected": "bad", "score_chosen": 4.5, "score_rejected": 2}

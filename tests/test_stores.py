@@ -8,11 +8,11 @@ import subprocess
 import pytest
 import torch
 
+from unidpo.cache.feature_store import FeatureStore
+from unidpo.cache.logps import LogpStore
+from unidpo.cache.store import numbers_folder
 from unidpo.errors import UserError
-from unidpo.feature_store import FeatureStore
-from unidpo.features import image_features
-from unidpo.logp_store import LogpStore
-from unidpo.stores import numbers_folder
+from unidpo.model.features import image_features
 from worlds import group, tiny_policy
 
 
@@ -79,6 +79,6 @@ def test_numbers_of_another_version_are_not_found(kind, world, tmp_path, monkeyp
 
     before = folder()
     assert before == folder()
-    monkeypatch.setattr("unidpo.stores.NUMBERS", 10**6)
+    monkeypatch.setattr("unidpo.cache.store.NUMBERS", 10**6)
     assert before != folder()
     assert before.parent == folder().parent == tmp_path / kind

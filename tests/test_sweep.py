@@ -15,13 +15,13 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-import unidpo.sweep
+import unidpo.run.sweep
 from unidpo import cli
 from unidpo.config import load_sweep
 from unidpo.errors import Interrupted, RecipeError, RunError, TrainingError
-from unidpo.records import Metrics
-from unidpo.runs import RunFolder
-from unidpo.sweep import run_sweep
+from unidpo.run.sweep import run_sweep
+from unidpo.run_folder.folder import RunFolder
+from unidpo.run_folder.records import Metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = f"{{recipe: {ROOT / 'recipes' / 'tiny.yaml'}, grid: {{train.learning_rate: [1.0e-3, 1e-2]}}}}"
@@ -60,7 +60,7 @@ def commands(monkeypatch):
             folder.model.mkdir()
         return code
 
-    monkeypatch.setattr(unidpo.sweep, "_exit_code", exit_code)
+    monkeypatch.setattr(unidpo.run.sweep, "_exit_code", exit_code)
     monkeypatch.setattr(RunFolder, "refuse_other_config", lambda *_: None)
     return calls, ends
 
@@ -202,7 +202,7 @@ class TestRunning:
         assert [run["status"] for run in summary["runs"]] == ["open", "open"]
 
     def test_nothing_starts_where_a_folder_holds_something_else(self, two_runs, monkeypatch):
-        monkeypatch.setattr(unidpo.sweep, "_train", lambda *_: pytest.fail("started"))
+        monkeypatch.setattr(unidpo.run.sweep, "_train", lambda *_: pytest.fail("started"))
         first, second = (run.recipe.output for run in two_runs.runs)
         first.mkdir(parents=True)
         (first / "notes.txt").write_text("mine")
@@ -236,7 +236,7 @@ time.sleep(60)
                 time.sleep(0.02)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(unidpo.sweep.subprocess, "Popen", popen)
+        monkeypatch.setattr(unidpo.run.sweep.subprocess, "Popen", popen)
         with pytest.raises(Interrupted) as error:
             run_sweep(two_runs, console=Console(quiet=True))
         assert error.value.exit_code == 143
@@ -244,7 +244,7 @@ time.sleep(60)
 
 
 def test_no_torch_is_imported_by_the_sweeping_process():
-    code = "import sys, unidpo.sweep; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    code = "import sys, unidpo.run.sweep; sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

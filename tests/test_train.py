@@ -18,13 +18,13 @@ from transformers import AutoModelForImageTextToText
 
 import unidpo as unidpo_package
 from unidpo import cli
-from unidpo.encode import Encoder, prompt_positions
+from unidpo.data.formats import load_pairs
 from unidpo.errors import UserError
 from unidpo.losses import SimPO
-from unidpo.models import load_processor
-from unidpo.records import LEDGER_COLUMNS
-from unidpo.run_record import RunRecord
-from unidpo.sources import load_pairs
+from unidpo.model.encode import Encoder, prompt_positions
+from unidpo.model.load import load_processor
+from unidpo.run_folder.records import LEDGER_COLUMNS
+from unidpo.training.record import RunRecord
 from worlds import GOLDEN
 
 DATA = GOLDEN / "data"
@@ -220,7 +220,7 @@ def test_each_key_of_a_recipe_reaches_the_trainer(tmp_path, monkeypatch):
         seen.update(options, dtype=model.dtype)
         raise UserError("as far as this test goes")
 
-    monkeypatch.setattr("unidpo.train.PreferenceTrainer", trainer)
+    monkeypatch.setattr("unidpo.run.train.PreferenceTrainer", trainer)
     options = {
         "max_length": 999,
         "max_pixels": 9999,
@@ -438,9 +438,9 @@ def test_the_ledger_never_lags_behind_a_checkpoint(tmp_path, save):
 
 
 def test_an_interrupted_reference_pass_goes_on(tmp_path, monkeypatch):
-    from unidpo import reference
+    from unidpo.cache import reference
 
-    monkeypatch.setattr("unidpo.reference.PASS_TOKENS", 1)
+    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)
     recipe = write_recipe(tmp_path, data=write_rows(tmp_path, rows_of(4)))
     add, calls = reference.LogpStore.add, []
 

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 from trainers import arguments, lora, some_groups, trainer_of
-from unidpo.attention import PACK_ATTENTION
-from unidpo.batches import Batch
+from unidpo.cache.reference import ReferencePass
+from unidpo.cache.store import weights_fingerprint
+from unidpo.data.pairs import Pair, Response, merge_by_prompt
 from unidpo.errors import DataError, ModelError, TrainingError
-from unidpo.logps import response_logps
 from unidpo.losses import DPO, SimPO, UniDPO
-from unidpo.measures import pair_columns
-from unidpo.models import load_policy
-from unidpo.packs import Pack, index_pairs, pack, pad
-from unidpo.pairs import Pair, Response, merge_by_prompt
-from unidpo.records import LEDGER_COLUMNS
-from unidpo.reference import ReferencePass
-from unidpo.stores import weights_fingerprint
-from unidpo.trainer import PreferenceTrainer
+from unidpo.model.attention import PACK_ATTENTION
+from unidpo.model.batches import Batch
+from unidpo.model.load import load_policy
+from unidpo.model.logps import response_logps
+from unidpo.model.packs import Pack, index_pairs, pack, pad
+from unidpo.run_folder.records import LEDGER_COLUMNS
+from unidpo.training.metrics import pair_columns
+from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group, save_gemma2, tiny_policy
 
 # peft asks transformers by a name that is on its way out.
@@ -304,7 +304,7 @@ def test_packs_that_disagree_are_not_used(make, monkeypatch, caplog):
     def wrong(model, batch):
         return response_logps(model, batch) + (0.01 if isinstance(batch, Pack) else 0.0)
 
-    monkeypatch.setattr("unidpo.policy.response_logps", wrong)
+    monkeypatch.setattr("unidpo.model.policy.response_logps", wrong)
     trainer = make(max_steps=1)
     trainer.train()
     assert "differ by" in caplog.text

@@ -98,7 +98,7 @@ def test_a_best_model_by_something_that_is_not_measured(tmp_path, options, expec
 
 def test_every_key_an_evaluation_may_be_judged_by_is_measured(tmp_path):
     from unidpo.losses import SimPO
-    from unidpo.measures import held_out_keys
+    from unidpo.training.metrics import held_out_keys
 
     code, printed = unidpo("train", small(tmp_path), "train.max_steps=1")
     assert code == 0, printed

@@ -10,9 +10,9 @@ import torch
 from transformers import TrainingArguments
 
 from unidpo.config.hf_arguments import spelled_for_transformers
+from unidpo.data.pairs import PromptGroup
 from unidpo.losses import PreferenceLoss, UniDPO
-from unidpo.pairs import PromptGroup
-from unidpo.trainer import PreferenceTrainer
+from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group
 
 

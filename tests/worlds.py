@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, PreTrainedConfig, Qwen2Config
 
-from unidpo.encode import Encoder, prompt_positions
-from unidpo.models import load_policy, load_processor
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response, ranked_pairs
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response, ranked_pairs
+from unidpo.model.encode import Encoder, prompt_positions
+from unidpo.model.load import load_policy, load_processor
 
 GOLDEN = Path(__file__).parent / "golden"
 WORDS = ["red", "blue", "green", "circle", "square", "left", "right", "two", "three", "bright", "dark"]

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from unidpo.data.formats import load_pairs
+    from unidpo.data.pairs import Message, Pair, PromptGroup, Response
     from unidpo.losses import DPO, IPO, MMDPO, MPO, ODPO, RPO, WPO, SimPO, UniDPO
-    from unidpo.models import load_policy, load_processor
-    from unidpo.pairs import Message, Pair, PromptGroup, Response
-    from unidpo.sources import load_pairs
-    from unidpo.trainer import PreferenceTrainer
+    from unidpo.model.load import load_policy, load_processor
+    from unidpo.training.trainer import PreferenceTrainer
 
 _HOMES = {
     **dict.fromkeys(["DPO", "IPO", "MMDPO", "MPO", "ODPO", "RPO", "WPO", "SimPO", "UniDPO"], "losses"),
-    "Message": "pairs",
-    "Pair": "pairs",
-    "PromptGroup": "pairs",
-    "Response": "pairs",
-    "load_pairs": "sources",
-    "load_policy": "models",
-    "load_processor": "models",
-    "PreferenceTrainer": "trainer",
+    "Message": "data.pairs",
+    "Pair": "data.pairs",
+    "PromptGroup": "data.pairs",
+    "Response": "data.pairs",
+    "load_pairs": "data.formats",
+    "load_policy": "model.load",
+    "load_processor": "model.load",
+    "PreferenceTrainer": "training.trainer",
 }
 __all__ = [
     "DPO",

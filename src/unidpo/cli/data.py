@@ -13,12 +13,12 @@ from unidpo.cli.consoles import INPUT_WRONG, messages, results
 from unidpo.errors import printable
 
 if TYPE_CHECKING:
-    from unidpo.pairs import PromptGroup
-    from unidpo.sources.convert import ConvertReport
+    from unidpo.data.formats.convert import ConvertReport
+    from unidpo.data.pairs import PromptGroup
 
 data = typer.Typer(help="Check, convert, move and fetch preference data.", no_args_is_help=True)
 
-# The names of `unidpo.sources.LAYOUTS`, written out so that `--help` does not import it; a test compares them.
+# The names of `unidpo.data.formats.LAYOUTS`, written out so that `--help` does not import it; a test compares them.
 Layout = Literal["alpaca", "sharegpt", "trl", "ranked"]
 DataFile = Annotated[
     str,
@@ -44,9 +44,9 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Report every problem of a data set, with its row. Exits with 2 where a row cannot be used."""
-    from unidpo.check import check_data, write_usable
+    from unidpo.data.check import check_data, write_usable
+    from unidpo.data.formats.files import json_bytes
     from unidpo.progress import Stages
-    from unidpo.sources.files import json_bytes
 
     options = {} if model is None else _limits_of(model, max_length)
     with Stages(messages()) as stages:
@@ -78,7 +78,7 @@ def convert(
     drop_extra: Annotated[bool, typer.Option(help="Leave out columns that no layout knows.")] = False,
 ) -> None:
     """Write a data set in another layout or kind of file (by the suffix: .json, .jsonl, .parquet)."""
-    from unidpo.sources import convert as convert_file
+    from unidpo.data.formats import convert as convert_file
 
     report = convert_file(
         source,
@@ -119,7 +119,7 @@ def relocate(
     in_place: Annotated[bool, typer.Option("--in-place", help="Replace FILE itself.")] = False,
 ) -> None:
     """Point the image paths of a data file to where the images lie now."""
-    from unidpo.sources import relocate as relocate_file
+    from unidpo.data.formats import relocate as relocate_file
 
     report = relocate_file(file, images, to, strip=strip, in_place=in_place)
     total = report.found + len(report.not_found)
@@ -140,7 +140,7 @@ def fetch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be downloaded, and stop.")] = False,
 ) -> None:
     """Download a data set and unpack it; goes on where it was broken off."""
-    from unidpo.mm_rlhf import fetch as fetch_dataset
+    from unidpo.data.mm_rlhf import fetch as fetch_dataset
     from unidpo.progress import Stages
 
     console = messages()
@@ -178,8 +178,8 @@ def from_mm_rlhf(
     force: Annotated[bool, typer.Option("--force", help="Replace the new file if it is there.")] = False,
 ) -> None:
     """Make scored pairs of MM-RLHF's human ratings."""
-    from unidpo.mm_rlhf import Scoring, parse_weights
-    from unidpo.mm_rlhf import from_mm_rlhf as score_folder
+    from unidpo.data.mm_rlhf import Scoring, parse_weights
+    from unidpo.data.mm_rlhf import from_mm_rlhf as score_folder
     from unidpo.progress import Stages
 
     scoring = Scoring(
@@ -197,10 +197,10 @@ def from_mm_rlhf(
 
 def _limits_of(model: str, max_length: int) -> dict[str, Any]:
     """What `check_data` needs to hold data against a model."""
-    from unidpo.check import GroupLengths
-    from unidpo.encode import Encoder, plain_positions
-    from unidpo.lengths import TokenCounter
-    from unidpo.models import load_processor
+    from unidpo.data.check import GroupLengths
+    from unidpo.model.encode import Encoder, plain_positions
+    from unidpo.model.lengths import TokenCounter
+    from unidpo.model.load import load_processor
 
     encoder = Encoder(load_processor(model), plain_positions, max_length=max_length)
     counter = TokenCounter(encoder)

@@ -14,7 +14,7 @@ from unidpo.cli.consoles import INTERRUPTED, messages
 from unidpo.errors import Interrupted, RecipeError, TrainingError
 
 if TYPE_CHECKING:
-    from unidpo.runs import RunFolder
+    from unidpo.run_folder.folder import RunFolder
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -45,8 +45,8 @@ def train(
         _sweep(recipe, overrides or (), ["--nproc", str(nproc)] if nproc > 1 else [])
         return
     from unidpo.config import is_sweep, load_recipe
-    from unidpo.locks import refuse_if_in_use
-    from unidpo.runs import RunFolder
+    from unidpo.files.locks import refuse_if_in_use
+    from unidpo.run_folder.folder import RunFolder
 
     if is_sweep(recipe):
         raise RecipeError(f"{recipe}: this is a sweep of several runs; train them with `unidpo train --sweep {recipe}`")
@@ -56,21 +56,21 @@ def train(
         refuse_if_in_use(resolved.output)
         RunFolder(resolved.output).refuse_unless_free(resume=resume)
     if push_to_hub is not None:
-        from unidpo.hub import check_hub_repository
+        from unidpo.run.hub import check_hub_repository
 
         check_hub_repository(push_to_hub)
     command = ["train", str(recipe), *(overrides or ())]
     push = ["--push-to-hub", push_to_hub] if push_to_hub is not None else []
     again = shlex.join(["unidpo", *command, "--resume", *push, *(["--nproc", str(nproc)] if nproc > 1 else [])])
     if nproc > 1:
-        from unidpo.launch import launch
+        from unidpo.run.launch import launch
 
         try:
             code = launch([*command, *push, *(["--resume"] if resume else [])], nproc)
         except TrainingError as error:
             raise TrainingError(f"{error}\ngo on from the last checkpoint with: {again}") from error
         raise typer.Exit(code)
-    from unidpo.train import run
+    from unidpo.run.train import run
 
     try:
         run(resolved, resume=resume, console=messages())
@@ -85,7 +85,7 @@ def train(
 
 
 def _next_steps(run: RunFolder) -> None:
-    from unidpo.ranks import is_main
+    from unidpo.distributed import is_main
     from unidpo.terminal import print_to_copy
 
     if not is_main():
@@ -101,8 +101,8 @@ def _next_steps(run: RunFolder) -> None:
 
 
 def _push(model: Path, repo_id: str) -> None:
-    from unidpo.hub import push, push_command
-    from unidpo.ranks import is_main
+    from unidpo.distributed import is_main
+    from unidpo.run.hub import push, push_command
 
     if not is_main():
         return
@@ -118,7 +118,7 @@ def _push(model: Path, repo_id: str) -> None:
 
 def _sweep(file: Path, overrides: Sequence[str], options: Sequence[str]) -> None:
     from unidpo.config import load_sweep
-    from unidpo.sweep import run_sweep
+    from unidpo.run.sweep import run_sweep
 
     sweep = load_sweep(file, overrides, look=True)
     try:

@@ -11,8 +11,8 @@ import yaml
 
 from unidpo.config.schema import Recipe
 from unidpo.errors import did_you_mean, shown
-from unidpo.places import missing_here
-from unidpo.regular_files import open_regular, read_regular
+from unidpo.files.places import missing_here
+from unidpo.files.regular import open_regular, read_regular
 
 TEMPLATES = ("chatml",)
 """Names of chat templates that are no files."""

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from unidpo.errors import Finding, RecipeError, did_you_mean, printable
+from unidpo.files.regular import read_regular
 from unidpo.redaction import holds_a_secret, names_a_secret
-from unidpo.regular_files import read_regular
 
 MOST_BYTES, MOST_VALUES, MOST_DEPTH = 1_000_000, 10_000, 32
 """Of a file. Reading YAML takes time and memory that grow with these, aliases written out."""

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from unidpo.demo.digits import KINDS, Kind, Question, is_correct, noisy_grade
-from unidpo.models import Processor
+from unidpo.model.load import Processor
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with how many questions are answered and how many there are."""

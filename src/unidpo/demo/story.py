@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unidpo.check import check_data
+from unidpo.data.check import check_data
 from unidpo.demo import CHECKPOINT
 from unidpo.demo.answers import (
     Accuracy,
@@ -30,7 +30,7 @@ from unidpo.demo.answers import (
 )
 from unidpo.demo.digits import DigitsWorld, Kind, Question, is_correct, load_world
 from unidpo.errors import UserError
-from unidpo.models import load_policy, load_processor
+from unidpo.model.load import load_policy, load_processor
 from unidpo.progress import Stages
 from unidpo.terminal import Terminal, print_to_copy
 
@@ -202,7 +202,7 @@ def _write_recipe(out: Path, data: RankedData, seed: int) -> Path:
 def _train(recipe: Path, console: Console) -> Path:
     """Train as `unidpo train RECIPE` does; returns the run folder."""
     from unidpo.config import load_recipe
-    from unidpo.train import run
+    from unidpo.run.train import run
 
     return run(load_recipe(recipe), console=console)
 

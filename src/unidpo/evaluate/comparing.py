@@ -13,7 +13,7 @@ import numpy as np
 from unidpo.evaluate.benchmarks import EvaluationError, Judged, Statistic
 from unidpo.evaluate.predictions import PREDICTIONS, read_answers
 from unidpo.evaluate.results import BenchmarkResult, ModelResult, read_judged
-from unidpo.writing import write_atomically, write_json
+from unidpo.files.writing import write_atomically, write_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

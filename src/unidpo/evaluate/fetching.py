@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from unidpo.data.mm_rlhf.hubs import download_url
 from unidpo.errors import UserError
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed
 from unidpo.evaluate.own import file_checksum
 from unidpo.evaluate.vlmeval import PAPER, Published
-from unidpo.mm_rlhf.hubs import download_url
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 _ASKING_SECONDS = 10.0

@@ -16,13 +16,13 @@ import torch
 from PIL.Image import Image
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from unidpo.cache.store import weights_fingerprint
+from unidpo.data.images import cap_pixels, image_size, open_image
 from unidpo.errors import ImageError
 from unidpo.evaluate.benchmarks import Generation, Question
 from unidpo.evaluate.predictions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
 from unidpo.evaluate.prompting import Prompter, PromptStyle
-from unidpo.images import cap_pixels, image_size, open_image
-from unidpo.models import Processor
-from unidpo.stores import weights_fingerprint
+from unidpo.model.load import Processor
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 """End an answer wherever the vocabulary has them, besides what the model itself ends with."""

@@ -10,7 +10,7 @@ import torch
 
 from unidpo.evaluate.generation import HuggingFace
 from unidpo.evaluate.prompting import PromptStyle
-from unidpo.models import load_policy, load_processor
+from unidpo.model.load import load_policy, load_processor
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from typing import Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from unidpo.data.formats import json_text
+from unidpo.data.formats.files import rows_of
 from unidpo.errors import DataError, Finding, did_you_mean, from_findings, shown
 from unidpo.evaluate import scorers
 from unidpo.evaluate.benchmarks import EvaluationError, Generation, Judged, Part, Question, Score, Statistic
 from unidpo.evaluate.scorers import Verdict
-from unidpo.regular_files import open_regular, read_regular
-from unidpo.sources import json_text
-from unidpo.sources.files import rows_of
+from unidpo.files.regular import open_regular, read_regular
 
 Type: TypeAlias = Literal["mcq", "yesno", "vqa", "exact"]
 METRICS: Mapping[Type, tuple[str, ...]] = {

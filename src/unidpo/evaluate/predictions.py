@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from unidpo.data.images import content_digest
 from unidpo.errors import Finding, ImageError, from_findings, shown
 from unidpo.evaluate.benchmarks import EvaluationError, Question
-from unidpo.images import content_digest
-from unidpo.writing import write_json
+from unidpo.files.writing import write_json
 
 UNREADABLE_IMAGE, EMPTY_PROMPT = "unreadable-image", "empty-prompt"
 """Why a question was not put to the model."""

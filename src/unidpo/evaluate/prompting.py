@@ -8,10 +8,10 @@ from typing import Any, Literal, TypeAlias
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from unidpo.encode import CHATML
 from unidpo.errors import ModelError
 from unidpo.evaluate.benchmarks import Part, Question
-from unidpo.models import Processor
+from unidpo.model.encode import CHATML
+from unidpo.model.load import Processor
 
 PromptStyle: TypeAlias = Literal["chat", "plain"]
 _PROBE = "UNIDPOQUESTION"

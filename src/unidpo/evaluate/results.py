@@ -14,7 +14,7 @@ from typing import Any
 from unidpo.evaluate.benchmarks import Judged, Score, Statistic
 from unidpo.evaluate.judge import Rulings
 from unidpo.evaluate.predictions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
-from unidpo.writing import write_atomically, write_json
+from unidpo.files.writing import write_atomically, write_json
 
 RESULTS, JUDGED, TABLE, PAGE = "results.json", "judged.jsonl", "scorer.csv", "results.md"
 

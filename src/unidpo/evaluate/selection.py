@@ -15,7 +15,7 @@ from unidpo.evaluate.benchmarks import Benchmark, EvaluationError, Generation
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.vlmeval import PAPER, VlmevalBenchmark, Worker, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
-from unidpo.regular_files import read_regular
+from unidpo.files.regular import read_regular
 
 _GENERATION = tuple(field.name for field in dataclasses.fields(Generation))
 _MODEL_CLASSES = ("Qwen2VLChat",)

@@ -23,9 +23,9 @@ from unidpo.evaluate.parallel import Parallel
 from unidpo.evaluate.results import PAGE, BenchmarkResult, ModelResult, page, table
 from unidpo.evaluate.running import Backend, Progress, evaluate
 from unidpo.evaluate.vllm import Engine, Server
-from unidpo.locks import locked
-from unidpo.runs import RunFolder
-from unidpo.writing import write_atomically
+from unidpo.files.locks import locked
+from unidpo.files.writing import write_atomically
+from unidpo.run_folder.folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from unidpo.data.images import open_image
 from unidpo.errors import ImageError
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Question
 from unidpo.evaluate.chat_server import ChatServer, as_they_come
@@ -17,8 +18,7 @@ from unidpo.evaluate.generation import processor_fingerprint, stop_ids
 from unidpo.evaluate.loading import LoadOptions
 from unidpo.evaluate.predictions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
 from unidpo.evaluate.prompting import Prompter
-from unidpo.images import open_image
-from unidpo.models import load_processor
+from unidpo.model.load import load_processor
 
 REQUESTS_AT_ONCE = 32
 """Where the user leaves the choice to us; the server makes batches of them."""

@@ -234,7 +234,7 @@ class VlmevalBenchmark:
         return Score(**{**values, "judged": [Judged(**each) for each in values["judged"]]})
 
     def _read(self, limit: int | None) -> Iterator[Question]:
-        from unidpo.stores import default_cache  # which imports torch
+        from unidpo.cache.store import default_cache  # which imports torch
 
         images = (self._cache or default_cache()) / "benchmarks" / f"{self.name}-{self.checksum[:12]}"
         images.mkdir(parents=True, exist_ok=True)

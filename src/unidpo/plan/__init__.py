@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from unidpo.cache.feature_store import images_are_frozen
 from unidpo.config import Recipe
-from unidpo.encode import Encoder, plain_positions
 from unidpo.errors import ModelError
-from unidpo.feature_store import images_are_frozen
-from unidpo.features import takes_features
 from unidpo.losses import make_loss
-from unidpo.models import Part, load_processor
+from unidpo.model.encode import Encoder, plain_positions
+from unidpo.model.features import takes_features
+from unidpo.model.load import Part, load_processor
 from unidpo.plan.data import (
     Counted,
     Layout,
@@ -31,7 +31,7 @@ from unidpo.plan.report import Data, Features, Plan, Speed, Time, Way
 from unidpo.plan.shape import ModelShape, adapter_weights, build_model, shape_of
 from unidpo.plan.work import Load, Vision, Work, forward, in_chunks, training
 from unidpo.progress import Stages
-from unidpo.train import training_data
+from unidpo.run.train import training_data
 
 __all__ = ["GPUS", "UTILISATION", "Plan", "Speed", "gpu_by_name", "plan_recipe"]
 

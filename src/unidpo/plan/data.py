@@ -10,15 +10,15 @@ from dataclasses import dataclass
 
 import PIL.Image
 
-from unidpo.batches import StepSampler
+from unidpo.cache.reference import PASS_TOKENS
 from unidpo.config import Recipe
-from unidpo.encode import Encoder
+from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.errors import DataError, Finding, ImageError, UserError, from_findings
-from unidpo.lengths import GroupTokens, TokenCounter
-from unidpo.packs import used_responses
-from unidpo.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.model.batches import StepSampler
+from unidpo.model.encode import Encoder
+from unidpo.model.lengths import GroupTokens, TokenCounter
+from unidpo.model.packs import used_responses
 from unidpo.plan.work import Load, Vision, packed, padded
-from unidpo.reference import PASS_TOKENS
 
 Progress = Callable[[str, int, int], None]
 

@@ -15,11 +15,11 @@ from typing import Any, Literal, TypeAlias
 
 from unidpo.config import Recipe
 from unidpo.errors import RecipeError
-from unidpo.head import LOGITS_CHUNK_BYTES, STEP_BYTES
-from unidpo.models import Part
+from unidpo.files.regular import read_regular
+from unidpo.model.head import LOGITS_CHUNK_BYTES, STEP_BYTES
+from unidpo.model.load import Part
 from unidpo.plan.shape import ModelShape, Transformer
 from unidpo.plan.work import Load
-from unidpo.regular_files import read_regular
 
 Sharding: TypeAlias = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp"]
 # Bits per weight: 4, an 8-bit constant for 64 of them, a 32-bit one for 256 of these (arXiv:2305.14314, section 3).

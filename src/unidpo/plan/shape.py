@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from unidpo.adapters import lora_config, with_adapter
 from unidpo.config import LoraSection
 from unidpo.errors import ModelError
-from unidpo.models import Part, language_linear_layers, load_config, parts
+from unidpo.model.adapters import lora_config, with_adapter
+from unidpo.model.load import Part, language_linear_layers, load_config, parts
 
 _MATRICES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -97,7 +97,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     """The shape of a model, which may lie on the `meta` device.
 
     Raises:
-        ModelError: it has no language model with a head, or its parts are unknown, see `unidpo.models.parts`.
+        ModelError: it has no language model with a head, or its parts are unknown, see `unidpo.model.load.parts`.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if head is None:

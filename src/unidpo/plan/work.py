@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
-from unidpo.head import LOGITS_CHUNK_BYTES
-from unidpo.models import Part
+from unidpo.model.head import LOGITS_CHUNK_BYTES
+from unidpo.model.load import Part
 from unidpo.plan.shape import ModelShape, Transformer
 
 

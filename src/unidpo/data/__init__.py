@@ -1,0 +1,1 @@
+"""Prompt groups: read, checked, converted, fetched."""

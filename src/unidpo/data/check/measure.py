@@ -1,0 +1,142 @@
+"""A data set in numbers: distributions, and what an epoch of it costs in tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+from unidpo.data.images import MAX_PIXELS
+from unidpo.data.pairs import ImageSource, PromptGroup, Response
+
+_STEPS = 20
+_PIXELS_PER_TOKEN = 28 * 28
+_BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How a quantity is distributed.
+
+    Attributes:
+        minimum: the smallest value; the quantiles after it are linear interpolations between neighbours.
+        decile: a tenth of the values is smaller.
+        median: half of them are.
+        ninth_decile: nine tenths are.
+        maximum: the largest value.
+        histogram: how many values lie in each of equal steps from `minimum` to `histogram_end`; the last step counts
+            whatever is larger, too.
+        histogram_end: `maximum`, unless a few values lie far from all others.
+    """
+
+    minimum: float
+    decile: float
+    median: float
+    ninth_decile: float
+    maximum: float
+    histogram: tuple[int, ...]
+    histogram_end: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLengths:
+    """Tokens of a prompt, images included, and of each of its responses."""
+
+    prompt: int
+    responses: tuple[int, ...]
+
+
+Lengths: TypeAlias = Callable[[PromptGroup], GroupLengths]
+"""How many tokens a group has for a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochTokens:
+    """Tokens that pass through language models in one epoch, by how the data is laid out.
+
+    Attributes:
+        estimated: whether the lengths were guessed from characters and image sizes, for want of a model.
+        padded_pairs: chosen and rejected as two rows padded to the longer, through policy and reference.
+        pair_packs: each pair as its prompt once and two responses, through the policy; the reference is stored.
+        prompt_packs: each distinct prompt once with all its distinct responses, through the policy.
+    """
+
+    estimated: bool
+    padded_pairs: int
+    pair_packs: int
+    prompt_packs: int
+
+
+@dataclass(slots=True)
+class _Prompt:
+    tokens: int
+    responses: dict[Response, int] = field(default_factory=dict)
+
+
+def epoch_tokens(groups: Sequence[PromptGroup], lengths: Sequence[GroupLengths], *, estimated: bool) -> EpochTokens:
+    """Count what packing saves; ``lengths`` has one entry per group."""
+    prompts: dict[Hashable, _Prompt] = {}
+    padded = packed = 0
+    for group, length in zip(groups, lengths, strict=True):
+        prompt = prompts.setdefault(group.prompt_key(), _Prompt(length.prompt))
+        prompt.responses.update(zip(group.responses, length.responses, strict=True))
+        for pair in group.pairs:
+            chosen, rejected = length.responses[pair.chosen], length.responses[pair.rejected]
+            padded += 2 * 2 * (length.prompt + max(chosen, rejected))
+            packed += length.prompt + chosen + rejected
+    together = sum(prompt.tokens + sum(prompt.responses.values()) for prompt in prompts.values())
+    return EpochTokens(estimated, padded, packed, together)
+
+
+def estimated_lengths(
+    sizes: Mapping[ImageSource, tuple[int, int]] | None = None, *, max_pixels: int = MAX_PIXELS
+) -> Lengths:
+    """Lengths without a model: a token for four bytes of UTF-8, and for 28 x 28 pixels of an image once scaled.
+
+    Args:
+        sizes: width and height of images; those not in it count as ``max_pixels``.
+        max_pixels: what images are scaled down to.
+    """
+    known = sizes or {}
+
+    def image_tokens(image: ImageSource) -> int:
+        size = known.get(image) if isinstance(image, (Path, bytes)) else image.size
+        pixels = max_pixels if size is None else min(math.prod(size), max_pixels)
+        return max(1, round(pixels / _PIXELS_PER_TOKEN))
+
+    def estimate(group: PromptGroup) -> GroupLengths:
+        text = sum(_text_tokens(part) for m in group.messages for part in m.content if isinstance(part, str))
+        prompt = text + sum(image_tokens(image) for image in group.images)
+        return GroupLengths(prompt, tuple(_text_tokens(response.text) for response in group.responses))
+
+    return estimate
+
+
+def spread(values: Iterable[float | int]) -> Spread | None:
+    """How values are distributed, or ``None`` if there are none."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+
+    def quantile(fraction: float) -> float:
+        rest, below = math.modf(fraction * (len(ordered) - 1))
+        low = ordered[int(below)]
+        return float(low + rest * (ordered[int(below) + 1] - low) if rest else low)
+
+    minimum, decile, median, ninth_decile, maximum = (quantile(fraction) for fraction in (0.0, 0.1, 0.5, 0.9, 1.0))
+    # Where a few values lie far out, all others would share one step.
+    end = min(maximum, minimum + 3 * (ninth_decile - minimum)) if ninth_decile > minimum else maximum
+    whole = all(float(value).is_integer() for value in ordered)
+    # Whole numbers get a step each, as far as the steps go.
+    steps = min(_STEPS, int(end - minimum) + 1) if whole else _STEPS
+    width = (end - minimum + whole) / steps or 1.0
+    histogram = [0] * steps
+    for value in ordered:
+        histogram[min(int((value - minimum) / width), steps - 1)] += 1
+    return Spread(minimum, decile, median, ninth_decile, maximum, tuple(histogram), end)
+
+
+def _text_tokens(text: str) -> int:
+    return math.ceil(len(text.encode()) / _BYTES_PER_TOKEN)

@@ -1,0 +1,30 @@
+"""Read and write scored preference data: every layout people keep it in becomes prompt groups, and back."""
+
+from __future__ import annotations
+
+from unidpo.data.formats.convert import ConvertReport, convert, write_pairs
+from unidpo.data.formats.in_memory import groups_of
+from unidpo.data.formats.layouts import LAYOUTS
+from unidpo.data.formats.mixture import Source, load_pairs, mix, select_pairs, split_by_prompt
+from unidpo.data.formats.reading import ImageUse, Read, read_groups
+from unidpo.data.formats.relocate import RelocateReport, relocate
+from unidpo.data.formats.rows import LayoutName
+
+__all__ = [
+    "LAYOUTS",
+    "ConvertReport",
+    "ImageUse",
+    "LayoutName",
+    "Read",
+    "RelocateReport",
+    "Source",
+    "convert",
+    "groups_of",
+    "load_pairs",
+    "mix",
+    "read_groups",
+    "relocate",
+    "select_pairs",
+    "split_by_prompt",
+    "write_pairs",
+]

@@ -1,0 +1,225 @@
+"""From a data file, folder or hub data set to its rows, and from rows to a file."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from unidpo.data.formats import json_text, tables
+from unidpo.data.formats.json_text import RepeatedKey
+from unidpo.data.formats.other_kinds import refuse_other_kinds
+from unidpo.errors import DataError, Finding, shown
+from unidpo.files.places import missing_here
+from unidpo.files.regular import open_regular
+
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+_PARQUET = b"PAR1"
+_BOMS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a JSON, JSONL or Parquet file and their numbers from 1.
+
+    A row that cannot be read, such as a line that is no JSON, comes as a `Finding`. Only one JSON value as a whole is
+    held in memory; lines and tables are read piece by piece.
+
+    Raises:
+        DataError: the file cannot be read, is not UTF-8, or is not JSON as a whole.
+    """
+    try:
+        with open_regular(path) as file:
+            yield from rows_in(file, path)
+    except FileNotFoundError as error:
+        problem = missing_here(path, "file") or "there is no such file"
+        raise DataError(f"{path}: {problem}") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: this is a folder; give the data file in it") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: the file cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def rows_in(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
+    """The same for an open file. The path is for the messages and its suffix. Raises `DataError` as `rows_of`."""
+    head = file.read(32)
+    file.seek(0)
+    if not head.startswith(_PARQUET):
+        refuse_other_kinds(path, head)
+    if head.startswith(_PARQUET) or path.suffix == ".parquet":
+        yield from enumerate(tables.parquet_rows(file, path), start=1)
+        return
+    if head.startswith(_BOMS):
+        raise DataError(f"{path}, line 1: the file is not UTF-8 text but UTF-16 or UTF-32; save it as UTF-8")
+    if path.suffix in LINE_SUFFIXES and _first_letter(file) != b"[":
+        yield from _json_lines(file)
+    else:
+        yield from _json(file, path)
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is read as Parquet. Raises `OSError`."""
+    with open_regular(path) as file:
+        return path.suffix == ".parquet" or file.read(4) == _PARQUET
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file that exists."""
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):
+        return False
+
+
+def write_json(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write rows as a JSON list, or a row per line if the path ends in ``.jsonl``; bytes as ``{"bytes": base64}``.
+
+    The file appears complete or not at all.
+
+    Raises:
+        DataError: a row holds a value JSON has no word for, or the file cannot be written.
+    """
+    lines = path.suffix in LINE_SUFFIXES
+    with replacing(path) as file:
+        count = 0
+        for count, row in enumerate(rows, start=1):
+            if not lines:
+                file.write(b"[\n" if count == 1 else b",\n")
+            file.write(json_bytes(row, path))
+            if lines:
+                file.write(b"\n")
+        if not lines:
+            file.write(b"\n]\n" if count else b"[]\n")
+
+
+def json_bytes(value: Any, path: Path, *, indent: int | None = None, ascii_only: bool = False) -> bytes:
+    """A value as JSON text in UTF-8. Raises `DataError` for a value JSON has no word for."""
+    try:
+        text = json.dumps(value, ensure_ascii=ascii_only, indent=indent, default=_json_default)
+    except (TypeError, RecursionError) as error:
+        problem = f"JSON cannot hold a value ({error}); write Parquet, or leave the column out"
+        raise DataError(f"{path}: {problem}") from error
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair in a column nobody trains on: JSON can still spell it
+        return json.dumps(value, indent=indent, default=_json_default).encode()
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its place only when all is written; until then, and on failure, the old one stays.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        path = path.resolve()  # of a link, the file behind it is replaced
+        if path.exists() and not path.is_file():
+            what = "a folder" if path.is_dir() else "a device or a pipe"
+            raise DataError(f"{path}: this is {what}, which no file can replace; give another name")
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: the file cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def json_type(value: Any) -> str:
+    """A value's type in the words of JSON, with its article."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names |= {bytes: "binary data", int: "a number", float: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _json(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
+    text = _text(file.read(), path)
+    start = text.lstrip()[:1]
+    if not start:
+        return
+    has_repeats = False
+    try:
+        try:
+            value = json_text.loads(text)
+        except RepeatedKey:
+            value, has_repeats = json_text.loads_with_repeats(text), True
+    except (ValueError, RecursionError) as error:
+        # A second value after the first one: rows by line, whatever the file is called.
+        by_line = start == "{" or path.suffix in LINE_SUFFIXES
+        if by_line and isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            yield from _json_lines(io.BytesIO(text.encode()))
+            return
+        raise DataError(f"{path}: {_json_problem(error)}") from error
+    del text
+    if isinstance(value, dict):
+        lists = [key for key, inner in value.items() if isinstance(inner, list)]
+        remedy = f"save the list under {shown(lists[0])} by itself" if lists else "put the rows into [ ]"
+        raise DataError(f"{path}: the file is one JSON object, but a list of rows is expected; {remedy}")
+    if not isinstance(value, list):
+        raise DataError(f"{path}: the file holds {json_type(value)}, but a list of rows is expected")
+    for i, row in enumerate(value):
+        value[i] = None  # what has been read can go
+        repeated = json_text.repeated_key(row) if has_repeats else None
+        yield i + 1, row if repeated is None else _finding(RepeatedKey(repeated))
+
+
+def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    # Not text mode: U+2028 and its like may stand inside a JSON string.
+    for number, line in enumerate(file, start=1):
+        try:
+            text = line.rstrip(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+            if text.strip():
+                yield number, json_text.loads(text)
+        except RepeatedKey as error:
+            yield number, _finding(error)
+        except UnicodeDecodeError as error:
+            problem = f"byte {error.start + 1} of the line is not UTF-8 text; save the file as UTF-8"
+            yield number, Finding("wrong-encoding", problem)
+        except (ValueError, RecursionError) as error:
+            yield number, Finding("broken-json", f"the line is {_json_problem(error, line=False)}")
+
+
+def _finding(error: RepeatedKey) -> Finding:
+    return Finding("repeated-key", str(error), key=error.path)
+
+
+def _first_letter(file: BinaryIO) -> bytes:
+    """The first byte that is neither white space nor byte-order mark."""
+    first = b""
+    for line in file:
+        if first := line.removeprefix(b"\xef\xbb\xbf").strip()[:1]:
+            break
+    file.seek(0)
+    return first
+
+
+def _text(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}, line {line}: the file is not UTF-8 text; save it as UTF-8") from error
+
+
+def _json_default(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _json_problem(error: Exception, *, line: bool = True) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        where = f"line {error.lineno}, column {error.colno}" if line else f"column {error.colno}"
+        return f"not valid JSON: {error.msg} at {where}"
+    reason = "nested too deeply" if isinstance(error, RecursionError) else "it holds a number of too many digits"
+    return f"not usable JSON: {reason}"

@@ -1,0 +1,147 @@
+"""From a data set, whatever it is kept in, to prompt groups and findings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from unidpo.data.formats import tables
+from unidpo.data.formats.dataset_info import PLAIN, columns_of
+from unidpo.data.formats.files import rows_of
+from unidpo.data.formats.layouts import read_row
+from unidpo.data.formats.rows import LayoutName, Row
+from unidpo.data.pairs import ImageSource, PromptGroup
+from unidpo.errors import DataError, Finding, from_findings
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUse:
+    """One mention of an image: the row (from 1) and key that name it, and the image."""
+
+    row: int
+    key: str
+    source: ImageSource
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a data file holds.
+
+    Attributes:
+        file: the file, or the name of the data set.
+        rows: how many rows it has, good and bad.
+        groups: one prompt group per usable row, in file order; a row of ranked responses has several pairs.
+        findings: what was noticed, in file order. A row with an error has no group.
+        image_uses: every mention of an image, those of bad rows included. Nothing was opened yet.
+    """
+
+    file: Path
+    rows: int
+    groups: list[PromptGroup]
+    findings: list[Finding]
+    image_uses: list[ImageUse]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings for which a row cannot be used."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+
+def read_groups(path: str | Path, *, images: str | Path | None = None, require_scores: bool = False) -> Read:
+    """Read every row of a data set. A bad row becomes a finding and never raises.
+
+    Args:
+        path: a JSON, JSONL or Parquet file; a folder that `datasets` saved or reads; or a hub data set. The last two
+            are named ``name[:config][@split]``. Columns declared in a ``dataset_info.json`` beside a file are used.
+        images: the folder relative image paths start from; the file's own folder by default.
+        require_scores: a pair without scores is an error.
+
+    Raises:
+        DataError: there is no such file, data set or image folder, it cannot be read as a whole, or has no rows.
+    """
+    return collected(path, read_rows(path, images=images, require_scores=require_scores, shared={}))
+
+
+def collected(name: str | Path, rows: Iterable[Row]) -> Read:
+    """The rows of one data set together."""
+    count, groups, findings, uses = 0, [], [], []
+    for row in rows:
+        count += 1
+        if row.group is not None:
+            groups.append(row.group)
+        findings += row.findings
+        uses += [ImageUse(row.number, key, source) for key, source in row.sources]
+    return Read(Path(name), count, groups, findings, uses)
+
+
+def report_rows(reads: Sequence[Read], name: str, *, on_bad_row: Literal["error", "skip"]) -> None:
+    """Warn of what is worth knowing about rows that are to be trained on, and of those left out.
+
+    Raises:
+        DataError: rows cannot be used, and are not to be left out. All are listed.
+    """
+    rows = sum(read.rows for read in reads)
+    errors = [finding for read in reads for finding in read.errors]
+    bad_rows = len({(finding.file, finding.row) for finding in errors})
+    if bad_rows and on_bad_row == "error":
+        raise from_findings(DataError, f"{name}: {bad_rows} of {rows} rows cannot be used", errors)
+    if bad_rows:
+        _LOG.warning(str(from_findings(DataError, f"{name}: skipped {bad_rows} of {rows} rows", errors)))
+    for read in reads:
+        kinds: dict[str, list[Finding]] = {}
+        for finding in read.findings:
+            if finding.severity == "warning":
+                kinds.setdefault(finding.kind, []).append(finding)
+        for kind, found in kinds.items():
+            _LOG.warning("%d %s, the first in %s", len(found), kind, found[0])
+
+
+def read_rows(
+    path: str | Path,
+    *,
+    images: str | Path | None = None,
+    require_scores: bool = False,
+    layout: LayoutName | None = None,
+    shared: dict[bytes, bytes] | None = None,
+) -> Iterator[Row]:
+    """The same, row by row, for what need not be in memory at once.
+
+    Args:
+        path: see `read_groups`.
+        images: see `read_groups`.
+        require_scores: see `read_groups`.
+        layout: read every row as of this layout, instead of by its keys.
+        shared: where embedded images are kept while equal ones become one object.
+
+    Raises:
+        DataError: as `read_groups`, while iterating.
+    """
+    if not str(path).strip():
+        raise DataError("the path of the data is empty; give a file, a folder or a data set of the hub")
+    if images is not None and not Path(images).is_dir():
+        raise DataError(f"{images}: there is no such image folder; give the one that the image paths start from")
+    values: Iterator[tuple[int, Any]]
+    if tables.is_dataset(path):
+        values, columns, folder = enumerate(tables.dataset_rows(path), start=1), PLAIN, tables.dataset_folder(path)
+    else:
+        values, columns, folder = rows_of(Path(path)), columns_of(Path(path)), Path(path).parent
+    root, empty = folder if images is None else Path(images), True
+    for number, value in values:
+        empty = False
+        yield read_value(Row(value, number, path, root, require_scores, columns, shared), layout)
+    if empty:
+        raise DataError(f"{path}: the file holds no rows")
+
+
+def read_value(row: Row, layout: LayoutName | None = None) -> Row:
+    """Read what a row was given; a `Finding` in its place is its error."""
+    if isinstance(row.given, Finding):
+        row.error(row.given.kind, row.given.key, row.given.message)
+    else:
+        read_row(row, layout)
+    return row

@@ -1,0 +1,244 @@
+"""Point the image paths of a data file to where the images lie now."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from unidpo.data.formats import tables
+from unidpo.data.formats.dataset_info import columns_of
+from unidpo.data.formats.files import is_parquet, is_same, json_bytes, replacing, rows_of
+from unidpo.data.formats.rows import ADDRESS
+from unidpo.errors import DataError, Finding, from_findings, shown
+from unidpo.files.regular import is_regular, open_regular
+
+Mover = Callable[[str, str], str]
+"""From a path and its key to the path in its place."""
+_PROMPTS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(slots=True)
+class RelocateReport:
+    """What became of the image paths of a file.
+
+    Attributes:
+        file: the file read.
+        to: the file written.
+        rows: how many rows it has.
+        found: paths that were found under the new root.
+        not_found: those that were not, as findings with row and key. They stand in the new file as they were.
+        embedded: images that need no path, being in the file themselves.
+    """
+
+    file: Path
+    to: Path
+    rows: int = 0
+    found: int = 0
+    not_found: list[Finding] = field(default_factory=list)
+    embedded: int = 0
+
+
+def relocate(
+    path: str | Path,
+    images_root: str | Path,
+    to: str | Path | None = None,
+    *,
+    strip: str | None = None,
+    in_place: bool = False,
+) -> RelocateReport:
+    """Write a data file anew with image paths that lead into another folder. Everything else stays as it is.
+
+    Whatever a path began with on another machine, Windows included, is found out: of each path the longest ending that
+    names a file under ``images_root`` is taken. New paths are relative to the new file's folder where they lie below
+    it, else absolute.
+
+    Args:
+        path: a JSON, JSONL or Parquet file in any layout.
+        images_root: the folder the images are in now. Its tree is listed once.
+        to: the new file, of the same kind.
+        strip: take this off the beginning of every path, and look for the rest, instead of finding out.
+        in_place: replace ``path`` itself, in one step; ``to`` is left out.
+
+    Raises:
+        DataError: the file cannot be read or written, a row of it is no JSON, the root is no folder, ``to`` is the
+            file itself or of another kind, or not a single path was found.
+    """
+    source, root = Path(path), Path(images_root)
+    if (to is None) is not in_place:
+        raise DataError(f"{path}: give either a new file, or say that this one is to be replaced (`in_place`)")
+    target = source if to is None else Path(to)
+    if not in_place and is_same(source, target):
+        raise DataError(f"{to}: this is the file itself; give another one, or say `in_place`")
+    if source.suffix != target.suffix:
+        raise DataError(f"{to}: the new file is of the same kind, {source.suffix or 'without suffix'}")
+    if not is_regular(source):
+        raise DataError(f"{path}: there is no such file")
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such image folder")
+    report = RelocateReport(source, target)
+    finder = _Finder(root, target.parent.absolute(), strip)
+    names = columns_of(source).names
+    columns = tuple(names.get(name, name) for name in ("images", "image"))
+
+    def move(row: Any, number: int) -> Any:
+        report.rows += 1
+
+        def mover(old: str, key: str) -> str:
+            new = finder.find(old)
+            if new is None:
+                problem = f"{shown(old)} is not under {shown(root)}"
+                report.not_found.append(Finding("missing-image", problem, source, number, key))
+                return old
+            report.found += 1
+            return new
+
+        return moved(row, columns, mover, report)
+
+    with replacing(target) as file:
+        if is_parquet(source):
+            _move_table(source, file, columns, move)
+        else:
+            _move_json(source, file, move)
+        if report.not_found and not report.found:
+            title = f"{path}: none of {len(report.not_found)} image paths was found under {root}; nothing was written"
+            raise from_findings(DataError, title, report.not_found)
+    return report
+
+
+class _Finder:
+    """Finds paths under a root by what they end in."""
+
+    def __init__(self, root: Path, folder: Path, strip: str | None) -> None:
+        self._files = set(_tree(root))
+        self._root = root.absolute()
+        self._folder = folder
+        self._strip = None if strip is None else strip.replace("\\", "/").rstrip("/")
+
+    def find(self, old: str) -> str | None:
+        """The new path, or ``None`` if nothing under the root is meant. It never leads outside of the root."""
+        inside = self._inside(old) or ("\\" in old and self._inside(old.replace("\\", "/"))) or None
+        if inside is None:
+            return None
+        path = self._root / inside
+        return (path.relative_to(self._folder) if path.is_relative_to(self._folder) else path).as_posix()
+
+    def _inside(self, old: str) -> str | None:
+        if self._strip is not None:
+            if self._strip and not f"{old}/".startswith(f"{self._strip}/"):
+                return None
+            rest = old[len(self._strip) :].lstrip("/")
+            return rest if rest in self._files else None
+        parts = [part for part in old.split("/") if part not in ("", ".")]
+        endings = ("/".join(parts[i:]) for i in range(len(parts)))
+        return next((ending for ending in endings if ending in self._files), None)
+
+
+def _tree(root: Path) -> Iterator[str]:
+    """Every file under a root, relative to it. Linked folders are gone into, unless that leads round in circles."""
+    linked: set[Path] = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        here = Path(folder)
+        inside = here.relative_to(root).as_posix()
+        yield from files if inside == "." else (f"{inside}/{name}" for name in files)
+        for name in list(folders):
+            if (here / name).is_symlink():
+                real = (here / name).resolve()
+                if real in linked or here.resolve().is_relative_to(real):
+                    folders.remove(name)
+                linked.add(real)
+
+
+def moved(row: Any, columns: tuple[str, ...], mover: Mover, report: RelocateReport) -> Any:
+    """A row with its image paths moved: those of the image columns, and of image parts inside messages."""
+    if not isinstance(row, dict):
+        return row
+    new = dict(row)
+    for name in columns:
+        if isinstance(new.get(name), list):
+            new[name] = [_image(value, f"{name}[{i}]", mover, report) for i, value in enumerate(new[name])]
+        elif name in new:
+            new[name] = _image(new[name], name, mover, report)
+    for name in _PROMPTS:
+        if isinstance(new.get(name), list):
+            new[name] = [_message(value, f"{name}[{i}]", mover, report) for i, value in enumerate(new[name])]
+    return new
+
+
+def _message(message: Any, key: str, mover: Mover, report: RelocateReport) -> Any:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    return message | {"content": [_part(p, f"{key}.content[{i}]", mover, report) for i, p in enumerate(content)]}
+
+
+def _part(part: Any, key: str, mover: Mover, report: RelocateReport) -> Any:
+    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
+        return part
+    names = [name for name in ("image", "path", "url", "image_url") if part.get(name) is not None]
+    return part | {name: _image(part[name], f"{key}.{name}", mover, report) for name in names[:1]}
+
+
+def _image(value: Any, key: str, mover: Mover, report: RelocateReport) -> Any:
+    if isinstance(value, bytes) or (isinstance(value, dict) and value.get("bytes") is not None):
+        report.embedded += 1
+    elif isinstance(value, str) and ADDRESS.match(value):
+        report.embedded += value[:5].lower() == "data:"
+    elif isinstance(value, str):
+        return mover(value, key)
+    elif isinstance(value, dict) and isinstance(value.get("path"), str):
+        return value | {"path": mover(value["path"], key)}
+    return value
+
+
+def _move_json(source: Path, file: BinaryIO, move: Callable[[Any, int], Any]) -> None:
+    """Write the rows as the file had them: a list or lines, as far indented, escaped or not."""
+    as_list, indent, ascii_only = _style(source)
+    rows = []
+    for number, value in rows_of(source):
+        if isinstance(value, Finding):
+            finding = replace(value, file=source, row=number)
+            raise DataError(str(finding), findings=[finding])
+        row = move(value, number)
+        if as_list:
+            rows.append(row)
+        else:
+            file.write(json_bytes(row, source, ascii_only=ascii_only) + b"\n")
+    if as_list:
+        file.write(json_bytes(rows, source, indent=indent, ascii_only=ascii_only) + b"\n")
+
+
+def _style(source: Path) -> tuple[bool, int | None, bool]:
+    with open_regular(source) as file:
+        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+        ascii_only = head.isascii() and all(chunk.isascii() for chunk in iter(lambda: file.read(1 << 20), b""))
+    indented = re.match(rb"\[\s*\n( *)\{\s*\n", head)
+    return head.startswith(b"["), len(indented[1]) if indented else None, ascii_only
+
+
+def _move_table(source: Path, file: BinaryIO, columns: tuple[str, ...], move: Callable[[Any, int], Any]) -> None:
+    """Write the table again with its schema and metadata; only columns in which a path changed are made anew."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    with open_regular(source) as raw, tables.damaged(source):
+        parquet = pq.ParquetFile(raw, pre_buffer=False)
+        schema = parquet.schema_arrow
+        tables.refuse_repeated_columns(schema.names, source)
+        names = [name for name in (*columns, *_PROMPTS) if name in schema.names]
+        with pq.ParquetWriter(file, schema) as writer:
+            for batch in parquet.iter_batches(batch_size=1024):
+                table = pa.Table.from_batches([batch], schema)
+                old = batch.select(names).to_pylist()
+                new = [move(row, number + i) for i, row in enumerate(old, start=1)]
+                number += len(old)
+                for name in names:
+                    if any(row[name] != before[name] for row, before in zip(new, old, strict=True)):
+                        column = schema.field(name)
+                        values = pa.array([row[name] for row in new], column.type)
+                        table = table.set_column(schema.get_field_index(name), column, values)
+                writer.write_table(table)

@@ -1,0 +1,334 @@
+"""One row while it is read: checked values out, everything that is wrong with it written down."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import PIL.Image
+
+from unidpo.data.formats.dataset_info import PLAIN, Columns
+from unidpo.data.formats.files import json_type
+from unidpo.data.formats.texts import Content, encodable, is_visible, joined, marked
+from unidpo.data.pairs import IMAGE, ImageMark, ImageSource, Message, Pair, PromptGroup, Response
+from unidpo.errors import Finding, shown
+
+LayoutName: TypeAlias = Literal["alpaca", "sharegpt", "trl", "ranked"]
+_MAX_SCORE = 1e38
+"""Beyond it a margin is infinite in the float32 the losses are computed in."""
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
+"""How what is no path begins."""
+_TURNS: tuple[Literal["user", "assistant"], ...] = ("user", "assistant")
+_DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+
+
+class Row:
+    """One row while it is read: hands out checked values, and writes down everything that is wrong with them.
+
+    Whoever asks for a bad value gets an empty one and goes on, so that one reading finds all errors of a row.
+
+    Attributes:
+        given: the row as it stands in the file.
+        values: its columns under the layout's own names, once the layout is known.
+        number: from 1.
+        findings: what is wrong with it, or worth knowing.
+        sources: the images it names, with their keys.
+        lost: keys that hold something a prompt group has no place for, below the columns of the layout.
+        layout: the name of its layout, once known.
+        group: what was read, or ``None`` with at least one error among the findings.
+    """
+
+    def __init__(
+        self,
+        given: Any,
+        number: int,
+        file: str | Path | None,
+        root: Path,
+        require_scores: bool = False,
+        columns: Columns = PLAIN,
+        shared: dict[bytes, bytes] | None = None,
+    ) -> None:
+        self.given = given
+        self.values: dict[str, Any] = {}
+        self.number = number
+        self.file = file
+        self.root = root
+        self.require_scores = require_scores
+        self.columns = columns
+        self.findings: list[Finding] = []
+        self.sources: list[tuple[str, ImageSource]] = []
+        self.lost: list[str] = []
+        self.layout: LayoutName | None = None
+        self.group: PromptGroup | None = None
+        self._shared = shared
+        self._inline: list[tuple[str, Any]] = []
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the row cannot be used, as far as it was read."""
+        return any(finding.severity == "error" for finding in self.findings)
+
+    def error(self, kind: str, key: str | None, problem: str) -> None:
+        """Note something for which the row cannot be used."""
+        self.findings.append(Finding(kind, problem, self.file, self.number, self._user_key(key), "error"))
+
+    def warn(self, kind: str, key: str | None, problem: str) -> None:
+        """Note something worth knowing about a row that can be used."""
+        self.findings.append(Finding(kind, problem, self.file, self.number, self._user_key(key), "warning"))
+
+    def text(self, value: Any, key: str) -> str:
+        """A string that can be tokenised, or "" with an error."""
+        if value is None:
+            self.error("missing-key", key, "the key is missing or null; a string is expected")
+        elif not isinstance(value, str):
+            self.error("wrong-type", key, f"a string is expected, not {json_type(value)}")
+        elif not encodable(value):
+            self.error("bad-text", key, "the text holds half a surrogate pair, which is no character; remove it")
+        else:
+            return value
+        return ""
+
+    def optional_text(self, key: str) -> str:
+        """The string under a key, "" where there is none."""
+        return "" if self.values.get(key) is None else self.text(self.values[key], key)
+
+    def response(self, value: Any, key: str) -> str:
+        """The text of a response: a string, one assistant message, or in `sharegpt` a turn."""
+        before = len(self.findings)
+        if isinstance(value, list):
+            if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+                problem = "a response is a string or one assistant message; what comes before it is the prompt"
+                if value and all(isinstance(text, str) for text in value):
+                    problem = "a list of texts is no response; give a row for each, or `responses` with their scores"
+                self.error("wrong-type", key, problem)
+                return ""
+            self.others(value[0], f"{key}[0]", "role", "content")
+            content = self.content(value[0].get("content"), f"{key}[0].content", marks=False)
+            if IMAGE in content:
+                self.error("wrong-type", key, "a response holds text only, no image")
+            text = "".join(part for part in content if isinstance(part, str))
+        elif isinstance(value, dict) and self.layout == "sharegpt":
+            tag, text = self.tagged(value, key)
+            tags = self.columns.tags
+            if tag not in (None, tags["assistant_tag"], tags["function_tag"]):
+                self.error("bad-role", key, f"a response is a turn of {tags['assistant_tag']}, not {shown(tag)}")
+        else:
+            text = self.text(value, key)
+        if all(finding.severity == "warning" for finding in self.findings[before:]) and not is_visible(text):
+            self.error("empty-response", key, "the response is empty; give its text or remove the row")
+        return text
+
+    def score(self, value: Any, key: str) -> float | None:
+        """A finite number, or ``None``: where there is none, and with an error where there is something else."""
+        remedy = "a score is a finite number, higher is better"
+        if value is None:
+            return None
+        if isinstance(value, str):
+            self.error("bad-score", key, f"{shown(value)} is a string; {remedy}, written without quotes")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            self.error("bad-score", key, f"{shown(value)} is no number; {remedy}")
+        else:
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            if abs(number) <= _MAX_SCORE:
+                return number
+            self.error("bad-score", key, f"{number} cannot be used; {remedy}")
+        return None
+
+    def content(self, value: Any, key: str, *, marks: bool = True) -> Content:
+        """A message's content. In a string ``<image>`` marks an image, in a list of parts the image parts do."""
+        if not isinstance(value, list):
+            text = self.text(value, key)
+            return marked(text) if marks else joined([text])
+        parts: list[str | ImageMark] = []
+        for i, part in enumerate(value):
+            at = f"{key}[{i}]"
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image" or kind == "image_url":
+                parts.append(IMAGE)
+                self.others(part, at, "type", "image", "path", "url", "image_url")
+                given = [name for name in ("image", "path", "url", "image_url") if part.get(name) is not None]
+                self._inline += [(f"{at}.{name}", part[name]) for name in given[:1]]
+            elif kind == "text":
+                parts.append(self.text(part.get("text"), f"{at}.text"))
+                self.others(part, at, "type", "text")
+            else:
+                problem = 'a part is {"type": "text", "text": ...} or {"type": "image"}'
+                self.error("wrong-type", at, f"{problem}, not {shown(part)}")
+        return joined(parts)
+
+    def messages(self, value: Any, key: str) -> list[Message]:
+        """A prompt: a string, or messages of which the last is the user's."""
+        if not isinstance(value, list):
+            return [Message("user", marked(self.text(value, key)))]
+        messages = []
+        for i, item in enumerate(value):
+            role = item.get("role") if isinstance(item, dict) else None
+            if role == "system" or role == "user" or role == "assistant":
+                content = self.content(item.get("content"), f"{key}[{i}].content", marks=role != "system")
+                messages.append(Message(role, content))
+                self.others(item, f"{key}[{i}]", "role", "content")
+            elif not isinstance(item, dict):
+                self.error("wrong-type", f"{key}[{i}]", f"a message has `role` and `content`, not {json_type(item)}")
+            else:
+                problem = f"the role is system, user or assistant, not {shown(role)}"
+                self.error("bad-role", f"{key}[{i}].role", problem)
+        self.ends_with_user(messages, value, key)
+        return messages
+
+    def tagged(self, item: Any, key: str) -> tuple[str | None, str]:
+        """Role tag and text of a `sharegpt` turn; no tag with an error."""
+        tags = self.columns.tags
+        role, content = tags["role_tag"], tags["content_tag"]
+        if not isinstance(item, dict) or not isinstance(item.get(role), str):
+            self.error("wrong-type", key, f"a turn has `{role}` and `{content}`, both strings")
+            return None, ""
+        self.others(item, key, role, content)
+        if item[role] in (tags["observation_tag"], tags["function_tag"]):
+            self.lost.append(f"{key}.{role}")
+            self.warn("tool-turn", key, f"{shown(item[role])} is read as plain text, without the marks of a tool")
+        return item[role], self.text(item.get(content), f"{key}.{content}")
+
+    def ends_with_user(self, messages: Sequence[Message], given: Sequence[Any], key: str) -> None:
+        """What holds of every prompt in messages."""
+        if not given:
+            self.error("empty-prompt", key, "the prompt has no message")
+        elif messages and messages[-1].role != "user":
+            self.error("bad-role", key, "a prompt ends with a message of the user, which the responses answer")
+
+    def prompt(self, messages: list[Message], key: str, *, place_marks: bool) -> list[Message]:
+        """Bring a prompt and the row's images together. Comes before the responses are read.
+
+        With ``place_marks``, images of a prompt without any mark go before the first user's text.
+        """
+        readable = not self.is_bad
+        images = self._images()
+        marks = sum(part is IMAGE for message in messages for part in message.content)
+        if not readable or (self.is_bad and self._inline):
+            return messages  # what else could be said of it would only follow from that error
+        if place_marks and not marks:
+            first = next(i for i, message in enumerate(messages) if message.role == "user")
+            messages[first] = Message("user", (IMAGE,) * images + messages[first].content)
+        elif marks != images:
+            problem = f"`<image>` marks in the prompt: {marks}, images in the row: {images}; make them equal"
+            self.error("image-marks", key, problem)
+        if not any(part is IMAGE or is_visible(str(part)) for m in messages for part in m.content):
+            self.error("empty-prompt", key, "the prompt is empty; give its text")
+        elif len(messages) > 1:
+            self._in_order(messages, key)
+        return messages
+
+    def _in_order(self, messages: Sequence[Message], key: str) -> None:
+        """Note turns that most models were never trained on, and some templates refuse."""
+        roles = [message.role for message in messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        if any(role != _TURNS[i % 2] for i, role in enumerate(turns)):
+            said = ", ".join(roles[:9]) + (", ..." if len(roles) > 9 else "")
+            expected = "after at most one system message, user and assistant take turns"
+            self.warn("role-order", key, f"the roles are out of order ({said}); {expected}")
+        for i, message in enumerate(messages):
+            if not message.content and message.role != "system":
+                self.warn("empty-message", key, f"message {i + 1} of the prompt, of the {message.role}, is empty")
+
+    def together(self, messages: Sequence[Message], responses: Sequence[Response], pairs: Sequence[Pair]) -> None:
+        """Make the group, unless anything was wrong."""
+        if not self.is_bad:
+            images = tuple(source for _, source in self.sources)
+            self.group = PromptGroup(tuple(messages), images, tuple(responses), tuple(pairs))
+
+    def pair(self, messages: Sequence[Message], chosen: Any, rejected: Any) -> None:
+        """Make the group of an ordinary pair, whose scores stand beside it."""
+        texts = self.response(chosen, "chosen"), self.response(rejected, "rejected")
+        if texts[0] == texts[1] != "":
+            self.error("equal-responses", "rejected", "chosen and rejected are the same text; remove the row")
+        keys = "score_chosen", "score_rejected"
+        missing = [key for key in keys if self.values.get(key) is None]
+        if len(missing) == 1 or (missing and self.require_scores):
+            problem = "there is no score; a pair has both `score_chosen` and `score_rejected`, a number each"
+            self.error("missing-score", missing[0], problem)
+        scores = [self.score(self.values.get(key), key) for key in keys]
+        self.compare(scores[0], scores[1], "score_chosen")
+        responses = [Response(text, score) for text, score in zip(texts, scores, strict=True)]
+        self.together(messages, responses, [Pair(0, 1, self.number, self.file)])
+
+    def compare(self, chosen: float | None, rejected: float | None, key: str) -> None:
+        """Note scores that do not prefer the chosen response."""
+        if chosen is not None and rejected is not None:
+            if chosen == rejected:
+                self.warn("tied-scores", key, f"both responses have the score {chosen:g}")
+            elif chosen < rejected:
+                problem = f"the chosen response scores {chosen:g}, the rejected one {rejected:g}"
+                self.warn("reversed-scores", key, problem)
+
+    def others(self, value: dict[Any, Any], key: str, *known: str) -> None:
+        """Remember what an object holds besides the keys that are read."""
+        if len(value) > len(known) or not value.keys() <= set(known):
+            self.lost += [f"{self._user_key(key)}.{k}" for k, v in value.items() if k not in known and v is not None]
+
+    def _images(self) -> int:
+        """Read the row's images into ``sources``, with their keys, and say how many it names."""
+        given = [key for key in ("images", "image") if self.values.get(key) is not None]
+        if len(given) > 1:
+            self.error("wrong-type", "image", "both `images` and `image` are given; keep one of them")
+        entries = self._inline
+        if given:
+            value = self.values[given[0]]
+            listed = isinstance(value, list)
+            entries = [(f"{given[0]}[{i}]", entry) for i, entry in enumerate(value)] if listed else [(given[0], value)]
+        if given and entries:
+            for key, _ in self._inline:
+                problem = f"the row names images under `{given[0]}` too; keep one of them"
+                self.error("inline-image", key.rpartition(".")[0], problem)
+        elif given:
+            entries = self._inline
+        read = [(key, self._image(entry, key)) for key, entry in entries]
+        self.sources = [(key, source) for key, source in read if source is not None]
+        return len(entries)
+
+    def _image(self, value: Any, key: str) -> ImageSource | None:
+        """A path joined to the image folder, encoded bytes, or a decoded image. The disk is not touched."""
+        if isinstance(value, PIL.Image.Image):
+            return value
+        if isinstance(value, Path):
+            value = str(value)
+        if isinstance(value, dict) and value.get("bytes") is not None:
+            value = value["bytes"]
+            if isinstance(value, str):
+                return self._decoded(value, key)
+        elif isinstance(value, dict):
+            value = value.get("path") if value.get("path") is not None else value.get("url")
+        if isinstance(value, bytes):
+            return value if self._shared is None else self._shared.setdefault(value, value)
+        if not isinstance(value, str) or not value.strip():
+            self.error("wrong-type", key, f'an image is a path or {{"bytes": base64}}, not {shown(value)}')
+        elif match := _DATA_URI.match(value):
+            return self._decoded(value[match.end() :], key)
+        elif ADDRESS.match(value):
+            problem = 'addresses are not fetched; give a path, or {"bytes": base64}'
+            self.error("remote-image", key, f"{shown(value)} is an address; {problem}")
+        elif not encodable(value):
+            self.error("bad-text", key, "the path holds half a surrogate pair, which is no character")
+        else:
+            return self.root / value
+        return None
+
+    def _decoded(self, text: str, key: str) -> bytes | None:
+        try:
+            data = base64.b64decode(text, validate=True)
+        except ValueError:
+            self.error("broken-image", key, "the image is not valid base64; encode the file again")
+            return None
+        return data if self._shared is None else self._shared.setdefault(data, data)
+
+    def _user_key(self, key: str | None) -> str | None:
+        """A key as the file spells it, where its columns have other names."""
+        if key is None or not self.columns.names:
+            return key
+        head = re.split(r"[.\[]", key, maxsplit=1)[0]
+        return self.columns.names.get(head, head) + key[len(head) :]

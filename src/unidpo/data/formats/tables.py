@@ -1,0 +1,215 @@
+"""Rows of Arrow tables: Parquet files, folders and hub data sets of the `datasets` library.
+
+Both libraries are imported when a table is met: most data is JSON, and a command should answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from unidpo.data.formats.other_kinds import SUFFIXES
+from unidpo.errors import DataError, Finding, shown
+from unidpo.files.places import missing_here
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_BATCH = 64
+"""Rows read at a time: their images may be inside."""
+_WRITTEN_ROWS, _WRITTEN_BYTES = 1024, 1 << 26
+"""A row group of a written file is no larger; the bytes are those of images."""
+_NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>[^:@]+))?")
+_FILE = re.compile(rf".*(\.jsonl?|\.ndjson|\.parquet|\.txt|{'|'.join(map(re.escape, SUFFIXES))})", re.IGNORECASE)
+
+
+def parquet_rows(file: BinaryIO, path: Path) -> Iterator[Any]:
+    """The rows of a Parquet file, a batch at a time. A row that cannot be decoded comes as a `Finding`.
+
+    Raises:
+        DataError: the file is no Parquet file, or is damaged.
+    """
+    import pyarrow.parquet as pq
+
+    with damaged(path):
+        parquet = pq.ParquetFile(file, pre_buffer=False)
+        refuse_repeated_columns(parquet.schema_arrow.names, path)
+        for batch in parquet.iter_batches(batch_size=_BATCH):
+            yield from _values(batch)
+
+
+def refuse_repeated_columns(names: Sequence[str], path: Path) -> None:
+    """Raise `DataError` where a table has two columns of one name, of which readers take the last."""
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise DataError(f"{path}: the table has the column {shown(repeated[0])} twice; remove or rename one of them")
+
+
+@contextlib.contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """Whatever pyarrow says of a damaged file becomes a `DataError`."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise DataError(f"{path}: not a whole Parquet file ({_first_line(error)}); write it again") from error
+
+
+def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path, known: dict[str, pa.DataType]) -> None:
+    """Write rows as Parquet; the file appears complete or not at all.
+
+    Args:
+        rows: gives the rows, each time it is called; it is called once to learn the types and once to write.
+        path: the file.
+        known: the columns whose types are known. Others are inferred over all rows.
+
+    Raises:
+        DataError: a column holds values of types that do not go together, or the file cannot be written.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from unidpo.data.formats.files import replacing
+
+    try:
+        schema = _schema(rows(), known)
+        with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
+            for batch in _batches(rows()):
+                writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+    except (pa.ArrowException, OSError, OverflowError, UnicodeEncodeError) as error:
+        raise DataError(f"{path}: Parquet cannot hold these rows ({_first_line(error)}); write JSONL") from error
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Whether a path means a folder or hub data set rather than a file: ``name[:config][@split]``."""
+    match = _NAME.fullmatch(str(path))
+    with contextlib.suppress(OSError):  # a name too long for a file is none
+        if Path(path).exists():
+            return Path(path).is_dir()
+        if match is not None and Path(match["name"]).is_dir():
+            return True
+    if match is None or _FILE.fullmatch(match["name"]):
+        return False
+    return missing_here(match["name"]) is None
+
+
+def dataset_folder(path: str | Path) -> Path:
+    """Where relative image paths of a data set start: in its folder, or for one of the hub in the current one."""
+    match = None if Path(path).is_dir() else _NAME.fullmatch(str(path))
+    folder = Path(path) if match is None else Path(match["name"])
+    return folder if folder.is_dir() else Path()
+
+
+def dataset_rows(path: str | Path) -> Iterator[Any]:
+    """The rows of a local folder, as `datasets` saves or reads it, or of a hub data set.
+
+    A folder is read where it lies. What comes from the hub is downloaded once into the cache of `datasets`, since the
+    check, every run and both passes of a conversion read it again. Scripts of a data set are never run.
+
+    Args:
+        path: ``name[:config][@split]``; without a split, ``train`` or the only one.
+
+    Raises:
+        DataError: there is no such data set, configuration or split, or it cannot be read.
+    """
+    import datasets
+
+    match = None if Path(path).is_dir() else _NAME.fullmatch(str(path))
+    name, config, split = (str(path), None, None) if match is None else match.group("name", "config", "split")
+    try:
+        loaded = _load(datasets, name, config)
+        if hasattr(loaded, "keys"):  # one data set per split
+            splits = list(loaded.keys())
+            chosen = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
+            if chosen not in splits:
+                known = ", ".join(map(str, splits))
+                raise DataError(f"{path}: there is no split {shown(chosen)}; add @SPLIT with one of: {known}")
+            loaded = loaded[chosen]
+        elif split is not None:
+            raise DataError(f"{path}: the folder holds one data set without splits; leave out @{split}")
+        yield from rows_of_dataset(loaded)
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:  # network, cache, a dozen formats: nearly anything is raised
+        problem = "this is a folder that cannot be loaded as a data set; give the data file in it"
+        if not Path(name).is_dir():
+            problem = "there is no such file or folder here, nor a data set of the hub that can be loaded"
+        raise DataError(f"{path}: {problem} ({_first_line(error)})") from error
+
+
+def rows_of_dataset(dataset: Any) -> Iterator[Any]:
+    """The rows of a loaded data set. As Arrow: nothing is decoded, an image stays what the table holds."""
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
+        yield from _values(table)
+
+
+def _load(datasets: Any, name: str, config: str | None) -> Any:
+    folder = Path(name)
+    if not folder.is_dir():
+        return datasets.load_dataset(name, config)
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(name)
+    _refuse_special_files(folder)
+    return datasets.load_dataset(name, config, streaming=True)
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """`datasets` opens whatever it finds in a folder, and would wait at a named pipe without end."""
+    for here, _, files in os.walk(folder):
+        for name in files:
+            path = Path(here, name)
+            if path.exists() and not path.is_file():
+                raise DataError(f"{path}: this is a pipe, a socket or a device, not a file; move it out of the folder")
+
+
+def _values(table: Any) -> Iterator[Any]:
+    """The rows of a table or batch; one by one where a value of them is damaged."""
+    try:
+        yield from table.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond what Python knows
+        for i in range(table.num_rows):
+            try:
+                yield table.slice(i, 1).to_pylist()[0]
+            except (ValueError, OverflowError) as error:
+                yield Finding("wrong-encoding", f"the row cannot be decoded: {_first_line(error)}")
+
+
+def _schema(rows: Iterator[dict[str, Any]], known: dict[str, pa.DataType]) -> pa.Schema:
+    import pyarrow as pa
+
+    schema = pa.schema({})
+    for batch in _batches(rows):
+        names = dict.fromkeys(name for row in batch for name in row)
+        columns = {name: known.get(name) or _type([row.get(name) for row in batch], name) for name in names}
+        schema = pa.unify_schemas([schema, pa.schema(columns)], promote_options="permissive")
+    return schema
+
+
+def _type(values: Sequence[Any], name: str) -> pa.DataType:
+    import pyarrow as pa
+
+    try:
+        return pa.array(values).type
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        raise pa.ArrowInvalid(f"column {shown(name)}: {_first_line(error)}") from error
+
+
+def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += sum(len(image["bytes"] or b"") for image in row.get("images", ()))
+        if len(batch) == _WRITTEN_ROWS or size >= _WRITTEN_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

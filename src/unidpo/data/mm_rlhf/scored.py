@@ -1,0 +1,160 @@
+"""Scored preference data from MM-RLHF's human ratings, as one prompt group per prompt.
+
+The ratings say how good each response is, and a final ranking says in which order people put them. Where the two
+disagree about a pair, nobody knows which is right, so the pair is left out and counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from unidpo.data.formats import LayoutName, write_pairs
+from unidpo.data.formats.files import json_type
+from unidpo.data.mm_rlhf.joined import joined_pairs
+from unidpo.data.mm_rlhf.ratings import SUBSETS, RatedPrompt, RatedRow, subset_of
+from unidpo.data.mm_rlhf.report import PAIRS_FILE, RATINGS_FILE, Progress, RatingsReport, Scoring, counted_rows
+from unidpo.data.pairs import Pair, PromptGroup
+from unidpo.errors import DataError, Finding, shown
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Prompt groups, in file order, and what was left out of them."""
+
+    groups: list[PromptGroup]
+    report: RatingsReport
+
+
+def from_mm_rlhf(
+    folder: str | Path,
+    to: str | Path,
+    scoring: Scoring | None = None,
+    *,
+    layout: LayoutName | None = None,
+    force: bool = False,
+    on_progress: Progress | None = None,
+) -> RatingsReport:
+    """Write MM-RLHF's human ratings as scored preference data, see `scored_groups`.
+
+    Args:
+        folder: where ``data.jsonl`` lies, and the image folders beside it.
+        to: the file to write, ``.jsonl``, ``.json`` or ``.parquet``.
+        scoring: how ratings become scores and pairs.
+        layout: ranked responses, a row per prompt, by default; with joined pairs the seed's layout ``alpaca``, a row
+            per pair.
+        force: write over a file that is there.
+        on_progress: called with a stage, rows done and rows in all.
+
+    Raises:
+        DataError: as `scored_groups`; the file exists, or cannot be written.
+    """
+    to, scoring = Path(to), scoring or Scoring()
+    if to.exists() and not force:
+        raise DataError(f"{to}: this file exists; give another one, or `--force` to write over it")
+    if to.absolute() in {(_folder(folder) / name).absolute() for name in (RATINGS_FILE, PAIRS_FILE)}:
+        raise DataError(f"{to}: this is what is read; give another file to write")
+    scored = scored_groups(folder, scoring, on_progress=on_progress)
+    write_pairs(scored.groups, to, layout or ("alpaca" if scoring.join_pairs else "ranked"))
+    scored.report.to = to
+    return scored.report
+
+
+def scored_groups(folder: str | Path, scoring: Scoring | None = None, *, on_progress: Progress | None = None) -> Scored:
+    """Scored preference data from MM-RLHF's human ratings. Images are not opened.
+
+    A response's score is the weighted mean of its ratings (1 to 5). A response without one of them is left out, and a
+    row whose ratings cannot be told apart; all of it is counted. Responses of different scores make a pair, unless the
+    final ranking says the opposite, or the scores are too close.
+
+    Args:
+        folder: where ``data.jsonl`` lies, and the image folders beside it.
+        scoring: how ratings become scores and pairs.
+        on_progress: called with a stage, rows done and rows in all.
+
+    Raises:
+        DataError: a file is missing or unreadable, no pair is left, or ranking and ratings disagree about most pairs.
+    """
+    folder, scoring = _folder(folder), scoring or Scoring()
+    report = RatingsReport(folder / RATINGS_FILE, scoring)
+    prompts = _rated_prompts(report, on_progress)
+    if scoring.join_pairs:
+        pairs = joined_pairs(folder / PAIRS_FILE, prompts, report, on_progress)
+    else:
+        pairs = [_rated_pairs(prompt, report) for prompt in prompts]
+    report.refuse_if_reversed()
+    groups = []
+    for prompt, kept in zip(prompts, pairs, strict=True):
+        if kept:
+            images = tuple(folder / image for image in prompt.images)
+            groups.append(PromptGroup((prompt.message,), images, prompt.responses, tuple(kept)).keep_pairs(kept))
+        elif not scoring.join_pairs:
+            problem = "no pair is left: the scores are equal, too close, or contradict the ranking"
+            report.findings.append(Finding("no-pair", problem, report.source, prompt.row, "models_output"))
+    report.prompts = len(groups)
+    report.responses = sum(len(group.responses) for group in groups)
+    report.pairs = sum(len(group.pairs) for group in groups)
+    if not groups:
+        reasons = ", ".join(f"{kind} {count:,}" for kind, count in report.left_out.most_common())
+        raise DataError(
+            f"{report.source}: no pair is left of {report.rows:,} rows ({reasons or 'none is in the chosen subsets'})",
+            findings=report.findings,
+        )
+    return Scored(groups, report)
+
+
+def _rated_prompts(report: RatingsReport, on_progress: Progress | None) -> list[RatedPrompt]:
+    prompts: list[RatedPrompt] = []
+    seen: dict[tuple[str, str, tuple[str, ...]], int] = {}
+    for number, values in counted_rows(report.source, "ratings, rows", on_progress):
+        report.rows += 1
+        if _subset(values, number, report) not in report.scoring.subsets:
+            continue
+        row = RatedRow(values, number, report.source)
+        prompt = row.read(report.scoring.weights)
+        report.findings += row.findings
+        if prompt is None:
+            continue
+        first = seen.setdefault((prompt.id, prompt.question, prompt.images), number)
+        if first != number:
+            problem = f"id, question and image are those of row {first}; the first one is kept"
+            report.findings.append(Finding("duplicate-row", problem, report.source, number, "id"))
+        else:
+            prompts.append(prompt)
+    return prompts
+
+
+def _subset(values: Any, number: int, report: RatingsReport) -> str | None:
+    """The row's subset, counted; ``None`` with a finding where there is none."""
+    problem = values if isinstance(values, Finding) else None
+    if problem is None and not isinstance(values, dict):
+        problem = Finding("wrong-type", f"a row is an object with keys, not {json_type(values)}")
+    subset = subset_of(values) if problem is None else None
+    if problem is None and subset is None:
+        where = shown(values.get("image") or values.get("id"))
+        problem = Finding("unknown-subset", f"{where} names none of {', '.join(SUBSETS)}", key="image")
+    if problem is not None:
+        report.findings.append(replace(problem, file=report.source, row=number))
+    report.subsets[subset or "unknown"] += 1
+    return subset
+
+
+def _rated_pairs(prompt: RatedPrompt, report: RatingsReport) -> list[Pair]:
+    """Every pair of different scores, the better first, that may stay."""
+    best = 1 if report.scoring.best_rank == "lowest" else -1
+    pairs = []
+    for chosen, rejected in itertools.permutations(range(len(prompt.responses)), 2):
+        margin = prompt.margin(chosen, rejected)
+        report.ties += margin == 0 and chosen < rejected
+        place, other = prompt.ranks[chosen], prompt.ranks[rejected]
+        ahead = 0.0 if place is None or other is None else best * (other - place)
+        if margin > 0 and report.keeps(margin, ahead > 0 if ahead else None):
+            pairs.append(Pair(chosen, rejected, prompt.row, prompt.file))
+    return pairs
+
+
+def _folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    return folder.parent if folder.name == RATINGS_FILE else folder

@@ -1,0 +1,1 @@
+"""Files: which ones are read, how they are written, and who may write."""

@@ -1,0 +1,1 @@
+"""A model, its packs, and the log-probabilities of responses under it."""

@@ -1,0 +1,253 @@
+"""How many tokens groups have, counted without encoding them, and which of them the length limit leaves."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import PIL.Image
+
+from unidpo.data.images import capped_size, image_size
+from unidpo.data.pairs import PromptGroup
+from unidpo.distributed import on_main
+from unidpo.errors import DataError, Finding, ImageError, UserError, from_findings
+from unidpo.model.encode import Encoder, refused_images
+
+_LOG = logging.getLogger(__name__)
+# Groups whose texts the tokenizer gets at once, which it deals to threads of its own.
+_TOGETHER = 500
+
+
+@dataclass(frozen=True, slots=True)
+class GroupTokens:
+    """Lengths of a group in tokens.
+
+    Attributes:
+        prompt: of the prompt, images included.
+        responses: of each response, with what closes its turn.
+        images: of each image.
+    """
+
+    prompt: int
+    responses: tuple[int, ...]
+    images: tuple[int, ...] = ()
+
+    def within(self, limit: int) -> GroupTokens | None:
+        """The same with responses as long as a limit on prompt plus response leaves them; `None` if it leaves none."""
+        room = limit - self.prompt
+        return replace(self, responses=tuple(min(room, each) for each in self.responses)) if room > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    tokens: int
+    images: tuple[int, ...]
+    group: PromptGroup
+    """One that has it: prompts with decoded images are known by these images, which must stay."""
+
+
+class TokenCounter:
+    """Counts what `Encoder.encode` would make of groups: each distinct prompt and response once. Reads image headers.
+
+    Args:
+        encoder: whose tokens.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._prompts: dict[Hashable, _Prompt | UserError] = {}
+        self._responses: dict[str, int] = {}
+        self._added: dict[tuple[tuple[int, int], ...], int] = {}
+        self._patches_agree = False
+
+    def count(
+        self, groups: Sequence[PromptGroup], on_progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[GroupTokens | UserError]:
+        """The lengths of each group before any cut, or why it has none.
+
+        Args:
+            on_progress: told groups done and groups to do.
+        """
+        if on_progress:
+            on_progress(0, len(groups))
+        for start in range(0, len(groups), _TOGETHER):
+            some = groups[start : start + _TOGETHER]
+            self._take_in(some)
+            for group in some:
+                prompt = self._prompts[group.prompt_key()]
+                if isinstance(prompt, UserError):
+                    yield prompt
+                else:
+                    responses = tuple(self._responses[response.text] for response in group.responses)
+                    yield GroupTokens(prompt.tokens, responses, prompt.images)
+            if on_progress:
+                on_progress(start + len(some), len(groups))
+
+    def one(self, group: PromptGroup) -> GroupTokens:
+        """The lengths of one group.
+
+        Raises:
+            ImageError: an image cannot be read, or the model's processor refuses it.
+            ModelError: see `Encoder.encode`.
+        """
+        [found] = self.count([group])
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def findings(self, group: PromptGroup) -> list[Finding]:
+        """What `data.max_length` does to a group: see `length_findings`. Raises as `one`."""
+        return length_findings(group, self.one(group), self._encoder.max_length)
+
+    def _take_in(self, groups: Sequence[PromptGroup]) -> None:
+        """Tokenize the prompts and responses that were not met before, in one call."""
+        prompts: dict[Hashable, tuple[PromptGroup, str]] = {}
+        responses: dict[str, str] = {}
+        for group in groups:
+            key = group.prompt_key()
+            if key not in self._prompts and key not in prompts:
+                try:
+                    prompts[key] = group, self._encoder.prompt_text(group.messages)
+                except UserError as error:
+                    self._prompts[key] = error
+            for response in group.responses:
+                if response.text not in self._responses:
+                    responses[response.text] = self._encoder.response_text(response)
+        counts = self._text_tokens([*(text for _, text in prompts.values()), *responses.values()])
+        for (key, (group, text)), tokens in zip(prompts.items(), counts[: len(prompts)], strict=True):
+            try:
+                self._prompts[key] = self._with_images(group, text, tokens)
+            except UserError as error:
+                self._prompts[key] = error
+        self._responses |= zip(responses, counts[len(prompts) :], strict=True)
+
+    def _text_tokens(self, texts: Sequence[str]) -> list[int]:
+        if not texts:
+            return []
+        encoded = self._encoder.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
+    def _with_images(self, group: PromptGroup, text: str, text_tokens: int) -> _Prompt:
+        if not group.images:
+            return _Prompt(text_tokens, (), group)
+        sizes = tuple(capped_size(image_size(source), self._encoder.max_pixels) for source in group.images)
+        added = self._tokens_beside_marks(sizes, text, text_tokens)
+        # In the text each image is one mark. Processors do not say which image has how many: large ones have more.
+        total = added + len(sizes)
+        areas = [math.prod(size) for size in sizes]
+        images = [round(total * area / sum(areas)) for area in areas]
+        images[-1] += total - sum(images)
+        return _Prompt(text_tokens + added, tuple(images), group)
+
+    def _tokens_beside_marks(self, sizes: tuple[tuple[int, int], ...], text: str, text_tokens: int) -> int:
+        """What images of these sizes add to a prompt that has so many tokens with a mark for each of them."""
+        if sizes not in self._added:
+            counted = self._patch_tokens(sizes)
+            if counted is None or not self._patches_agree:
+                blanks = [PIL.Image.new("RGB", size) for size in sizes]
+                found = len(self._encoder.tokenize(text, blanks)[0]) - text_tokens
+                # Counting patches is quick and says for nearly every processor what running it on images would say;
+                # the first images show whether this is one of them.
+                self._patches_agree = counted == found
+                counted = found
+            self._added[sizes] = counted
+        return self._added[sizes]
+
+    def _patch_tokens(self, sizes: Sequence[tuple[int, int]]) -> int | None:
+        """Tokens that images of these sizes add to their marks, by the processor's own count of patches."""
+        processor = getattr(self._encoder.processor, "image_processor", None)
+        patches: Any = getattr(processor, "get_number_of_image_patches", None)
+        merge: int | None = getattr(processor, "merge_size", None)
+        if patches is None or merge is None:
+            return None
+        try:
+            return sum(int(patches(height, width)) // merge**2 - 1 for width, height in sizes)
+        except ValueError as error:
+            raise refused_images(sizes, error) from error
+
+
+def length_findings(group: PromptGroup, tokens: GroupTokens, max_length: int) -> list[Finding]:
+    """What `data.max_length` does to a group: a prompt that is skipped, or responses that are cut; all warnings."""
+    file, row = group.pairs[0].file, group.pairs[0].row
+    if tokens.prompt >= max_length:
+        message = f"the prompt alone has {tokens.prompt} tokens, data.max_length is {max_length}; it is skipped"
+        return [Finding("prompt-too-long", message, file, row, severity="warning")]
+    lengths = [tokens.prompt + response for response in tokens.responses]
+    return [
+        Finding(
+            "response-cut",
+            f"prompt and response have {length} tokens; the response loses its last {length - max_length}",
+            file,
+            row,
+            severity="warning",
+        )
+        for length in lengths
+        if length > max_length
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Groups that fit the length limit, and the tokens of each, responses as long as the limit leaves them."""
+
+    groups: list[PromptGroup]
+    tokens: list[GroupTokens]
+
+
+def fit_to_length(
+    groups: Sequence[PromptGroup],
+    encoder: Encoder,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Fitted:
+    """The groups whose prompts leave room for a response. Skipped prompts and cut responses are counted and named.
+
+    Every process must call it; the main one counts for all.
+
+    Args:
+        on_progress: see `TokenCounter.count`.
+
+    Raises:
+        DataError: no group is left.
+        ImageError: an image cannot be read, or the model's processor refuses it; names the row.
+        ModelError: see `Encoder.encode`.
+    """
+    counted = on_main(lambda: _count_all(groups, TokenCounter(encoder), on_progress))
+    fitted = Fitted([], [])
+    findings: dict[str, list[Finding]] = defaultdict(list)
+    for group, tokens in zip(groups, counted, strict=True):
+        for finding in length_findings(group, tokens, encoder.max_length):
+            findings[finding.kind].append(finding)
+        if (fitting := tokens.within(encoder.max_length)) is not None:
+            fitted.groups.append(group)
+            fitted.tokens.append(fitting)
+    if groups and not fitted.groups:
+        raise from_findings(
+            DataError,
+            f"no prompt fits data.max_length={encoder.max_length}; raise it, or lower data.max_pixels",
+            findings["prompt-too-long"],
+        )
+    for kind, found in findings.items():
+        rows = ", ".join(str(finding.row) for finding in found[:10]) + (", ..." if len(found) > 10 else "")
+        what = "prompts skipped" if kind == "prompt-too-long" else "responses cut"
+        _LOG.warning("data.max_length=%d: %d %s (rows %s)", encoder.max_length, len(found), what, rows)
+    return fitted
+
+
+def _count_all(
+    groups: Sequence[PromptGroup], counter: TokenCounter, on_progress: Callable[[int, int], None] | None
+) -> list[GroupTokens]:
+    counted = []
+    for group, tokens in zip(groups, counter.count(groups, on_progress), strict=True):
+        if isinstance(tokens, ImageError):
+            kind = tokens.findings[0].kind if tokens.findings else "refused-row"
+            located = Finding(kind, str(tokens), group.pairs[0].file, group.pairs[0].row)
+            raise ImageError(str(located), findings=[located]) from tokens
+        if isinstance(tokens, UserError):
+            raise tokens
+        counted.append(tokens)
+    return counted

@@ -1,0 +1,382 @@
+"""Load a policy and its processor, and decide which of its parameters learn."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import inspect
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+import PIL.Image
+import torch
+from accelerate import init_empty_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+# In 5.17, `transformers.AutoImageProcessor` asks for torchvision, which its own module does not need.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+
+from unidpo.errors import ModelError, RecipeError, UserError
+from unidpo.files.places import missing_here
+
+Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
+"""What turns a prompt into tensors: a processor for vision-language models, a tokenizer for text models."""
+Part: TypeAlias = Literal["vision", "projector", "language"]
+Quantization: TypeAlias = Literal["nf4", "int8"]
+_LOG = logging.getLogger(__name__)
+
+
+def load_policy(
+    name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantization | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model to train, from a folder or hub id, as a vision-language model where it is one, else a language model.
+
+    A folder that holds an adapter, such as the `model/` of a run with one, gives its model with the adapter merged in.
+
+    Args:
+        dtype: of the weights; of the arithmetic alone where they are quantized.
+        quantize: hold the linear layers of the language model in 4 bits (`"nf4"`) or 8 bits (`"int8"`) per weight, to
+            train an adapter on. Vision tower, projector and head, in which rounding hurts most, stay as they are.
+
+    Raises:
+        ModelError: there is no model at `name`, or transformers cannot load it, or not quantized.
+        RecipeError: `quantize` is given and bitsandbytes is not installed.
+    """
+    base = _base_of_adapter(name)
+    if base is not None and quantize is not None:
+        raise ModelError(
+            f"{name}: model.quantize={quantize} needs whole weights, and this is an adapter of {base}; save the merged "
+            "model first, `load_policy(...).save_pretrained(...)` with its processor beside it, and name that"
+        )
+    if base is not None:
+        return _with_adapter(load_policy(base, dtype=dtype, trust_remote_code=trust_remote_code), name)
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    if quantize is None:
+        return load_weights(auto, name, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
+    with _as_model_error(name, "the model"), init_empty_weights():
+        plan = auto.from_config(config, trust_remote_code=trust_remote_code)
+    quantization = _quantization(plan, quantize, dtype=dtype)
+    return load_weights(
+        auto, name, config=config, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization
+    )
+
+
+def _quantization(plan: PreTrainedModel, kind: Quantization, *, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What bitsandbytes is told: quantize the linear layers of the language model and nothing else.
+
+    Args:
+        plan: the model without its weights.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"model.quantize={kind} needs the package bitsandbytes; install it with `pip install 'unidpo[quantize]'`"
+        )
+    inside = set(language_linear_layers(plan))
+    # Given here, these replace the names of transformers' own guess, which differs between model families.
+    skip = [name for name, m in plan.named_modules() if isinstance(m, torch.nn.Linear) and name not in inside]
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def load_weights(loader: Any, name: str | Path, **options: Any) -> PreTrainedModel:
+    """What `loader.from_pretrained` makes of a folder or hub id, if all weights are there. Raises `ModelError`."""
+    with _as_model_error(name, "the model"):
+        model: PreTrainedModel
+        model, info = loader.from_pretrained(str(name), use_safetensors=True, output_loading_info=True, **options)
+    # transformers fills these with random numbers and only logs it.
+    if missing := sorted(info["missing_keys"]):
+        listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ModelError(f"{name}: the weights lack {len(missing)} tensors of the model ({listed}); fetch them again")
+    return model
+
+
+def _base_of_adapter(name: str | Path) -> str | None:
+    """The model that an adapter's folder belongs to, or `None` where `name` is no such folder."""
+    settings = Path(name) / "adapter_config.json"
+    if not settings.is_file() or (Path(name) / "config.json").is_file():
+        return None
+    with _as_model_error(name, "the adapter"):
+        return str(json.loads(settings.read_text("utf-8"))["base_model_name_or_path"])
+
+
+def _with_adapter(model: PreTrainedModel, name: str | Path) -> PreTrainedModel:
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embeddings.weight is head.weight
+    with _as_model_error(name, "the adapter"):
+        with quiet_peft():
+            adapted = PeftModel.from_pretrained(model, str(name))
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if tied and any(isinstance(end, BaseTunerLayer) for end in ends):
+            raise ModelError(
+                f"{name}: this adapter changes the embeddings or the head of a model in which the two share their "
+                "weights; it cannot be merged into one without changing the other: load it with peft"
+            )
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    # An adapter trained on top of this one must name it as its model.
+    merged.name_or_path = str(name)
+    return merged
+
+
+def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's configuration. Raises `ModelError` where there is none."""
+    base = _base_of_adapter(name)
+    if base is not None:
+        return load_config(base, trust_remote_code=trust_remote_code)
+    folder = Path(name)
+    if problem := missing_here(name):
+        raise ModelError(f"{name}: {problem}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{name}: this folder holds no model (no config.json); name a folder written by `save_pretrained`, "
+            "such as the `model/` of a run folder, or a hub id"
+        )
+    if (folder / "environment.json").is_file():
+        finished = (folder / "model").is_dir()
+        what = f"its model is {folder / 'model'}" if finished else "it has no model yet; resume the run"
+        raise ModelError(f"{name}: this is a run folder; {what}")
+    with _as_model_error(name, "the model's configuration"):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(name), trust_remote_code=trust_remote_code)
+    return config
+
+
+def load_processor(name: str | Path, *, trust_remote_code: bool = False) -> Processor:
+    """The processor of the model at `name`, or its tokenizer where it is a text model.
+
+    Some processors (Qwen2-VL's among them) hold a video processor, which cannot be built without torchvision. Where
+    that is missing, the same processor is put together without one: images and text are processed as ever.
+
+    Raises:
+        ModelError: there is no processor or tokenizer at `name`.
+    """
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    load = {"trust_remote_code": trust_remote_code}
+    with _as_model_error(name, "the processor"):
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return _usable(name, AutoTokenizer.from_pretrained(str(name), **load))
+        cls = PROCESSOR_MAPPING.get(type(config), None)
+        processor: ProcessorMixin
+        if cls is not None and "video_processor" in cls.get_attributes() and not is_torchvision_available():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(name), **load)
+            image_processor = AutoImageProcessor.from_pretrained(str(name), **load)
+            settings, _ = cls.get_processor_dict(str(name))
+            processor = compose_processor(cls, image_processor, tokenizer, settings=settings)
+        else:
+            processor = AutoProcessor.from_pretrained(str(name), **load)
+    if not isinstance(processor, ProcessorMixin):
+        raise ModelError(f"{name}: this vision-language model comes without an image processor")
+    _usable(name, processor.tokenizer)
+    with _as_model_error(name, "the image processor (preprocessor_config.json)"):
+        # Its settings are not looked at before an image comes.
+        processor.image_processor(PIL.Image.new("RGB", (64, 64)), return_tensors="pt")
+    return processor
+
+
+def _usable(name: str | Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    # Where the files are missing, transformers makes an empty tokenizer, to which every text is nothing.
+    with _as_model_error(name, "the tokenizer"):
+        ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ModelError(f"{name}: there is no tokenizer; copy its files (tokenizer.json and the like) into the folder")
+    return tokenizer
+
+
+def compose_processor(
+    cls: type[ProcessorMixin],
+    image_processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> ProcessorMixin:
+    """A processor of class `cls` for images and text only.
+
+    transformers reads a processor's parts and what it saves off the signature of `__init__`; one without
+    `video_processor` is a processor that needs none. The name stays, so that `save_pretrained` writes what any other
+    machine can load.
+
+    Args:
+        settings: what else `cls` takes, such as the number of tokens per image; other keys are passed over.
+    """
+    signature = inspect.signature(cls.__init__)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "video_processor"]
+
+    def init(self: ProcessorMixin, **options: Any) -> None:
+        cls.__init__(self, video_processor=None, **options)
+
+    init.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    without_video = type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    held = {"image_processor": image_processor, "tokenizer": tokenizer}
+    own = {p.name for p in kept if p.kind is not inspect.Parameter.VAR_KEYWORD} - {"self", *held}
+    options = {"chat_template": tokenizer.chat_template} | {n: v for n, v in settings.items() if n in own}
+    composed: ProcessorMixin = without_video(**held, **options)
+    return composed
+
+
+def parts(model: PreTrainedModel) -> Mapping[Part, list[tuple[str, torch.nn.Parameter]]]:
+    """The model's named parameters as vision tower, projector and language model.
+
+    The language model is transformers' `get_decoder()` with the embeddings and the head, the vision tower its
+    `get_encoder(modality="image")`; the projector is what is in neither, and the `merger` modules that the Qwen-VL
+    family keeps inside its vision tower. Each parameter is in exactly one part; in a text model all are language.
+
+    Raises:
+        ModelError: the model takes images, and transformers does not tell its vision tower or its language model.
+    """
+    decoder, encoder = _decoder(model), model.get_encoder(modality="image")
+    if encoder is model or encoder is model.base_model or encoder is decoder:
+        if "image" in model.input_modalities:
+            raise _unknown("vision tower", model)
+        encoder = torch.nn.Module()
+        decoder = model
+    language_modules = [decoder, model.get_input_embeddings(), model.get_output_embeddings()]
+    language = {id(p) for module in language_modules if module is not None for p in module.parameters()}
+    vision = {id(p) for n, p in encoder.named_parameters() if "merger" not in n}
+    found: dict[Part, list[tuple[str, torch.nn.Parameter]]] = {"vision": [], "projector": [], "language": []}
+    for name, parameter in model.named_parameters():
+        part: Part = "vision" if id(parameter) in vision else "projector"
+        found["language" if id(parameter) in language else part].append((name, parameter))
+    return found
+
+
+def _decoder(model: PreTrainedModel) -> torch.nn.Module:
+    decoder: torch.nn.Module = model.get_decoder()
+    if "image" in model.input_modalities and (decoder is model or decoder is model.base_model):
+        raise _unknown("language model", model)
+    return decoder
+
+
+def _unknown(what: str, model: PreTrainedModel) -> ModelError:
+    modules = ", ".join(name for name, _ in model.base_model.named_children())
+    return ModelError(
+        f"cannot tell which part of {type(model).__name__} is its {what} (its modules are {modules}); "
+        "set model.freeze=none to train all of it, or train an adapter and name its lora.target_modules"
+    )
+
+
+def freeze(model: PreTrainedModel, frozen: Iterable[Part]) -> None:
+    """Freeze the named parts and let everything else learn.
+
+    An output head that shares its weight with the embeddings is frozen and learns with them, as language.
+
+    Raises:
+        ModelError: nothing would be left to learn, or the model's parts are unknown, see `parts`.
+    """
+    frozen = set(frozen)
+    model.requires_grad_(True)
+    if not frozen:
+        return
+    by_part = parts(model)
+    for part in frozen:
+        for _, parameter in by_part[part]:
+            parameter.requires_grad_(False)
+    missing = sorted(part for part in frozen if not by_part[part])
+    if missing:
+        _LOG.info("nothing to freeze: this model has no %s", " and no ".join(missing))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError(f"freezing {', '.join(sorted(frozen))} leaves nothing of this model to train")
+
+
+def language_linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the linear layers of the language model, without its head: where an adapter goes by default.
+
+    Raises:
+        ModelError: the model takes images, and transformers does not tell its language model.
+    """
+    inside = {id(module) for module in _decoder(model).modules()}
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside]
+
+
+def keep_trainable_in_float32(model: torch.nn.Module) -> None:
+    """Hold the weights that learn in float32, the frozen ones as loaded.
+
+    At learning rates of 1e-6 an update is below the resolution of bfloat16; the arithmetic stays in the narrow type
+    through autocast.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def save_model(
+    model: PreTrainedModel,
+    processor: Processor,
+    folder: Path,
+    state: Mapping[str, torch.Tensor] | None = None,
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Write weights (safetensors, in `dtype`) and processor, so that `from_pretrained(folder)` loads both.
+
+    Args:
+        state: the model's state, where it is not in the model: brought together from several processes.
+    """
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in (model.state_dict() if state is None else state).items()
+    }
+    model.save_pretrained(folder, state_dict=state)
+    if isinstance(model, PreTrainedModel):
+        # The configuration says in which type to load, and transformers writes the type the model has in memory.
+        config = copy.deepcopy(model.config)
+        config.dtype = dtype
+        config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if isinstance(processor, ProcessorMixin) and "video_processor" not in processor.get_attributes():
+        # A machine with torchvision looks for a video processor's settings; the older layout has them all in this file.
+        processor.image_processor.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning that peft asks transformers by a name on its way out; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _as_model_error(name: str | Path, what: str) -> Iterator[None]:
+    """Say which model and which part of it could not be loaded, in place of the library's own exception."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of a broken file, a library raises whatever its first use of it raises
+        reason = " ".join(str(error).split())
+        hint = "" if Path(name).exists() else "; no such folder here, and as a hub id it could not be fetched"
+        raise ModelError(f"{name}: cannot load {what}{hint} ({type(error).__name__}: {reason[:400]})") from error

@@ -1,0 +1,160 @@
+"""Packs or padded rows: what a model can take, found out by running both once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unidpo.config.schema import Attention
+from unidpo.data.pairs import PromptGroup
+from unidpo.distributed import gather
+from unidpo.errors import ModelError, UserError
+from unidpo.model.attention import BACKENDS, PACK_ATTENTIONS, Backend, PackAttentionError, missing
+from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
+from unidpo.model.packs import Layout, pack, pad, to_device
+from unidpo.model.policy import Policy
+
+_LOG = logging.getLogger(__name__)
+# Largest difference between the two paths, in nats per token, that rounding explains, by the type of the arithmetic.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+# bitsandbytes rounds the inputs of each layer to 8 bits too; how coarsely depends on what else is in the batch.
+_TOLERANCE_8_BIT = 0.1
+_NO_NUMBERS = "the model's log-probabilities are no finite numbers"
+
+
+def padded_rows(encoder: Encoder) -> Layout:
+    """The layout with one padded row per response."""
+    return functools.partial(pad, pad_token_id=encoder.tokenizer.pad_token_id or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a model can take.
+
+    Attributes:
+        layout: how its batches are laid out.
+        attention: the language model's attention that goes with it, by the name transformers knows.
+    """
+
+    layout: Layout
+    attention: str
+
+
+def choose_layout(
+    policy: Policy,
+    encoder: Encoder,
+    group: EncodedGroup,
+    *,
+    attention: Attention,
+    arithmetic: torch.dtype,
+    device: torch.device,
+) -> Choice:
+    """`pack` by an attention under which a group's responses have the log-probabilities of padded rows, else those.
+
+    Leaves the model with its own attention. Every process must call it; all come to the same answer.
+
+    Args:
+        group: a small one, with an image where the data has any.
+        attention: `"auto"` (the fastest backend that is there and agrees), a backend (this one or an error), `"padded"`
+            (no packs).
+        arithmetic: what the model computes in.
+
+    Raises:
+        ModelError: a backend is demanded that is not there, packs do not work with it, or the model gives no numbers.
+    """
+    rows = Choice(padded_rows(encoder), policy.attention)
+    if attention == "padded":
+        return rows
+    candidates = _candidates(policy, attention, arithmetic, device)
+    tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[arithmetic]
+    problem: str | None = None
+    for backend in candidates:
+        packs = Choice(pack, PACK_ATTENTIONS[backend])
+        problem = _problem(policy, group, rows, packs, tolerance, device)
+        if problem is None:
+            _LOG.info("packs, with attention by %s", backend)
+            return packs
+        if problem == _NO_NUMBERS:
+            raise ModelError(f"{_NO_NUMBERS}; look at its weights, or set model.dtype=bfloat16 or float32")
+        _LOG.debug("packs by %s: %s", backend, problem)
+    if attention != "auto":
+        raise ModelError(
+            f"model.attention={attention}: packs do not work with this model ({problem}); set model.attention=padded"
+        )
+    _LOG.warning("packs do not work with this model (%s); using the slower padded path", problem)
+    return rows
+
+
+def _candidates(policy: Policy, attention: Attention, arithmetic: torch.dtype, device: torch.device) -> list[Backend]:
+    """The backends to try, the fastest first: those that are there in every process."""
+    dropout = getattr(policy.plain.config.get_text_config(), "attention_dropout", None) or 0.0
+    reasons: dict[Backend, str] = {}
+    here = {name: missing(name, device=device, dtype=arithmetic, dropout=dropout) for name in BACKENDS}
+    for there in gather([here]):
+        reasons |= {name: reason for name, reason in there.items() if reason is not None}
+    if attention in reasons:
+        there_are = ", ".join(name for name in get_args(Attention) if name not in reasons)
+        raise ModelError(f"model.attention={attention}: {reasons[attention]}; here there are {there_are}")
+    return [name for name in BACKENDS if name not in reasons and attention in ("auto", name)]
+
+
+def _problem(
+    policy: Policy, group: EncodedGroup, rows: Choice, packs: Choice, tolerance: float, device: torch.device
+) -> str | None:
+    """Why packs cannot take the place of padded rows, in some process, or `None`."""
+    try:
+        config = policy.plain.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise PackAttentionError(f"its attention layers are {', '.join(sorted(kinds))}")
+        means = [_mean_logps(policy, group, choice, device) for choice in (rows, packs)]
+        difference = float((means[0] - means[1]).abs().max())
+        problem = None if difference <= tolerance else f"log-probabilities differ by {difference:.2g} nats per token"
+        if not means[0].isfinite().all():
+            problem = _NO_NUMBERS
+    except Exception as error:
+        # Whatever a foreign model does not understand about packs, the padded path is the answer.
+        problem = str(error) or type(error).__name__
+        _LOG.debug("packs failed", exc_info=True)
+    finally:
+        policy.set_attention(rows.attention)
+    return next(filter(None, gather([problem])), None)
+
+
+def _mean_logps(
+    policy: Policy, group: EncodedGroup, choice: Choice, device: torch.device
+) -> Float[Tensor, " responses"]:
+    """Of a group's responses, in nats per token, without gradient."""
+    policy.set_attention(choice.attention)
+    batch = to_device(choice.layout([group]), device)
+    with policy.measuring():
+        return policy.response_logps(batch) / batch.response_tokens
+
+
+def smallest(groups: Sequence[PromptGroup], encoder: GroupEncoder) -> EncodedGroup:
+    """The group to try a model on: one with an image where there is any, then the least text.
+
+    Groups that cannot be read any more are passed over; their rows are told of where they are met.
+
+    Raises:
+        UserError: none can be read.
+    """
+    problem: UserError | None = None
+    for group in sorted(groups, key=_size):
+        try:
+            return encoder.encode(group)
+        except UserError as error:
+            problem = problem or error
+    raise problem or ValueError("no groups")
+
+
+def _size(group: PromptGroup) -> tuple[bool, int]:
+    text = [message.text for message in group.messages] + [response.text for response in group.responses]
+    return not group.images, sum(map(len, text))

@@ -1,0 +1,237 @@
+"""Encoded groups → what one forward pass takes: a pack, or padded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from unidpo.data.pairs import Pair, PromptGroup
+from unidpo.model.encode import EncodedGroup
+from unidpo.model.features import ImageFeatures, join, without_pixels
+
+T = TypeVar("T")
+P = TypeVar("P", bound="Pack | PaddedRows")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where a group lies in a pack: prompt, then its responses, one after another. Offsets and lengths in tokens."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.prompt + sum(self.responses)
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Whole groups in a single row without padding.
+
+    Attributes:
+        input_ids: prompt, response, response, next prompt, ...
+        position_ids: every response of a group goes on from the end of its prompt.
+        segments: one per group, in order; `attention` reads who sees whom from them.
+        vision: image tensors of all groups, each image once.
+        features: of the images, in the order of their tokens; takes the place of pixels in `vision`.
+        predict_at: for every response token, in order, the position whose output predicts it: the position before
+            it, which for a response's first token is the last one of its prompt.
+        targets: the response tokens themselves.
+        owner: which response of the pack each target belongs to.
+        response_tokens: targets per response.
+    """
+
+    input_ids: Int[Tensor, " tokens"]
+    position_ids: Int[Tensor, "axes tokens"]
+    segments: tuple[Segment, ...]
+    vision: Mapping[str, Tensor]
+    predict_at: Int[Tensor, " targets"]
+    targets: Int[Tensor, " targets"]
+    owner: Int[Tensor, " targets"]
+    response_tokens: Int[Tensor, " responses"]
+    features: ImageFeatures | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedRows:
+    """One row per response, prompt and images repeated, padded on the right: what every transformers model takes.
+
+    Attributes:
+        input_ids, attention_mask, mm_token_type_ids: as the model's forward takes them.
+        vision: image tensors, each image once per row it stands in.
+        features: as of a `Pack`, once per row too.
+        is_target: marks the response tokens.
+        response_tokens: targets per response.
+    """
+
+    input_ids: Int[Tensor, "responses width"]
+    attention_mask: Int[Tensor, "responses width"]
+    mm_token_type_ids: Int[Tensor, "responses width"]
+    vision: Mapping[str, Tensor]
+    is_target: Bool[Tensor, "responses width"]
+    response_tokens: Int[Tensor, " responses"]
+    features: ImageFeatures | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PairIndex:
+    """The pairs of a batch, as indices into its responses.
+
+    Attributes:
+        chosen, rejected: response of the batch.
+        chosen_scores, rejected_scores: float64, as in the data; NaN where it has none.
+        rows: row of the data file, from 1.
+        files: the data file of each row, where the reader noted one.
+        source_chosen, source_rejected: which response of its own group in the data set each one is.
+    """
+
+    chosen: Int[Tensor, " pairs"]
+    rejected: Int[Tensor, " pairs"]
+    chosen_scores: Float[Tensor, " pairs"]
+    rejected_scores: Float[Tensor, " pairs"]
+    rows: Int[Tensor, " pairs"]
+    files: tuple[str | None, ...]
+    source_chosen: Int[Tensor, " pairs"]
+    source_rejected: Int[Tensor, " pairs"]
+
+
+Layout: TypeAlias = Callable[[Sequence[EncodedGroup]], Pack | PaddedRows]
+"""How encoded groups become what one forward pass takes: `pack`, or `pad` with a padding token."""
+
+
+def pack(groups: Sequence[EncodedGroup]) -> Pack:
+    """Lay groups one after another in a single row."""
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    predict_at: list[Tensor] = []
+    segments: list[Segment] = []
+    at = 0
+    for group in groups:
+        lengths = tuple(len(response) for response in group.response_ids)
+        segments.append(Segment(at, len(group.prompt_ids), lengths))
+        ids.append(group.prompt_ids)
+        positions.append(group.position_ids)
+        at += len(group.prompt_ids)
+        end_of_prompt = at - 1
+        for response in group.response_ids:
+            ids.append(response)
+            steps = torch.arange(len(response))
+            positions.append((group.next_position + steps).expand(len(group.position_ids), -1))
+            predict_at.append(torch.where(steps == 0, end_of_prompt, at - 1 + steps))
+            at += len(response)
+    responses = [response for group in groups for response in group.response_ids]
+    response_tokens = torch.tensor([len(response) for response in responses])
+    return Pack(
+        input_ids=torch.cat(ids),
+        position_ids=torch.cat(positions, dim=1),
+        segments=tuple(segments),
+        vision=join_vision([group.vision for group in groups]),
+        features=_join_features(groups),
+        predict_at=torch.cat(predict_at),
+        targets=torch.cat(responses),
+        owner=torch.repeat_interleave(torch.arange(len(responses)), response_tokens),
+        response_tokens=response_tokens,
+    )
+
+
+def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> PaddedRows:
+    """One row per response, its prompt before it, padded on the right."""
+    rows = [(group, response) for group in groups for response in group.response_ids]
+    ids = [torch.cat([group.prompt_ids, response]) for group, response in rows]
+    types = [torch.cat([group.mm_token_type_ids, torch.zeros_like(response)]) for group, response in rows]
+    prompts = torch.tensor([len(group.prompt_ids) for group, _ in rows])
+    lengths = torch.tensor([len(row) for row in ids])
+    columns = torch.arange(int(lengths.max()))
+    inside = columns < lengths[:, None]
+    return PaddedRows(
+        input_ids=_pad_right(ids, pad_token_id),
+        attention_mask=inside.long(),
+        mm_token_type_ids=_pad_right(types, 0),
+        vision=join_vision([group.vision for group, _ in rows]),
+        features=_join_features([group for group, _ in rows]),
+        is_target=inside & (columns >= prompts[:, None]),
+        response_tokens=lengths - prompts,
+    )
+
+
+def used_responses(pairs: Sequence[Pair]) -> list[int]:
+    """The responses that pairs of one group name, in the group's order, each once."""
+    return sorted({index for pair in pairs for index in (pair.chosen, pair.rejected)})
+
+
+def index_pairs(batch: Sequence[tuple[PromptGroup, Sequence[Pair]]]) -> PairIndex:
+    """Index pairs into a batch that holds, group after group, the `used_responses` of the pairs given with it."""
+    integers: list[tuple[int, ...]] = []
+    scores: list[tuple[float, ...]] = []
+    offset = 0
+    for group, pairs in batch:
+        used = used_responses(pairs)
+        at = {index: offset + place for place, index in enumerate(used)}
+        offset += len(used)
+        for pair in pairs:
+            integers.append((at[pair.chosen], at[pair.rejected], pair.row, pair.chosen, pair.rejected))
+            both = (group.responses[pair.chosen].score, group.responses[pair.rejected].score)
+            scores.append(tuple(float("nan") if score is None else score for score in both))
+    chosen, rejected, rows, source_chosen, source_rejected = (
+        torch.tensor(integers, dtype=torch.long).view(-1, 5).unbind(1)
+    )
+    chosen_scores, rejected_scores = torch.tensor(scores, dtype=torch.float64).view(-1, 2).unbind(1)
+    files = tuple(None if pair.file is None else str(pair.file) for _, pairs in batch for pair in pairs)
+    return PairIndex(chosen, rejected, chosen_scores, rejected_scores, rows, files, source_chosen, source_rejected)
+
+
+def to_device(batch: T, device: torch.device) -> T:
+    """A copy of a dataclass with its tensors on `device`, those of dataclasses inside it too."""
+    moved: dict[str, Any] = {}
+    for field in fields(batch):  # type: ignore[arg-type]
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, Mapping):
+            moved[field.name] = {name: tensor.to(device, non_blocking=True) for name, tensor in value.items()}
+        elif is_dataclass(value):
+            moved[field.name] = to_device(value, device)
+    return replace(batch, **moved)  # type: ignore[type-var]
+
+
+def with_features(batch: P, features: ImageFeatures) -> P:
+    """The batch with features of its images in place of their pixels."""
+    return replace(batch, vision=without_pixels(batch.vision), features=features)
+
+
+def _join_features(groups: Sequence[EncodedGroup]) -> ImageFeatures | None:
+    features = join([group.features for group in groups if group.features is not None])
+    if features is not None and any(group.vision and group.features is None for group in groups):
+        raise ValueError("groups with features of their images and groups with pixels do not go into one batch")
+    return features
+
+
+def join_vision(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Image tensors one after another.
+
+    Where groups differ beyond the first axis (tiles per image, images per prompt, height and width), zeros fill up to
+    the largest, as image processors do within a batch; the models leave such padding out.
+    """
+    names = sorted({name for tensors in vision for name in tensors})
+    return {name: _concatenate_padded([tensors[name] for tensors in vision if name in tensors]) for name in names}
+
+
+def _concatenate_padded(tensors: Sequence[Tensor]) -> Tensor:
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [most - size for most, size in zip(largest, tensor.shape[1:], strict=True)]
+        padded.append(F.pad(tensor, [side for count in reversed(missing) for side in (0, count)]))
+    return torch.cat(padded)
+
+
+def _pad_right(rows: Sequence[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)

@@ -1,0 +1,1 @@
+"""From a loaded model and prompt groups to a trained one."""

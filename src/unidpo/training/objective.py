@@ -1,0 +1,96 @@
+"""A batch → the log-probabilities of its pairs under policy and reference, and what the loss makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from unidpo.data.pairs import PromptGroup
+from unidpo.errors import DataError, Finding, from_findings
+from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
+from unidpo.model.batches import Batch
+from unidpo.model.packs import with_features
+from unidpo.model.policy import Policy
+
+
+@dataclass
+class Objective:
+    """The loss, and what it compares the policy with.
+
+    Attributes:
+        loss: from `unidpo.losses`, or any other `PreferenceLoss`.
+        policy_is_reference: whether nothing has changed the policy yet, which is its own reference till then, see
+            docs/decisions/0005-nll-gate-at-equality.md.
+        live_reference: a model that runs along; where `None` and a batch has no stored log-probabilities, the policy
+            without its adapter is the reference.
+        shares_features: whether such a reference and the policy make the same of images.
+    """
+
+    loss: PreferenceLoss
+    policy_is_reference: bool
+    live_reference: Policy | None = None
+    shares_features: bool = False
+
+    def of_pairs(self, policy: Policy, batch: Batch, *, reward_shift: float) -> tuple[PairLogps, LossTerms]:
+        """Log-probabilities and loss terms of a batch that lies on the model's device."""
+        batch = self._with_shared_features(policy, batch)
+        pairs, tokens = batch.pairs, batch.responses.response_tokens
+        # Before the policy's own forward: wrappers do not expect another one between that and its backward.
+        ref_logps = self._reference_logps(policy, batch) if self.loss.needs_reference else None
+        collisions = None
+        if self.loss.needs_collisions:
+            logps, collisions = policy.response_logps_and_collisions(batch.responses)
+            collisions = collisions / tokens
+        else:
+            logps = policy.response_logps(batch.responses)
+        if self.loss.needs_reference and self.policy_is_reference:
+            ref_logps = logps.detach()
+        if self.loss.length_normalized:
+            logps = logps / tokens
+            ref_logps = None if ref_logps is None else ref_logps / tokens
+        seen = PairLogps(
+            chosen_logps=logps[pairs.chosen],
+            rejected_logps=logps[pairs.rejected],
+            ref_chosen_logps=None if ref_logps is None else ref_logps[pairs.chosen],
+            ref_rejected_logps=None if ref_logps is None else ref_logps[pairs.rejected],
+            chosen_scores=pairs.chosen_scores,
+            rejected_scores=pairs.rejected_scores,
+            chosen_tokens=tokens[pairs.chosen],
+            rejected_tokens=tokens[pairs.rejected],
+            chosen_collisions=None if collisions is None else collisions[pairs.chosen],
+            rejected_collisions=None if collisions is None else collisions[pairs.rejected],
+            reward_shift=logps.new_tensor(reward_shift) if self.loss.needs_reward_shift else None,
+        )
+        return seen, self.loss(seen)
+
+    def _with_shared_features(self, policy: Policy, batch: Batch) -> Batch:
+        """The features of the images computed once, where a live reference would compute the policy's own again."""
+        if not self.shares_features or self.policy_is_reference or not batch.responses.vision:
+            return batch
+        features = (self.live_reference or policy).image_features(batch.responses.vision)
+        return replace(batch, responses=with_features(batch.responses, features))
+
+    def _reference_logps(self, policy: Policy, batch: Batch) -> Float[Tensor, " responses"] | None:
+        """`None` while the policy is its own reference."""
+        if self.policy_is_reference:
+            return None
+        if batch.ref_logps is not None:
+            return batch.ref_logps
+        reference = self.live_reference or policy
+        with policy.without_adapter(), reference.measuring():
+            return reference.response_logps(batch.responses)
+
+
+def require_scores(groups: Iterable[PromptGroup], loss: PreferenceLoss) -> None:
+    """Raise `DataError`, which names the rows, where pairs lack the scores that a loss needs."""
+    findings = [
+        Finding("missing-score", f"{type(loss).__name__} needs a score for both responses", pair.file, pair.row)
+        for group in groups
+        for pair in group.pairs
+        if group.score_margin(pair) is None
+    ]
+    if findings:
+        raise from_findings(DataError, f"{len(findings)} pairs have no scores; add them, or use DPO or SimPO", findings)
