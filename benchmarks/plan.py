@@ -32,7 +32,6 @@ from benchmarks.world import as_pairs, make_prompts
 from unidpo.config import load_recipe
 from unidpo.data.formats import load_pairs
 from unidpo.data.pairs import IMAGE, PromptGroup
-from unidpo.losses import make_loss
 from unidpo.model.load import load_policy, load_processor
 from unidpo.plan import plan_recipe
 from unidpo.training.trainer import PreferenceTrainer
@@ -121,7 +120,7 @@ def measure(recipe: Any) -> dict[str, float]:
     given = {name: value for name, value in recipe.train.given().items() if name in ours}
     trainer = Measured(
         load_policy(recipe.model.name),
-        loss=make_loss(**recipe.loss.model_dump()),
+        loss=recipe.loss,
         args=TrainingArguments(
             str(recipe.output),
             num_train_epochs=1,

@@ -164,7 +164,6 @@ def measure(data: Path) -> dict[str, Any]:
     import unidpo
     from unidpo.cache.store import content_keys
     from unidpo.config import recipe_from
-    from unidpo.losses import make_loss
     from unidpo.model.encode import Encoder, plain_positions
     from unidpo.model.load import load_processor
     from unidpo.progress import Stages
@@ -178,7 +177,7 @@ def measure(data: Path) -> dict[str, Any]:
     recipe = recipe_from(
         {"output": "unused", "model": {"name": str(MODEL)}, "data": {"path": str(data), "eval_fraction": 0.02}}
     )
-    loss = make_loss(**recipe.loss.model_dump())
+    loss = recipe.loss
     encoder = Encoder(load_processor(recipe.model.name), plain_positions, template="chatml")
     stages: dict[str, Any] = {}
     start = spent()

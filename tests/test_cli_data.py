@@ -189,7 +189,6 @@ class TestScalesOfScores:
 
     def test_training_takes_the_values_of_the_recipe(self, tmp_path, capsys):
         from unidpo.config import recipe_from
-        from unidpo.losses import make_loss
         from unidpo.progress import Stages
         from unidpo.run.train import training_data
         from unidpo.terminal import Terminal
@@ -202,17 +201,17 @@ class TestScalesOfScores:
             ({"tau_good": 80.0, "quality_eta": 0.02}, set()),
         ):
             recipe = recipe_from({**values, "loss": {"name": "uni_dpo", **more}})
-            training_data(recipe, make_loss("uni_dpo"), Stages(Terminal()))
+            training_data(recipe, recipe.loss, Stages(Terminal()))
             said = capsys.readouterr().out
             assert {kind for kind in ("unreached-tau-good", "saturated-weights") if kind in said} == expected
             assert "(of the recipe)" in said or not expected
 
     def test_the_defaults_are_those_of_recipes(self):
-        from unidpo.config import UniDPOSection
         from unidpo.data.check import scale
+        from unidpo.losses import UniDPO
 
-        section = UniDPOSection(name="uni_dpo")
-        assert (scale.DEFAULTS.quality_eta, scale.DEFAULTS.tau_good) == (section.quality_eta, section.tau_good)
+        loss = UniDPO()
+        assert (scale.DEFAULTS.quality_eta, scale.DEFAULTS.tau_good) == (loss.quality_eta, loss.tau_good)
 
 
 def test_convert_says_which_images_it_did_not_find(pairs, tmp_path):

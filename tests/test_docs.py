@@ -29,10 +29,10 @@ from unidpo.config import (
     load_recipe,
     load_sweep,
 )
-from unidpo.config.loss_sections import LOSS_SECTIONS
 from unidpo.config.schema import SourceSection
 from unidpo.data.check import check_data
 from unidpo.data.formats import LAYOUTS, read_groups
+from unidpo.losses import LOSSES
 from unidpo.run_folder.folder import MAY_CHANGE_ON_RESUME
 from unidpo.run_folder.records import LEDGER_COLUMNS
 from unidpo.training.metrics import LOGGED
@@ -417,7 +417,7 @@ def test_every_recipe_key_is_documented() -> None:
     keys += [key for key in (*Recipe.model_fields, *TrainSection.__annotations__) if key != "eval"]
     for key in keys:
         assert f"`{key}`" in recipes, key
-    for key in {key for section in LOSS_SECTIONS.values() for key in section.model_fields} - {"name"}:
+    for key in {key for section in LOSSES.values() for key in section.model_fields} - {"name"}:
         assert f"`{key}`" in loss, key
 
 
@@ -426,7 +426,7 @@ def test_defaults_in_the_tables_are_the_defaults() -> None:
     recipes, loss = text_of("docs/recipes.md"), text_of("docs/loss.md")
     sections = {"model": ModelSection, "data": DataSection, "lora": LoraSection, "train": TrainSection}
     tables = [(recipes.partition(f"## `{name}`\n")[2].partition("\n## ")[0], s) for name, s in sections.items()]
-    tables.append((loss.partition("## Knobs of `uni_dpo`\n")[2].partition("\n##")[0], LOSS_SECTIONS["uni_dpo"]))
+    tables.append((loss.partition("## Knobs of `uni_dpo`\n")[2].partition("\n##")[0], LOSSES["uni_dpo"]))
     tables.append((recipes.partition("## Several data sets\n")[2].partition("\n## ")[0], SourceSection))
     for table, section in tables:
         found = re.findall(r"^\| `(\w+)`(?: \(\S+\))? \| `?(.+?)`? \|", table, re.MULTILINE)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unidpo.model import head as heads
-from unidpo.model.head import linear_logps, of_tokens
+from unidpo.model.head import linear_logps, token_logps
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import pack, pad
 from worlds import group, tiny_policy
@@ -193,12 +193,12 @@ def test_a_head_that_does_more_than_multiply_is_called(world, change):
 def test_a_called_head_in_chunks_equals_the_head_at_once(monkeypatch):
     hidden, _, targets = states()
     head = torch.nn.Linear(HIDDEN, VOCABULARY, dtype=torch.float64)
-    whole = of_tokens(hidden, head, targets)
+    whole = token_logps(hidden, head, targets)
     (wanted,) = torch.autograd.grad(whole.sum(), hidden)
     sizes = []
     head.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     monkeypatch.setattr(heads, "LOGITS_CHUNK_BYTES", 4 * VOCABULARY * 5)
-    chunked = of_tokens(hidden, head, targets)
+    chunked = token_logps(hidden, head, targets)
     assert sizes == [5, 5, 5, 5, 3]
     torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(chunked.sum(), hidden)[0], wanted, rtol=0, atol=1e-12)

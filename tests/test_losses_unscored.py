@@ -1,7 +1,6 @@
-"""IPO, MPO and WPO against their formulas retyped with `math`, by their properties, and against TRL's own loss."""
+"""IPO and MPO against their formulas retyped with `math`, by their properties, and against TRL's own loss."""
 
 import copy
-import math
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -12,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from retyped import neg_log_sigmoid, one_pair, pair_logps, sigmoid
-from unidpo.losses import DPO, IPO, MPO, WPO, PairLogps
-from unidpo.model.logps import response_logps_and_collisions
+from unidpo.losses import DPO, IPO, MPO, PairLogps
+from unidpo.model.logps import response_logps
 from unidpo.model.packs import PaddedRows
 
 LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
@@ -97,23 +96,6 @@ def test_mpo_asks_more_of_the_chosen_and_less_of_the_rejected_response_where_the
     assert high_chosen < low_chosen < 0 < high_rejected < low_rejected
 
 
-# --- WPO --------------------------------------------------------------------------------------------------------------
-
-collisions = st.floats(-6, -0.01)
-
-
-@given(logps, tokens, tokens, collisions, collisions, betas, st.sampled_from([None, 1.0, 0.3]))
-def test_wpo_equals_the_retyped_formula(values, n_w, n_l, c_w, c_l, beta, bound):
-    counts = {"chosen_tokens": n_w, "rejected_tokens": n_l, "chosen_collisions": c_w, "rejected_collisions": c_l}
-    terms, by_chosen, by_rejected = one_pair(WPO(beta=beta, max_weight=bound), **values, **counts)
-    weight = math.exp(values["chosen_logps"] / n_w - c_w) * math.exp(values["rejected_logps"] / n_l - c_l)
-    weight = weight if bound is None else min(weight, bound)
-    assert close(terms.performance_weight.item(), weight)
-    assert close(terms.loss.item(), weight * neg_log_sigmoid(beta * delta(values)))
-    assert close(by_chosen, -weight * beta * sigmoid(-beta * delta(values)))  # none through the weight
-    assert by_rejected == -by_chosen
-
-
 # --- what they need ---------------------------------------------------------------------------------------------------
 
 
@@ -123,8 +105,6 @@ def test_wpo_equals_the_retyped_formula(values, n_w, n_l, c_w, c_l, beta, bound)
         (IPO(), LOGPS[:2], "reference"),
         (MPO(), LOGPS, "reward shift"),
         (MPO(), (*LOGPS, "chosen_tokens"), "reward shift"),
-        (WPO(), (*LOGPS, "chosen_tokens", "rejected_tokens"), "collisions"),
-        (WPO(), (*LOGPS, "chosen_collisions", "rejected_collisions"), "token counts"),
     ],
 )
 def test_what_a_loss_needs_is_an_error_where_it_is_missing(loss, given, missing):
@@ -137,7 +117,7 @@ def test_what_a_loss_needs_is_an_error_where_it_is_missing(loss, given, missing)
 
 @pytest.fixture(scope="module")
 def world():
-    """A random language model whose next token is far from uniform, three pairs as rows, and a reference's numbers.
+    """A random language model, three pairs as rows, and a reference's numbers.
 
     Chosen responses have 4 tokens each: TRL's SFT term is a mean over the tokens of the batch.
     """
@@ -173,7 +153,7 @@ def world():
     )
 
 
-def trl_loss(world, *, beta, loss_types, loss_weights, use_weighting):
+def trl_loss(world, *, beta, loss_types, loss_weights):
     """TRL's loss of the world's pairs, the gradients of it, and what TRL logs."""
     from trl import DPOTrainer
     from trl.trainer.utils import add_fused_lm_head
@@ -195,7 +175,7 @@ def trl_loss(world, *, beta, loss_types, loss_weights, use_weighting):
         loss_weights=loss_weights,
         beta=beta,
         label_smoothing=0.0,
-        use_weighting=use_weighting,
+        use_weighting=False,
         _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
@@ -221,20 +201,16 @@ def trl_loss(world, *, beta, loss_types, loss_weights, use_weighting):
         (DPO(beta=0.2, length_normalized=True), {"loss_types": ["sigmoid_norm"]}),
         (IPO(tau=0.2), {"loss_types": ["ipo"]}),
         (MPO(beta=0.2), {"loss_types": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
-        (WPO(beta=0.2, max_weight=None), {"loss_types": ["sigmoid"], "use_weighting": True}),
     ],
-    ids=["dpo", "dpo averaged", "ipo", "mpo", "wpo"],
+    ids=["dpo", "dpo averaged", "ipo", "mpo"],
 )
 def test_losses_gradients_and_rewards_are_those_of_trl(world, loss, trl):
-    theirs, their_gradients, logged = trl_loss(
-        world, **{"beta": 0.2, "loss_weights": [1.0], "use_weighting": False} | trl
-    )
+    theirs, their_gradients, logged = trl_loss(world, **{"beta": 0.2, "loss_weights": [1.0]} | trl)
     model, counts = copy.deepcopy(world.model), world.rows.response_tokens
-    policy, collisions = response_logps_and_collisions(model, world.rows)
+    policy = response_logps(model, world.rows)
     divisor = counts if loss.length_normalized else 1
     (chosen, rejected), (ref_chosen, ref_rejected) = (policy / divisor).chunk(2), (world.ref_logps / divisor).chunk(2)
     chosen_tokens, rejected_tokens = counts.chunk(2)
-    chosen_collisions, rejected_collisions = (collisions / counts).chunk(2)
     terms = loss(
         PairLogps(
             chosen_logps=chosen,
@@ -243,8 +219,6 @@ def test_losses_gradients_and_rewards_are_those_of_trl(world, loss, trl):
             ref_rejected_logps=ref_rejected,
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
-            chosen_collisions=chosen_collisions,
-            rejected_collisions=rejected_collisions,
             reward_shift=torch.zeros(()),  # TRL has none
         )
     )
@@ -261,12 +235,3 @@ def test_losses_gradients_and_rewards_are_those_of_trl(world, loss, trl):
     assert [value.item() for value in rewards] == pytest.approx(
         [logged["rewards/chosen"], logged["rewards/rejected"]], rel=1e-4
     )
-
-
-def test_the_worlds_weights_are_neither_all_small_nor_all_large(world):
-    """Else the comparison with TRL would say nothing."""
-    with torch.no_grad():
-        policy, collisions = response_logps_and_collisions(world.model, world.rows)
-    weight = torch.exp((policy - collisions) / world.rows.response_tokens)
-    assert weight.max() / weight.min() > 3
-    assert collisions.min() < -1

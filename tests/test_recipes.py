@@ -190,7 +190,7 @@ class TestSweep:
         rows = re.findall(r"^\| `(\w+)` \|.*\| ([\d.]+) \|$", text_of_fair_comparison(), re.MULTILINE)
         assert {name for name, _ in rows} == {"uni_dpo", "dpo", "simpo"}
         for name, written in rows:
-            loss = losses.make_loss(**recipe_of(f"qwen2_vl_2b/{name}").loss.model_dump())
+            loss = recipe_of(f"qwen2_vl_2b/{name}").loss
             chosen = torch.tensor([-1.0], requires_grad=True)
             other = torch.tensor([-1.0])
             scores = {"chosen_scores": torch.tensor([4.0]), "rejected_scores": torch.tensor([3.0])}

@@ -13,12 +13,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from unidpo.data.formats import load_pairs
     from unidpo.data.pairs import Message, Pair, PromptGroup, Response
-    from unidpo.losses import DPO, IPO, MMDPO, MPO, ODPO, RPO, WPO, SimPO, UniDPO
+    from unidpo.losses import DPO, IPO, MMDPO, MPO, ODPO, RPO, SimPO, UniDPO
     from unidpo.model.load import load_policy, load_processor
     from unidpo.training.trainer import PreferenceTrainer
 
 _HOMES = {
-    **dict.fromkeys(["DPO", "IPO", "MMDPO", "MPO", "ODPO", "RPO", "WPO", "SimPO", "UniDPO"], "losses"),
+    **dict.fromkeys(["DPO", "IPO", "MMDPO", "MPO", "ODPO", "RPO", "SimPO", "UniDPO"], "losses"),
     "Message": "data.pairs",
     "Pair": "data.pairs",
     "PromptGroup": "data.pairs",
@@ -35,7 +35,6 @@ __all__ = [
     "MPO",
     "ODPO",
     "RPO",
-    "WPO",
     "Message",
     "Pair",
     "PreferenceTrainer",

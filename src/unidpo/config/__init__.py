@@ -1,7 +1,6 @@
 """Recipes: one YAML file per run, with `section.key=value` overrides, validated and resolved. Imports no torch."""
 
 from unidpo.config.loading import load_recipe, recipe_from
-from unidpo.config.loss_sections import DPOSection, LossSection, SimPOSection, UniDPOSection
 from unidpo.config.schema import (
     DataSection,
     EvalSection,
@@ -14,19 +13,15 @@ from unidpo.config.schema import (
 from unidpo.config.sweep import Sweep, SweepRun, is_sweep, load_sweep
 
 __all__ = [
-    "DPOSection",
     "DataSection",
     "EvalSection",
     "LoraSection",
-    "LossSection",
     "ModelPart",
     "ModelSection",
     "Recipe",
-    "SimPOSection",
     "Sweep",
     "SweepRun",
     "TrainSection",
-    "UniDPOSection",
     "is_sweep",
     "load_recipe",
     "load_sweep",

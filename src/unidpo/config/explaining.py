@@ -8,7 +8,6 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from unidpo.config.hf_arguments import OWNED_BY_RECIPE
-from unidpo.config.loss_sections import LOSS_SECTIONS
 from unidpo.config.schema import (
     DataSection,
     EvalSection,
@@ -19,6 +18,7 @@ from unidpo.config.schema import (
     TrainSection,
 )
 from unidpo.errors import did_you_mean, shown
+from unidpo.losses import LOSSES
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
     "model": ModelSection,
@@ -94,10 +94,10 @@ def explained(detail: ErrorDetails) -> tuple[str, str, str]:
         case "missing":
             return key, "missing-key", "is required"
         case "union_tag_not_found":
-            return f"{key}.name", "missing-key", f"is required: one of {', '.join(LOSS_SECTIONS)}"
+            return f"{key}.name", "missing-key", f"is required: one of {', '.join(LOSSES)}"
         case "union_tag_invalid":
-            known = f"{', '.join(LOSS_SECTIONS)}, not {context['tag']!r}"
-            return f"{key}.name", "bad-value", f"must be one of {known}{did_you_mean(context['tag'], LOSS_SECTIONS)}"
+            known = f"{', '.join(LOSSES)}, not {context['tag']!r}"
+            return f"{key}.name", "bad-value", f"must be one of {known}{did_you_mean(context['tag'], LOSSES)}"
         case "model_type" | "model_attributes_type":
             return key, "bad-value", f"is a section with keys of its own, not {given}"
         case "too_short" if key == "data.path":
@@ -119,8 +119,8 @@ def _unknown(names: Sequence[str], loss: str | None) -> str:
     if section is TrainSection and word in OWNED_BY_RECIPE:
         return OWNED_BY_RECIPE[word]
     if loss is not None:
-        section = LOSS_SECTIONS[loss]
-        owners = [name for name, other in LOSS_SECTIONS.items() if word in other.model_fields]
+        section = LOSSES[loss]
+        owners = [name for name, other in LOSSES.items() if word in other.model_fields]
         if owners:
             return (
                 f"is a key of the loss {' and '.join(owners)}, not of {loss}; to change the loss, replace the whole "
@@ -136,5 +136,5 @@ def _unknown(names: Sequence[str], loss: str | None) -> str:
 
 
 def _dotted_keys() -> Iterator[str]:
-    for name, section in [*_SECTIONS.items(), *(("loss", loss) for loss in LOSS_SECTIONS.values())]:
+    for name, section in [*_SECTIONS.items(), *(("loss", loss) for loss in LOSSES.values())]:
         yield from (f"{name}.{key}" for key in section.model_fields)

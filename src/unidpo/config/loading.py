@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from unidpo.config.explaining import explained
-from unidpo.config.loss_sections import LOSS_SECTIONS
 from unidpo.config.named import missing_things
 from unidpo.config.reading import lay_over, plain_values, read_yaml, secrets
 from unidpo.config.schema import Recipe
@@ -133,15 +132,3 @@ def _take_out(values: dict[str, Any], path: Sequence[str | int], *, missing: boo
         inside[str(path[-1])] = {"model": {"name": "?"}, "data": {"path": "?"}}.get(str(path[-1]), "?")
     elif place is not None:
         del place[0][place[1]]
-
-
-def wrong_values_of_loss(name: str, loss: object) -> list[str]:
-    """What a recipe would refuse of a loss's attributes, e.g. "`beta` must be greater than 0, not -1"."""
-    section = LOSS_SECTIONS[name]
-    try:
-        section.model_validate(
-            {"name": name} | {key: getattr(loss, key) for key in section.model_fields if key != "name"}
-        )
-    except ValidationError as error:
-        return [f"`{key}` {message}" for key, _, message in map(explained, error.errors(include_url=False))]
-    return []

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
 
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from unidpo.config.hf_arguments import RENAMED, SCHEDULERS, model_of_arguments, one_of, spelled_for_transformers
-from unidpo.config.loss_sections import LossSection, UniDPOSection
 from unidpo.config.ranges import MANY
 from unidpo.config.section import Section
 from unidpo.errors import shown
+from unidpo.losses import LOSSES, PreferenceLoss, UniDPO
 
 ModelPart: TypeAlias = Literal["vision", "projector", "language"]
 Attention: TypeAlias = Literal["auto", "sdpa", "varlen", "flex", "flash", "padded"]
@@ -239,6 +239,12 @@ class EvalSection(Section):
     """Questions answered together; null for what `unidpo eval` takes."""
 
 
+if TYPE_CHECKING:
+    _Loss: TypeAlias = PreferenceLoss
+else:
+    _Loss = Annotated[Union[*LOSSES.values()], Field(discriminator="name")]
+
+
 class Recipe(Section):
     """Everything a run depends on. `load_recipe` reads one; its attributes are the sections of the file."""
 
@@ -246,7 +252,7 @@ class Recipe(Section):
     """The run folder, relative to the working directory."""
     model: ModelSection
     data: DataSection
-    loss: LossSection = Field(default_factory=lambda: UniDPOSection(name="uni_dpo"))
+    loss: _Loss = Field(default_factory=UniDPO)
     reference: Annotated[str, BeforeValidator(_as_reference), Field(min_length=1)] = "stored"
     """`stored` (the policy before its first step, as numbers on disk), `live` (a frozen copy), or a model."""
     lora: LoraSection | None = None

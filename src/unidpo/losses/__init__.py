@@ -1,18 +1,21 @@
-"""The objective and its baselines: pure functions of tensors with one entry per pair.
+"""The objective and its baselines: what is learned from a pair, one entry per pair.
 
-A loss is a frozen dataclass of hyper-parameters. Called with `PairLogps` it returns `LossTerms`, every term kept for
-logging; the training loss is the mean of `LossTerms.loss` over the pairs of the global batch. Everything is computed
-in float32, or in float64 where the inputs are.
+A loss is a class of hyper-parameters. Called with `PairLogps` it returns `LossTerms`, every term kept for logging; the
+training loss is the mean of `LossTerms.loss` over the pairs of the global batch. torch is imported with the first call
+or with `PairLogps`, not with the losses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from unidpo.losses.base import PreferenceLoss
 from unidpo.losses.scored import MMDPO, ODPO, RPO, UniDPO
-from unidpo.losses.terms import LossTerms, PairLogps, PreferenceLoss
-from unidpo.losses.unscored import DPO, IPO, MPO, WPO, SimPO
+from unidpo.losses.unscored import DPO, IPO, MPO, SimPO
+
+if TYPE_CHECKING:
+    from unidpo.losses.terms import LossTerms, PairLogps
 
 __all__ = [
     "DPO",
@@ -22,29 +25,22 @@ __all__ = [
     "MPO",
     "ODPO",
     "RPO",
-    "WPO",
     "LossTerms",
     "PairLogps",
     "PreferenceLoss",
     "SimPO",
     "UniDPO",
-    "make_loss",
 ]
 
-LOSSES: Mapping[str, Callable[..., PreferenceLoss]] = {
-    UniDPO.name: UniDPO,
-    MMDPO.name: MMDPO,
-    ODPO.name: ODPO,
-    RPO.name: RPO,
-    DPO.name: DPO,
-    SimPO.name: SimPO,
-    IPO.name: IPO,
-    MPO.name: MPO,
-    WPO.name: WPO,
+LOSSES: Mapping[str, type[PreferenceLoss]] = {
+    loss.model_fields["name"].default: loss for loss in PreferenceLoss.__subclasses__()
 }
-"""Losses by the name a recipe gives them."""
+"""Every loss of this package by the name a recipe gives it."""
 
 
-def make_loss(name: str, **hyper_parameters: Any) -> PreferenceLoss:
-    """The loss a recipe's `loss` section describes. Raises `KeyError` for a name that is not in `LOSSES`."""
-    return LOSSES[name](**hyper_parameters)
+def __getattr__(name: str) -> Any:
+    if name not in ("LossTerms", "PairLogps"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from unidpo.losses import terms
+
+    return getattr(terms, name)

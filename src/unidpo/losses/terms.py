@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-
-from unidpo.config.loading import wrong_values_of_loss
 
 Pairs: TypeAlias = Float[Tensor, " pairs"]
 
@@ -25,9 +25,6 @@ class PairLogps:
             not need them.
         chosen_scores, rejected_scores: the data's scores on any scale, higher is better; `None` likewise.
         chosen_tokens, rejected_tokens: tokens of the response, closing ones included.
-        chosen_collisions, rejected_collisions: mean over the response's tokens of `log Σ_v π(v)²`, in nats per token,
-            ≤ 0, no gradient. `Σ_v π(v)²` is the probability that two draws from the policy are the same token.
-            `None` unless the loss `needs_collisions`.
         reward_shift: mean of the implicit rewards (`LossTerms.chosen_reward` and `rejected_reward`, taken together)
             over all pairs of all steps before this one; 0 in the first step. The same for every batch of a step and
             for the evaluations after it. `None` unless the loss `needs_reward_shift`.
@@ -41,8 +38,6 @@ class PairLogps:
     rejected_scores: Pairs | None = None
     chosen_tokens: Int[Tensor, " pairs"] | None = None
     rejected_tokens: Int[Tensor, " pairs"] | None = None
-    chosen_collisions: Pairs | None = None
-    rejected_collisions: Pairs | None = None
     reward_shift: Float[Tensor, ""] | None = None
 
     def in_full_precision(self) -> PairLogps:
@@ -81,43 +76,6 @@ class LossTerms:
     rejected_reward: Pairs
 
 
-@runtime_checkable
-class PreferenceLoss(Protocol):
-    """A loss over pairs. A new one is a frozen dataclass with these members; register it in `LOSSES`.
-
-    The four `needs_...` say which optional fields of `PairLogps` must be there.
-    """
-
-    @property
-    def length_normalized(self) -> bool:
-        """Whether log-probabilities are averaged over the response's tokens."""
-
-    needs_reference: ClassVar[bool]
-    needs_scores: ClassVar[bool]
-    needs_collisions: ClassVar[bool]
-    needs_reward_shift: ClassVar[bool]
-
-    def __call__(self, pairs: PairLogps) -> LossTerms: ...
-
-
-class Bounded:
-    """A loss whose hyper-parameters have the types and ranges of its section in a recipe.
-
-    Attributes:
-        name: how a recipe calls it.
-
-    Raises:
-        ValueError: values are of the wrong type or outside of their range; all of them are named.
-    """
-
-    __slots__ = ()
-    name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        if problems := wrong_values_of_loss(self.name, self):
-            raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}")
-
-
 def combine(
     preference: Pairs,
     rewards: tuple[Pairs, Pairs],
@@ -150,6 +108,11 @@ def combine(
     )
 
 
+def log_sigmoid(x: Pairs) -> Pairs:
+    """`log σ(x)`, ≤ 0, with finite gradients however far out."""
+    return F.logsigmoid(x)
+
+
 def logratio_margin(pairs: PairLogps) -> Pairs:
     """`Δ = (π_w − π_l) − (ρ_w − ρ_l)`. Raises `ValueError` without reference log-probabilities."""
     ref_chosen, ref_rejected = reference_of(pairs)
@@ -167,9 +130,15 @@ def implicit_rewards(pairs: PairLogps, beta: float | Pairs) -> tuple[Pairs, Pair
 
 def score_margin(pairs: PairLogps) -> Pairs:
     """`S_w − S_l`. Raises `ValueError` without scores."""
+    chosen, rejected = scores_of(pairs)
+    return chosen - rejected
+
+
+def scores_of(pairs: PairLogps) -> tuple[Pairs, Pairs]:
+    """Scores of chosen and rejected. Raises `ValueError` where there are none."""
     if pairs.chosen_scores is None or pairs.rejected_scores is None:
         raise ValueError("this loss needs the scores of both responses")
-    return pairs.chosen_scores - pairs.rejected_scores
+    return pairs.chosen_scores, pairs.rejected_scores
 
 
 def reference_of(pairs: PairLogps) -> tuple[Pairs, Pairs]:
@@ -177,3 +146,46 @@ def reference_of(pairs: PairLogps) -> tuple[Pairs, Pairs]:
     if pairs.ref_chosen_logps is None or pairs.ref_rejected_logps is None:
         raise ValueError("this loss needs reference log-probabilities of both responses")
     return pairs.ref_chosen_logps, pairs.ref_rejected_logps
+
+
+def quality_weight(chosen_scores: Pairs, rejected_scores: Pairs, *, quality_eta: float) -> Pairs:
+    """How clear a pair is: `σ(η (S_w − S_l))`, in (0, 1), 1/2 at a tie. No gradient.
+
+    Source: arXiv:2506.10054, quality weight.
+    """
+    return torch.sigmoid(quality_eta * (chosen_scores - rejected_scores))
+
+
+def performance_weight(
+    chosen_logps: Pairs, rejected_logps: Pairs, *, beta: float, tau_ref: float, perf_gamma: float
+) -> Pairs:
+    """How much the policy still has to learn from a pair: `[1 − σ(β(π_w − π_l) − τ_ref)]^γ`, in (0, 1).
+
+    Carries a gradient. Source: arXiv:2506.10054, performance weight. Written `exp(γ log σ(−x))`, which equals the
+    power and, unlike it, has finite gradients where `σ(x)` rounds to 1.
+    """
+    return torch.exp(perf_gamma * log_sigmoid(tau_ref - beta * (chosen_logps - rejected_logps)))
+
+
+def nll_gate(chosen_logps: Pairs, ref_chosen_logps: Pairs, chosen_scores: Pairs, *, tau_good: float) -> Pairs:
+    """1 where a good response (`S_w ≥ τ_good`) became less likely than under the reference (`ρ_w > π_w`), else 0.
+
+    Strict in the log-probabilities, so it is off while policy and reference are equal. No gradient.
+    """
+    fell = ref_chosen_logps > chosen_logps.detach()
+    return (fell & (chosen_scores >= tau_good)).to(chosen_logps.dtype)
+
+
+def bernoulli_kl(p: Pairs, q: Pairs) -> Pairs:
+    """`KL(Bernoulli(σ(p)) ‖ Bernoulli(σ(q)))` in nats, ≥ 0; finite with finite gradients for any finite logits."""
+    return torch.sigmoid(p) * (log_sigmoid(p) - log_sigmoid(q)) + torch.sigmoid(-p) * (
+        log_sigmoid(-p) - log_sigmoid(-q)
+    )
+
+
+DISTANCES: Mapping[str, Callable[[Pairs, Pairs], Pairs]] = {
+    "bwd_kl": lambda implicit, explicit: bernoulli_kl(explicit, implicit),
+    "fwd_kl": lambda implicit, explicit: bernoulli_kl(implicit, explicit),
+    "sq": lambda implicit, explicit: (implicit - explicit) ** 2,
+}
+"""Distances of `RPO` between the implicit and the explicit reward difference, by name."""

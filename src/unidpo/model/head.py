@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ LOGITS_CHUNK_BYTES = 256 * 2**20
 # Of the elementwise steps over a chunk, so that what these need besides is small; a CPU's stay in its cache.
 STEP_BYTES, _CPU_STEP_BYTES = 32 * 2**20, 4 * 2**20
 
-OfTargets: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Logits (targets, vocabulary) and targets → what is wanted of each target, (targets,) or (targets, n)."""
-
 
 def target_logps(
     logits: Float[Tensor, "targets vocabulary"], targets: Int[Tensor, " targets"]
@@ -31,43 +28,32 @@ def target_logps(
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def target_logps_and_collisions(
-    logits: Float[Tensor, "targets vocabulary"], targets: Int[Tensor, " targets"]
-) -> Float[Tensor, "targets 2"]:
-    """`target_logps`, and beside it `log Σ_v π(v)²` in nats, without gradient."""
-    logits = _full_precision(logits)
-    with torch.no_grad():
-        collisions = (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
-    return torch.stack([target_logps(logits, targets), collisions], dim=1)
-
-
-def of_tokens(
+def token_logps(
     hidden: Float[Tensor, "targets hidden"],
     head: torch.nn.Module,
     targets: Int[Tensor, " targets"],
-    of_targets: OfTargets = target_logps,
     *,
     weight: Float[Tensor, "vocabulary hidden"] | None = None,
     soft_cap: float | None = None,
-) -> Tensor:
-    """What `of_targets` makes of each target token, given the hidden state that predicts it.
+) -> Float[Tensor, " targets"]:
+    """Log-probability of each target token, in nats, given the hidden state that predicts it.
 
     Logits are made in chunks of `LOGITS_CHUNK_BYTES`; where there are several, those of a chunk are computed again in
     the backward pass instead of being kept.
 
     Args:
-        weight: of `for_head`. With it, log-probabilities alone are the work of `linear_logps`.
+        weight: of `for_head`; with it `linear_logps` does the work.
         soft_cap: logits `x` become `soft_cap * tanh(x / soft_cap)`, as in Gemma 2 (arXiv:2408.00118 section 2).
     """
 
     def of_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
-        return of_targets(capped(head(hidden), soft_cap), targets)
+        return target_logps(capped(head(hidden), soft_cap), targets)
 
     of_head: Tensor = head.weight  # type: ignore[assignment]
     # A weight that ZeRO-3 has spread has no rows until the head is called.
     rows: int = getattr(of_head, "ds_shape", of_head.shape)[0]
     size = max(1, LOGITS_CHUNK_BYTES // (4 * rows))
-    if weight is not None and of_targets is target_logps and soft_cap is None:
+    if weight is not None and soft_cap is None:
         return linear_logps(hidden, weight, targets, size)
     if len(targets) <= size:
         return of_chunk(hidden, targets)
@@ -76,7 +62,7 @@ def of_tokens(
 
 
 def capped(logits: Tensor, soft_cap: float | None) -> Tensor:
-    """Logits within the bound, as given to `of_tokens`."""
+    """Logits within the bound, as given to `token_logps`."""
     return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
 
 

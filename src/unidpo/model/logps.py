@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unidpo.model.attention import SegmentTable
-from unidpo.model.head import OfTargets, capped, for_head, of_tokens, target_logps, target_logps_and_collisions
+from unidpo.model.head import capped, for_head, target_logps, token_logps
 from unidpo.model.packs import Pack, PaddedRows
 
 
@@ -22,27 +22,13 @@ def response_logps(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Te
     Logits are taken at response positions only and in float32 (float64 in a float64 model). Divide by
     `batch.response_tokens` for nats per token. Gradients flow where the model is trained.
     """
-    return _summed(model, batch, target_logps)
-
-
-def response_logps_and_collisions(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Tensor, "2 responses"]:
-    """`response_logps`, and beside it `log Σ_v π(v)²` summed over the response's tokens, in nats, without gradient.
-
-    `Σ_v π(v)²` is the probability that two draws from the policy are the same token. Nothing of the size of the
-    vocabulary is held beyond a chunk.
-    """
-    return _summed(model, batch, target_logps_and_collisions).T
-
-
-def _summed(model: PreTrainedModel, batch: Pack | PaddedRows, of_targets: OfTargets) -> Tensor:
-    """Sums over each response's tokens, (responses,) or (responses, n)."""
     with for_head(model) as weight:
         if isinstance(batch, Pack):
-            return _pack_sums(model, batch, weight, of_targets)
-        return _padded_sums(model, batch, weight, of_targets)
+            return _of_pack(model, batch, weight)
+        return _of_rows(model, batch, weight)
 
 
-def _pack_sums(model: PreTrainedModel, pack: Pack, weight: Tensor | None, of_targets: OfTargets) -> Tensor:
+def _of_pack(model: PreTrainedModel, pack: Pack, weight: Tensor | None) -> Tensor:
     hidden = model.base_model(
         input_ids=pack.input_ids[None],
         # One axis is what plain rotary models take, (1, tokens); M-RoPE models take (3, 1, tokens).
@@ -52,11 +38,11 @@ def _pack_sums(model: PreTrainedModel, pack: Pack, weight: Tensor | None, of_tar
         **_images(pack),
     ).last_hidden_state[0]
     head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
-    values = of_tokens(hidden[pack.predict_at], head, pack.targets, of_targets, weight=weight, soft_cap=soft_cap)
+    values = token_logps(hidden[pack.predict_at], head, pack.targets, weight=weight, soft_cap=soft_cap)
     return _sum_by(pack.owner, values, len(pack.response_tokens))
 
 
-def _padded_sums(model: PreTrainedModel, rows: PaddedRows, weight: Tensor | None, of_targets: OfTargets) -> Tensor:
+def _of_rows(model: PreTrainedModel, rows: PaddedRows, weight: Tensor | None) -> Tensor:
     # Columns that predict a target in some row; prompts are left out where a model must compute its own logits.
     columns = rows.is_target[:, 1:].any(0).nonzero()[:, 0]
     is_target, targets = rows.is_target[:, columns + 1], rows.input_ids[:, columns + 1]
@@ -73,13 +59,13 @@ def _padded_sums(model: PreTrainedModel, rows: PaddedRows, weight: Tensor | None
     if _head_is_known(model):
         hidden = model.base_model(**inputs).last_hidden_state[:, columns][is_target]
         head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
-        values = of_tokens(hidden, head, targets[is_target], of_targets, weight=weight, soft_cap=soft_cap)
+        values = token_logps(hidden, head, targets[is_target], weight=weight, soft_cap=soft_cap)
     else:
         # The class's forward: on the instance `policy` may have put one that ends here.
         logits = type(model).forward(model, logits_to_keep=columns, **inputs).logits
         if logits.shape[1] != len(columns):  # a model that knows no `logits_to_keep` gives all of them
             logits = logits[:, columns]
-        values = of_targets(logits[is_target], targets[is_target])
+        values = target_logps(logits[is_target], targets[is_target])
     return _sum_by(is_target.nonzero()[:, 0], values, len(rows.response_tokens))
 
 

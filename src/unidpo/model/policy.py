@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from unidpo.model.attention import set_text_attention
 from unidpo.model.features import ImageFeatures, image_features
-from unidpo.model.logps import response_logps, response_logps_and_collisions
+from unidpo.model.logps import response_logps
 from unidpo.model.packs import Pack, PaddedRows
 
 T = TypeVar("T")
@@ -47,10 +47,6 @@ class Policy:
     def response_logps(self, batch: Pack | PaddedRows) -> Float[Tensor, " responses"]:
         """See `logps.response_logps`."""
         return self._as_forward(lambda: response_logps(self.plain, batch))
-
-    def response_logps_and_collisions(self, batch: Pack | PaddedRows) -> Float[Tensor, "2 responses"]:
-        """See `logps.response_logps_and_collisions`."""
-        return self._as_forward(lambda: response_logps_and_collisions(self.plain, batch))
 
     def image_features(self, vision: Mapping[str, Tensor]) -> ImageFeatures:
         """See `features.image_features`; without gradient, and without dropout."""

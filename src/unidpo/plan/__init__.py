@@ -9,7 +9,6 @@ from rich.console import Console
 from unidpo.cache.feature_store import images_are_frozen
 from unidpo.config import Recipe
 from unidpo.errors import ModelError
-from unidpo.losses import make_loss
 from unidpo.model.encode import Encoder, plain_positions
 from unidpo.model.features import takes_features
 from unidpo.model.load import Part, load_processor
@@ -64,7 +63,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         max_length=recipe.data.max_length,
         max_pixels=recipe.data.max_pixels,
     )
-    loss = make_loss(**recipe.loss.model_dump())
+    loss = recipe.loss
     with Stages(console) as stages:
         groups, _ = training_data(recipe, loss, stages, scan_images=False)
         counted = count_tokens(

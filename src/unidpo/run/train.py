@@ -25,13 +25,13 @@ from transformers import (
     set_seed,
 )
 
-from unidpo.config import LossSection, Recipe, UniDPOSection
+from unidpo.config import Recipe
 from unidpo.data.check import ScoreKnobs, check_data
 from unidpo.data.formats import mix, select_pairs, split_by_prompt
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import gather, is_main, on_main, wait_for_all, world_size
 from unidpo.errors import DataError, Interrupted, RecipeError, TrainingError, did_you_mean
-from unidpo.losses import PreferenceLoss, make_loss
+from unidpo.losses import PreferenceLoss, UniDPO
 from unidpo.model.adapters import lora_config
 from unidpo.model.load import load_config, load_policy, load_processor, save_model
 from unidpo.progress import Stages
@@ -64,7 +64,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     _log_to(console)
     for name in (recipe.model.name, *([recipe.reference] if recipe.reference not in ("stored", "live") else [])):
         load_config(name, trust_remote_code=recipe.model.trust_remote_code)  # before the data is read, image by image
-    loss: PreferenceLoss = make_loss(**recipe.loss.model_dump())
+    loss = recipe.loss
     folder = RunFolder(recipe.output)
     with _locked(folder, resume=resume):
         with Stages(console) as stages, midway(recipe.eval, folder.path, stages.update) as benchmarks:
@@ -231,8 +231,8 @@ def training_data(
     return kept, held_out
 
 
-def _knobs(loss: LossSection) -> ScoreKnobs | None:
-    if not isinstance(loss, UniDPOSection):
+def _knobs(loss: PreferenceLoss) -> ScoreKnobs | None:
+    if not isinstance(loss, UniDPO):
         return None
     return ScoreKnobs(loss.quality_eta, loss.tau_good if loss.nll_weight else None, whose="of the recipe")
 

@@ -24,7 +24,7 @@ ELSEWHERE: Mapping[str, str] = {
     "beta": "is of the loss: `PreferenceTrainer(loss=UniDPO(beta=...))`",
     "label_smoothing": "is of the loss: `PreferenceTrainer(loss=DPO(label_smoothing=...))`",
     "simpo_gamma": "is of the loss: `PreferenceTrainer(loss=SimPO(gamma=...))`",
-    "use_weighting": "is of the loss: `PreferenceTrainer(loss=WPO())`",
+    "use_weighting": "has no counterpart: WPO is not among `unidpo.losses`",
     "reference_free": "is of the loss: `PreferenceTrainer(loss=SimPO())` needs no reference",
     "loss_type": _LOSS,
     "loss_weights": _LOSS,

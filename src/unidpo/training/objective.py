@@ -21,7 +21,7 @@ class Objective:
     """The loss, and what it compares the policy with.
 
     Attributes:
-        loss: from `unidpo.losses`, or any other `PreferenceLoss`.
+        loss: from `unidpo.losses`, or another `PreferenceLoss`.
         policy_is_reference: whether nothing has changed the policy yet, which is its own reference till then, see
             docs/decisions/0005-nll-gate-at-equality.md.
         live_reference: a model that runs along; where `None` and a batch has no stored log-probabilities, the policy
@@ -40,12 +40,7 @@ class Objective:
         pairs, tokens = batch.pairs, batch.responses.response_tokens
         # Before the policy's own forward: wrappers do not expect another one between that and its backward.
         ref_logps = self._reference_logps(policy, batch) if self.loss.needs_reference else None
-        collisions = None
-        if self.loss.needs_collisions:
-            logps, collisions = policy.response_logps_and_collisions(batch.responses)
-            collisions = collisions / tokens
-        else:
-            logps = policy.response_logps(batch.responses)
+        logps = policy.response_logps(batch.responses)
         if self.loss.needs_reference and self.policy_is_reference:
             ref_logps = logps.detach()
         if self.loss.length_normalized:
@@ -60,8 +55,6 @@ class Objective:
             rejected_scores=pairs.rejected_scores,
             chosen_tokens=tokens[pairs.chosen],
             rejected_tokens=tokens[pairs.rejected],
-            chosen_collisions=None if collisions is None else collisions[pairs.chosen],
-            rejected_collisions=None if collisions is None else collisions[pairs.rejected],
             reward_shift=logps.new_tensor(reward_shift) if self.loss.needs_reward_shift else None,
         )
         return seen, self.loss(seen)
