@@ -14,10 +14,12 @@ CORE := adapters arguments check cli config demo encode equivalence golden losse
   packs recipes reference runs sources stores train trainer
 TESTS ?= $(CORE:%=tests/test_%.py)
 
-.PHONY: setup demo test test-avx2 test-oldest test-newest test-python test-eval test-watch mutants bench lint fmt FORCE
+.PHONY: help setup demo test test-avx2 test-oldest test-newest test-python test-eval test-watch mutants bench lint fmt FORCE
 
-setup: $(INSTALLED)
+help: ## this list
+	@sed -nE 's/^([a-z][a-z0-9 -]*):[^#]* ## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
+setup: $(INSTALLED) ## make .venv and install into it
 # An environment: torch first, then the rest, each in the version that CONSTRAINTS names.
 CONSTRAINTS = constraints.txt
 EXTRAS = demo,dev
@@ -27,23 +29,23 @@ EXTRAS = demo,dev
 	$*/bin/python -m pip install $(UPGRADE) -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	touch $@
 
-demo: $(INSTALLED)
+demo: $(INSTALLED) ## the whole story on handwritten digits, 1 minute
 	$(BIN)/unidpo demo
 
 # One thread per worker: two that fight over the same cores take longer than one.
-test: $(INSTALLED)
+test: $(INSTALLED) ## all tests, 6 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # As on a CPU without AVX-512, for torch and oneDNN; 4-bit weights are tried with and without it in every run.
-test-avx2: $(INSTALLED)
+test-avx2: $(INSTALLED) ## all tests, as on a CPU without AVX-512
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # What pyproject.toml promises: its lowest bounds, the newest releases beside the pinned torch, other versions of Python
 # (`make test-python PYTHON=python3.13`).
-test-oldest test-newest: test-%: .venv-%/.installed
+test-oldest test-newest: test-%: .venv-%/.installed ## the core tests at the oldest and the newest versions
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n $(WORKERS) $(WARNINGS) $(TESTS)
 
-test-python: $(PYTHON_VENV)/.installed
+test-python: $(PYTHON_VENV)/.installed ## the core tests on another Python: PYTHON=python3.13
 	OMP_NUM_THREADS=1 $(PYTHON_VENV)/bin/python -m pytest -n $(WORKERS) $(TESTS)
 
 .venv-oldest/.installed: constraints-oldest.txt
@@ -59,7 +61,7 @@ test-oldest: WARNINGS = -W 'ignore:`torch.jit:DeprecationWarning'
 
 # VLMEvalKit lives in an environment of its own: beside a CPU-only torch its torchvision has to come without that
 # package's own wishes, and it brings 160 packages that nothing else here needs.
-test-eval: $(INSTALLED) $(EVAL_INSTALLED)
+test-eval: $(INSTALLED) $(EVAL_INSTALLED) ## the tests that need VLMEvalKit, in .venv-eval
 	OMP_NUM_THREADS=1 UNIDPO_VLMEVAL_PYTHON=$(abspath $(EVAL_VENV))/bin/python $(BIN)/python -m pytest -m vlmeval
 
 $(EVAL_INSTALLED): pyproject.toml constraints.txt constraints-eval.txt
@@ -70,18 +72,18 @@ $(EVAL_INSTALLED): pyproject.toml constraints.txt constraints-eval.txt
 	touch $@
 
 # A minute for each dozen of bugs. NAMES="..." for some of them (python -m scripts.plant_bugs --list).
-mutants: $(INSTALLED)
+mutants: $(INSTALLED) ## plant each bug of tests/mutants and see a test catch it
 	$(BIN)/python -m scripts.plant_bugs --workers $(WORKERS) $(NAMES)
 
 # One thread: process CPU time is compared. About an hour on one core.
-bench: $(INSTALLED)
+bench: $(INSTALLED) ## speed and memory against padded rows, an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --shape cpu --pairs 2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.profile
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --curves
 
 # Weights & Biases, trackio and SwanLab want older versions of packages that are pinned here.
-test-watch: $(WATCH_VENV)/.installed
+test-watch: $(WATCH_VENV)/.installed ## the trackers of training, with their own packages
 	OMP_NUM_THREADS=1 $(WATCH_VENV)/bin/python -m pytest tests/test_watch.py
 
 $(WATCH_VENV)/.installed: CONSTRAINTS = .venv-watch.txt
@@ -91,12 +93,12 @@ $(WATCH_VENV)/.installed: .venv-watch.txt
 .venv-watch.txt: constraints.txt
 	grep -vE '^(pillow|protobuf)==' $< > $@
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) ## ruff, mypy, import-linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-fmt: $(INSTALLED)
+fmt: $(INSTALLED) ## ruff, mending what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
