@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unidpo.data.mm_rlhf.archives import ArchiveError, Extracted, extract, unpacked_size
+from unidpo.data.mm_rlhf.archives import ArchiveError, Extracted, extract
 from unidpo.errors import DataError
 
 NOISE = os.urandom(4000)
@@ -44,16 +44,14 @@ def on_disk(folder: Path) -> dict[str, bytes]:
 
 def test_files_come_out_as_they_went_in_and_a_second_call_writes_nothing(tmp_path: Path) -> None:
     files = {"long/a.png": NOISE, "long/deep/b.png": b"", "./long/é 漢.png": b"x" * 5000}
-    path = archive(tmp_path / "long.zip", *files.items(), ("long/empty/", b""))
+    path = archive(tmp_path / "long.zip", *files.items())
     told: list[tuple[str, int, int]] = []
     done = extract(path, tmp_path / "out", max_bytes=MANY, on_progress=lambda *a: told.append(a))
     assert on_disk(tmp_path / "out") == {name.removeprefix("./"): data for name, data in files.items()}
-    assert (tmp_path / "out/long/empty").is_dir()
-    assert done == Extracted(files=3, written=3, bytes=9000)
-    assert unpacked_size(path) == 9000
+    assert done == Extracted(files=3, written=3)
     assert [t[1:] for t in told] == [(0, 3), (1, 3), (2, 3), (3, 3)]
     before = (tmp_path / "out/long/a.png").stat().st_mtime_ns
-    assert extract(path, tmp_path / "out", max_bytes=MANY) == Extracted(files=3, written=0, bytes=9000)
+    assert extract(path, tmp_path / "out", max_bytes=MANY) == Extracted(files=3, written=0)
     assert (tmp_path / "out/long/a.png").stat().st_mtime_ns == before
 
 
@@ -72,72 +70,44 @@ def test_a_broken_off_unpacking_goes_on_with_what_is_missing_or_short(tmp_path: 
     assert set(on_disk(tmp_path / "out").values()) == {NOISE}
 
 
-HOSTILE_NAMES = [
-    ("../evil", "outside"),
-    ("a/../../evil", "outside"),
-    ("a/b/..", "outside"),
-    ("a/.. /evil", "outside"),
-    ("/tmp/evil", "absolute"),
-    ("//host/evil", "absolute"),
-    ("C:/evil", "absolute"),
-    ("c:evil", "absolute"),
-    ("..\\evil", "backslash"),
-    ("a\\..\\..\\evil", "backslash"),
-    ("\\evil", "backslash"),
-    ("C:\\evil", "backslash"),
-    ("a\nb", "printable"),
-]
-
-
-@pytest.mark.parametrize(("name", "word"), HOSTILE_NAMES)
-def test_a_name_that_leads_outside_unpacks_nothing(tmp_path: Path, name: str, word: str) -> None:
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil", "//host/evil", "."])
+def test_a_name_that_leads_outside_unpacks_nothing(tmp_path: Path, name: str) -> None:
     path = archive(tmp_path / "a.zip", ("good.png", NOISE), (name, b"evil"))
-    with pytest.raises(ArchiveError, match=word) as caught:
+    with pytest.raises(ArchiveError, match="points outside") as caught:
         extract(path, tmp_path / "in" / "out", max_bytes=MANY)
     assert repr(name) in str(caught.value)
     assert "nothing was unpacked" in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip"]
 
 
-def test_a_name_with_a_hidden_end_is_judged_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["C:/evil", "C:\\evil", "..\\evil", "a/.. /evil", "a/b/..", "a\nb"])
+def test_a_name_that_is_odd_stays_inside(tmp_path: Path, name: str) -> None:
+    path = archive(tmp_path / "a.zip", (name, b"odd"))
+    with contextlib.suppress(DataError):
+        extract(path, tmp_path / "in" / "out", max_bytes=MANY)
+        assert list(on_disk(tmp_path / "in" / "out").values()) == [b"odd"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.zip"]
+
+
+def test_a_name_with_a_hidden_end_is_cut_there(tmp_path: Path) -> None:
     path = raw_name(archive(tmp_path / "a.zip", ("good.pngX..", b"evil")), "good.pngX..", b"good.png\0..")
-    with pytest.raises(ArchiveError, match="printable"):
-        extract(path, tmp_path / "out", max_bytes=MANY)
-
-
-@pytest.mark.parametrize(
-    "name", [".unidpo-unpacking", "a/.unidpo-unpacking/b", ".UNIDPO-unpacking", ".unidpo-fetch.json", "./.unidpo-lock"]
-)
-def test_a_name_that_we_use_ourselves_unpacks_nothing(tmp_path: Path, name: str) -> None:
-    """It would be deleted as what an unpacking left unfinished, or pass for our record of what was verified."""
-    path = archive(tmp_path / "a.zip", ("good.png", NOISE), (name, b"evil"))
-    with pytest.raises(ArchiveError, match=r"'\S+' has a name that begins with \.unidpo-"):
-        extract(path, tmp_path / "out", max_bytes=MANY)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip"]
+    extract(path, tmp_path / "out", max_bytes=MANY)
+    assert sorted(on_disk(tmp_path)) == ["a.zip", "out/good.png"]
 
 
 def test_a_file_damaged_at_the_same_size_is_unpacked_again(tmp_path: Path) -> None:
     path = archive(tmp_path / "a.zip", ("a", NOISE), ("b", NOISE))
     extract(path, tmp_path / "out", max_bytes=MANY)
     (tmp_path / "out/b").write_bytes(NOISE[:-1] + bytes([NOISE[-1] ^ 1]))
-    assert extract(path, tmp_path / "out", max_bytes=MANY) == Extracted(2, 1, 8000, ("b",))
+    assert extract(path, tmp_path / "out", max_bytes=MANY) == Extracted(2, 1, ("b",))
     assert set(on_disk(tmp_path / "out").values()) == {NOISE}
     assert extract(path, tmp_path / "out", max_bytes=MANY).damaged == ()
 
 
-@pytest.mark.parametrize(
-    ("mode", "word"),
-    [
-        (stat.S_IFLNK | 0o777, "symbolic link"),
-        (stat.S_IFCHR | 0o666, "device"),
-        (stat.S_IFIFO | 0o666, "device"),
-        (stat.S_IFSOCK | 0o666, "device"),
-        (stat.S_IFDIR | 0o777, "attributes"),
-    ],
-)
-def test_links_and_devices_are_refused(tmp_path: Path, mode: int, word: str) -> None:
-    path = archive(tmp_path / "a.zip", ("good.png", NOISE), (info("link", mode), b"/etc/passwd"))
-    with pytest.raises(ArchiveError, match=rf"'link'.*{word}"):
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFDIR])
+def test_links_and_devices_are_refused(tmp_path: Path, kind: int) -> None:
+    path = archive(tmp_path / "a.zip", ("good.png", NOISE), (info("link", kind | 0o777), b"/etc/passwd"))
+    with pytest.raises(ArchiveError, match="'link' is a link or a special file"):
         extract(path, tmp_path / "out", max_bytes=MANY)
     assert not (tmp_path / "out").exists()
 
@@ -148,11 +118,11 @@ def test_a_link_that_is_already_there_is_not_followed(tmp_path: Path) -> None:
     outside.mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "out/sub").symlink_to(outside)
-    with pytest.raises(ArchiveError, match="is a link"):
+    with pytest.raises(ArchiveError, match="points outside"):
         extract(path, tmp_path / "out", max_bytes=MANY)
     (tmp_path / "out/sub").unlink()
     (tmp_path / "out/top").symlink_to(outside / "target")
-    with pytest.raises(ArchiveError, match="is a link"):
+    with pytest.raises(ArchiveError, match="points outside"):
         extract(path, tmp_path / "out", max_bytes=MANY)
     assert list(outside.iterdir()) == []
 
@@ -170,45 +140,17 @@ def test_an_encrypted_entry_is_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(data)
-    with pytest.raises(ArchiveError, match="'secret' is encrypted"):
+    with pytest.raises(ArchiveError, match=r"'secret'.*is encrypted"):
         extract(path, tmp_path / "out", max_bytes=MANY)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.parametrize(
-    ("names", "word"),
-    [
-        (("a", "a"), "twice"),
-        (("a/b", "./a//b"), "twice"),
-        (("a", "a/b"), "the folder of 'a/b'"),
-        (("a/b", "a"), "the folder of 'a/b'"),
-        (("a", "a/"), "a file and a folder"),
-    ],
-)
-def test_two_entries_for_one_place_are_refused(tmp_path: Path, names: tuple[str, str], word: str) -> None:
-    path = archive(tmp_path / "x.zip", *((name, b"" if name.endswith("/") else NOISE) for name in names))
-    with pytest.raises(ArchiveError, match=word):
+@pytest.mark.parametrize("names", [("a", "a"), ("a/b", "./a//b"), ("a", "a/b"), ("a/b", "a")])
+def test_two_entries_for_one_place_stay_there(tmp_path: Path, names: tuple[str, str]) -> None:
+    path = archive(tmp_path / "x.zip", *((name, NOISE) for name in names))
+    with contextlib.suppress(DataError):
         extract(path, tmp_path / "out", max_bytes=MANY)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_bomb_is_refused_by_its_ratio(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", ("bomb", bytes(8 << 20)))
-    with pytest.raises(ArchiveError, match=r"'bomb' unpacks to [\d,]+ times its size"):
-        extract(path, tmp_path / "out", max_bytes=MANY)
-    assert not (tmp_path / "out").exists()
-    assert extract(path, tmp_path / "out", max_bytes=MANY, max_ratio=2000).bytes == 8 << 20
-
-
-def test_many_small_bombs_are_refused_together(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", *((f"{i}", bytes(1 << 20)) for i in range(4)))
-    with pytest.raises(ArchiveError, match="more than 100 times"):
-        extract(path, tmp_path / "out", max_bytes=MANY)
-
-
-def test_a_short_run_of_one_colour_is_no_bomb(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", ("white.bmp", bytes(500_000)), ("photo.png", NOISE * 3))
-    assert extract(path, tmp_path / "out", max_bytes=MANY).files == 2
+    assert len(on_disk(tmp_path / "out")) == 1
 
 
 def test_the_bound_counts_all_files(tmp_path: Path) -> None:
@@ -219,19 +161,20 @@ def test_the_bound_counts_all_files(tmp_path: Path) -> None:
     assert extract(path, tmp_path / "out", max_bytes=20_000).files == 5
 
 
-def test_entries_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
-    path = archive(tmp_path / "a.zip", ("a", NOISE), ("b", NOISE))
+def test_a_bomb_is_stopped_by_the_bound(tmp_path: Path) -> None:
+    """Also one whose entries share their bytes, so that a small archive claims many large files."""
+    path = archive(tmp_path / "a.zip", ("a", bytes(8 << 20)), ("b", bytes(8 << 20)))
     data = bytearray(path.read_bytes())
     second = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1)
     struct.pack_into("<L", data, second + 42, 0)  # both entries point at the first one's data
     path.write_bytes(data)
-    with pytest.raises(ArchiveError, match="lies over the data of 'a'"):
-        extract(path, tmp_path / "out", max_bytes=MANY)
+    with pytest.raises(ArchiveError, match=r"'b' would bring the unpacked size over the bound"):
+        extract(path, tmp_path / "out", max_bytes=9 << 20)
     assert not (tmp_path / "out").exists()
 
 
 def test_sizes_that_lie_are_found_while_writing(tmp_path: Path) -> None:
-    """The header claims 10 bytes for 2 MB: what comes out is counted, and no such file appears."""
+    """The header claims 10 bytes for 2 MB: no more is unpacked, and no such file appears."""
     path = archive(tmp_path / "a.zip", ("good", NOISE), ("liar", NOISE * 500))
     data = bytearray(path.read_bytes())
     second = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 1)
@@ -258,7 +201,7 @@ def test_what_is_no_archive_is_said_to_be_none(tmp_path: Path, data: bytes) -> N
     (tmp_path / "a.zip").write_bytes(data)
     with pytest.raises(ArchiveError, match="no zip archive"):
         extract(tmp_path / "a.zip", tmp_path / "out", max_bytes=MANY)
-    with pytest.raises(ArchiveError, match="no such archive"):
+    with pytest.raises(ArchiveError, match="cannot be read: No such file"):
         extract(tmp_path / "b.zip", tmp_path / "out", max_bytes=MANY)
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner, Result
 
 from unidpo import cli
 from unidpo.cli.data import Layout
+from unidpo.data.download import FetchError
 from unidpo.data.formats import LAYOUTS, read_groups
-from unidpo.data.mm_rlhf import FetchError
 from unidpo.errors import DataError
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from chat_stub import stubbed
 from exams import Oracle
 from unidpo import cli
+from unidpo.data.download import FetchError
 from unidpo.evaluate import fetching
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed
 from unidpo.evaluate.comparing import metric
@@ -387,7 +388,7 @@ def test_downloads_go_on_and_are_verified(tmp_path: Path, monkeypatch: pytest.Mo
     assert server.asked[-1] == ("GET", "bytes=1000-")
     (tmp_path / "MME.tsv").unlink()
     server.files["/MME.tsv"] = content[::-1]
-    with pytest.raises(EvaluationFailed, match="has not the MD5"):
+    with pytest.raises(FetchError, match="its MD5 is not the published"):
         fetching.download("MME", tmp_path)
     assert list(tmp_path.iterdir()) == []
 

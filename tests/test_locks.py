@@ -83,7 +83,7 @@ def _soon(happens, seconds=60):
 
 def test_a_second_fetch_into_a_folder_is_refused(tmp_path, monkeypatch):
     plan = FetchPlan("me/data", "huggingface", tmp_path / "data", (), free=1 << 40)
-    monkeypatch.setattr(sys.modules["unidpo.data.mm_rlhf.fetch"], "_plan", lambda *_: plan)
+    monkeypatch.setattr(sys.modules["unidpo.data.mm_rlhf.fetch"], "make_plan", lambda *_: plan)
     command = ["data", "fetch", "mm-rlhf", "--to", str(plan.to)]
     with locked(plan.to):
         done = CliRunner().invoke(cli.app, command)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeAlias
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+OnProgress: TypeAlias = Callable[[str, int, int], None]
+"""Called with a stage, how many are done and how many there are; `Stages.update` is one."""
 
 PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line per stage at most this often, and one when it is done."""

@@ -16,6 +16,7 @@ from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.vlmeval import PAPER, VlmevalBenchmark, Worker, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
 from unidpo.files.regular import read_regular
+from unidpo.progress import OnProgress
 
 _GENERATION = tuple(field.name for field in dataclasses.fields(Generation))
 _MODEL_CLASSES = ("Qwen2VLChat",)
@@ -45,7 +46,7 @@ def select(
     worker: Worker,
     generation: dict[str, int] | None = None,
     download: bool = False,
-    on_progress: fetching.Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Benchmark]:
     """Benchmarks by name or file; `paper` is the nine.
 
@@ -60,7 +61,7 @@ def select(
     Raises:
         EvaluationError: a name is unknown or comes twice, a file is missing, or VLMEvalKit is.
         DataError: the questions of a file cannot be used.
-        EvaluationFailed: a download broke off.
+        FetchError: a download broke off.
     """
     words = [name for word in words for name in (PAPER if word == "paper" else [word])]
     known = [word for word in words if word in PAPER]

@@ -1,0 +1,228 @@
+"""What fetching a data set from a hub is going to do: which files, what of them is there, how much room they need."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from unidpo.data.download import part_of, size_on_disk
+from unidpo.data.mm_rlhf.archives import is_inside
+from unidpo.data.mm_rlhf.hubs import Hub, RemoteFile, Source
+from unidpo.data.mm_rlhf.ratings import DEFAULT_SUBSETS, SUBSETS
+from unidpo.errors import DataError, did_you_mean, shown
+from unidpo.files.writing import write_json
+
+DataSet: TypeAlias = Literal["mm-rlhf", "uni-dpo"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """Where a data set lies, by hub, its subsets, and those fetched by default."""
+
+    repos: dict[Source, str]
+    subsets: tuple[str, ...]
+    default: tuple[str, ...]
+
+
+_PUBLISHED: dict[DataSet, _Published] = {
+    "mm-rlhf": _Published({"huggingface": "yifanzhang114/MM-RLHF"}, SUBSETS, DEFAULT_SUBSETS),
+    "uni-dpo": _Published(
+        {"huggingface": "psp-dada/Uni-DPO", "modelscope": "pspdada/Uni-DPO"},
+        ("multimodal", "textual", "math"),
+        ("multimodal",),
+    ),
+}
+_MM_RLHF_ALWAYS = ("data.jsonl", "dpo_pairs.jsonl")
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".zip")
+_RECORD = ".unidpo-fetch.json"
+# Photographs hardly pack: an archive unpacks to about its own size.
+_UNPACKED_ESTIMATE = 1.05
+_SPARE_BYTES = 64_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class FileStep:
+    """What is to be done about one file.
+
+    Attributes:
+        remote: the file on the hub.
+        place: where it belongs on disk.
+        present: how many of its bytes are there; all of them if nothing is to be downloaded.
+        verified: whether an earlier run compared it with the hub's checksum.
+        unpacks_to: about how many bytes it still has to unpack to, 0 if it is no archive.
+        unpack: whether it is an archive to unpack (what is unpacked already is skipped file by file).
+    """
+
+    remote: RemoteFile
+    place: Path
+    present: int
+    verified: bool
+    unpacks_to: int
+    unpack: bool
+
+    @property
+    def missing(self) -> int:
+        """Bytes to download."""
+        return self.remote.size - self.present
+
+
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """What a fetch is going to do, known before it starts.
+
+    Attributes:
+        repo: the data set's id on the hub.
+        source: the hub.
+        to: the folder everything goes to.
+        steps: the files, in the order they are fetched.
+        free: bytes free on the disk of `to`.
+    """
+
+    repo: str
+    source: Source
+    to: Path
+    steps: tuple[FileStep, ...]
+    free: int
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes to download."""
+        return sum(step.missing for step in self.steps)
+
+    @property
+    def needed_bytes(self) -> int:
+        """About how much room downloads and unpacked files take that are not there yet."""
+        return self.download_bytes + sum(step.unpacks_to for step in self.steps)
+
+    def refuse_if_too_large(self) -> None:
+        """Raise `DataError` if the disk has too little room."""
+        if self.needed_bytes and self.needed_bytes + _SPARE_BYTES > self.free:
+            raise DataError(
+                f"{self.to}: {decimal(self.needed_bytes)} are needed ({decimal(self.download_bytes)} to download, the "
+                f"rest unpacked), but only {decimal(self.free)} are free; free space, choose another folder, or fewer "
+                "subsets"
+            )
+
+    def render(self, console: Console) -> None:
+        """Print what will be downloaded, and how large it is."""
+        table = Table(title=Text(f"{self.repo} ({self.source}) to {self.to}"), title_justify="left")
+        table.add_column("file")
+        for name in ("size", "to download", "unpacks to"):
+            table.add_column(name, justify="right")
+        for step in self.steps:
+            unpacks = f"about {decimal(step.unpacks_to)}" if step.unpacks_to else ""
+            missing = decimal(step.missing) if step.missing else "there"
+            table.add_row(Text(step.remote.path), decimal(step.remote.size), missing, unpacks)
+        console.print(table)
+        verdict = f"{decimal(self.download_bytes)} to download, about {decimal(self.needed_bytes)} of disk needed"
+        console.print(f"{verdict}, {decimal(self.free)} free", markup=False, highlight=False, soft_wrap=True)
+
+
+def make_plan(
+    dataset: DataSet, to: Path, hub: Hub, source: Source, subsets: Sequence[str] | None, repo: str | None
+) -> FetchPlan:
+    """Ask the hub what there is, look at the disk, and say what `fetch` would do; see there for the arguments."""
+    if dataset not in _PUBLISHED:
+        raise DataError(f"there is no data set {shown(dataset)} to fetch; choose {' or '.join(_PUBLISHED)}")
+    published = _PUBLISHED[dataset]
+    wanted = tuple(dict.fromkeys(published.default if subsets is None else subsets))
+    for subset in wanted:
+        if subset not in published.subsets:
+            known, hint = ", ".join(published.subsets), did_you_mean(subset, published.subsets)
+            raise DataError(f"{dataset} has no subset {shown(subset)}; there are {known}{hint}")
+    repo = repo or published.repos.get(source)
+    if repo is None:
+        raise DataError(f"it is not known under which id {source} has {dataset}; give it with `--repo owner/name`")
+    existing = next(folder for folder in [to.absolute(), *to.absolute().parents] if folder.exists())
+    if not existing.is_dir():
+        raise DataError(f"{to}: {existing} is a file; choose a folder")
+
+    files = {file.path: file for file in hub.files(repo)}
+    chosen = _mm_rlhf(wanted) if dataset == "mm-rlhf" else _uni_dpo(files, wanted)
+    missing = [path for path in chosen if path not in files]
+    if missing or not chosen:
+        what = ", ".join(missing) or f"no data file of {', '.join(wanted)}"
+        raise DataError(f"{repo}: the repository does not have {what}; check the id (`--repo`) and the subsets")
+    record = FetchRecord(to)
+    steps = tuple(_step(files[path], to, record) for path in chosen)
+    return FetchPlan(repo, source, to, steps, shutil.disk_usage(existing).free)
+
+
+def _mm_rlhf(subsets: Sequence[str]) -> list[str]:
+    return [*_MM_RLHF_ALWAYS, *(f"{subset}.zip" for subset in subsets)]
+
+
+def _uni_dpo(files: Collection[str], subsets: Sequence[str]) -> list[str]:
+    """The text sets lie in folders of their name; everything else is multimodal."""
+
+    def subset(path: str) -> str:
+        first = path.partition("/")[0].lower()
+        return first if first in ("textual", "math") else "multimodal"
+
+    return sorted(path for path in files if path.endswith(_DATA_SUFFIXES) and subset(path) in subsets)
+
+
+def _step(remote: RemoteFile, to: Path, record: FetchRecord) -> FileStep:
+    place = to / remote.path
+    if not is_inside(to, place):
+        problem = "this name on the hub points outside the folder; check the id (`--repo`)"
+        raise DataError(f"{shown(remote.path)}: {problem}")
+    is_archive, is_unpacked = place.suffix == ".zip", record.has_unpacked(remote)
+    if is_unpacked and not place.exists():
+        return FileStep(remote, place, remote.size, verified=True, unpacks_to=0, unpack=False)
+    there = remote.has_size(place)
+    return FileStep(
+        remote,
+        place,
+        present=remote.size if there else min(remote.size, size_on_disk(part_of(place, remote.identity))),
+        verified=there and record.has_file(remote, place),
+        unpacks_to=int(remote.size * _UNPACKED_ESTIMATE) if is_archive and not is_unpacked else 0,
+        unpack=is_archive,
+    )
+
+
+class FetchRecord:
+    """What earlier calls verified and unpacked, in a file beside the data: 15 GB are not hashed twice."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / _RECORD
+        self.files: dict[str, Any] = {}
+        self.unpacked: dict[str, Any] = {}
+        try:
+            saved = json.loads(self.path.read_text("utf-8"))
+            self.files, self.unpacked = dict(saved["files"]), dict(saved["unpacked"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # without a record everything is verified again
+
+    def has_file(self, remote: RemoteFile, place: Path) -> bool:
+        """Whether a file was verified, and not touched since."""
+        return bool(self.files.get(remote.path) == [remote.identity, *_state(place)])
+
+    def has_unpacked(self, remote: RemoteFile) -> bool:
+        return bool(self.unpacked.get(remote.path) == remote.identity)
+
+    def add_file(self, remote: RemoteFile, place: Path) -> None:
+        self.files[remote.path] = [remote.identity, *_state(place)]
+        self._save()
+
+    def add_unpacked(self, remote: RemoteFile) -> None:
+        self.unpacked[remote.path] = remote.identity
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.path, {"files": self.files, "unpacked": self.unpacked})
+
+
+def _state(place: Path) -> list[int]:
+    """What changes when a file is written. A copy can bring its old time of change along, but not that of its node."""
+    stat = place.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
