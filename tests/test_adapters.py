@@ -11,11 +11,11 @@ from transformers import AutoModelForImageTextToText, TrainingArguments
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
 from unidpo.cache.store import weights_fingerprint
 from unidpo.config import LoraSection
-from unidpo.config.hf_arguments import spelled_for_transformers
 from unidpo.errors import ModelError
 from unidpo.losses import DPO, SimPO, UniDPO
 from unidpo.model.adapters import adds_nothing_yet, lora_config, with_adapter
 from unidpo.model.load import language_linear_layers, load_policy, parts
+from unidpo.training.arguments import spelled_for_transformers
 from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group
 

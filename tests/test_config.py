@@ -4,20 +4,22 @@ import ast
 import contextlib
 import inspect
 import math
+import runpy
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainingArguments
 
-from unidpo.config import Recipe, load_recipe, recipe_from, schema
-from unidpo.config.hf_arguments import OWNED_BY_RECIPE, RENAMED
+from unidpo.config import Recipe, hf_arguments, load_recipe, recipe_from, schema
+from unidpo.config.hf_arguments import OWNED_BY_RECIPE, TABLE
 from unidpo.errors import RecipeError
 from unidpo.losses import scored, unscored
+from unidpo.run.training_arguments import training_arguments
 
 ROOT = Path(__file__).parent.parent
 MINIMAL = "output: runs/x\nmodel: {name: m}\ndata: {path: p.json}\n"
@@ -58,11 +60,25 @@ def test_every_key_explains_itself():
 
 class TestHuggingFaceNames:
     def test_every_training_argument_is_a_key_or_explains_why_not(self):
-        expected = {field.name for field in fields(TrainingArguments)}
         ours = {"global_batch_pairs", "max_tokens_per_pack"}
-        both_names = {name for names in RENAMED.items() for name in names}
-        assert set(schema.TrainSection.model_fields) - ours == (expected | both_names) - OWNED_BY_RECIPE.keys()
-        assert OWNED_BY_RECIPE.keys() <= expected
+        assert set(schema.TrainSection.model_fields) - ours == TABLE["types"].keys() - OWNED_BY_RECIPE.keys()
+        assert OWNED_BY_RECIPE.keys() <= TABLE["types"].keys()
+
+    @pytest.mark.skipif(transformers.__version__ != TABLE["transformers"], reason="another version of transformers")
+    def test_the_table_is_what_its_script_makes(self):
+        script = runpy.run_path(str(ROOT / "scripts" / "make_training_arguments.py"))
+        assert script["table"]() == TABLE
+        assert script["TABLE"].samefile(Path(hf_arguments.__file__).with_name("hf_arguments.json"))
+
+    def test_a_key_that_this_transformers_lacks_is_named(self, recipe_file, monkeypatch):
+        class Older:
+            def __init__(self, output_dir, bf16, fp16, disable_tqdm, logging_nan_inf_filter, report_to, **others):
+                raise TypeError("got an unexpected keyword argument 'trackio_bucket_id'")
+
+        monkeypatch.setattr("unidpo.run.training_arguments.TrainingArguments", Older)
+        recipe = load_recipe(recipe_file(), ["train.trackio_bucket_id=b", "train.adam_beta2=0.9"])
+        with pytest.raises(RecipeError, match=r"refuses train.trackio_bucket_id: got an unexpected"):
+            training_arguments(recipe)
 
     def test_defaults_and_given_values_make_training_arguments(self, recipe_file, tmp_path):
         recipe = load_recipe(

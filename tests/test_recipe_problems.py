@@ -4,9 +4,9 @@ import contextlib
 import io
 import json
 import logging
+import re
 import shutil
 import sys
-import typing
 from pathlib import Path
 
 import pytest
@@ -144,13 +144,13 @@ class TestTrainSection:
     @pytest.mark.parametrize(
         ("override", "words"),
         [
-            ("max_steps=-7", "a number of steps from 1"), ("max_steps=0", "a number of steps from 1"),
+            ("max_steps=-7", "greater than or equal to 1"), ("max_steps=0", "greater than or equal to 1"),
             ("seed=4294967296", "less than 4294967296"), ("seed=-1", "greater than or equal to 0"),
             ("data_seed=1e3", "a whole number"), ("adam_beta1=1", "less than 1"), ("adam_beta2=-0.1", "greater than"),
             ("adam_epsilon=-1", "greater than"), ("dataloader_num_workers=-1", "greater than or equal to 0"),
             ("dataloader_prefetch_factor=0", "greater than"), ("gradient_accumulation_steps=0", "greater than"),
-            ("optim=adamw9", "the nearest are adamw_"), ("optim_args=foo", "such as `a=1,b=2`"),
-            ("report_to=foo", "one of none, all,"), ("report_to=[wandb, tensorbord]", "did you mean `tensorboard`?"),
+            ("optim=adamw9", "the nearest are adamw_"),
+            ("report_to=foo", "'none', 'all',"), ("report_to=[wandb, tensorbord]", "did you mean `tensorboard`?"),
             ("log_level=warn", "did you mean"), ("eval_steps=-1", "greater than 0"),
             ("push_to_hub=true", "--push-to-hub"),
             ("activation_checkpointing_kwargs={reentrant: true}", "use_reentrant"),
@@ -169,9 +169,7 @@ class TestTrainSection:
         file = tmp_path / "r.yaml"
         file.write_text(MINIMAL.replace("runs/x", str(tmp_path)).replace("owner/m", "m, dtype: float32"))
         numbers = [
-            name
-            for name, field in TrainSection.model_fields.items()
-            if {int, float} & {field.annotation, *typing.get_args(field.annotation)}
+            name for name, field in TrainSection.model_fields.items() if re.search("int|float", str(field.annotation))
         ]
         assert len(numbers) >= 20
         taken = set()

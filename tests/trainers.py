@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from unidpo.config.hf_arguments import spelled_for_transformers
 from unidpo.data.pairs import PromptGroup
 from unidpo.losses import PreferenceLoss, UniDPO
+from unidpo.training.arguments import spelled_for_transformers
 from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group
 

@@ -17,7 +17,7 @@ from unidpo.config.schema import (
     SourceSection,
     TrainSection,
 )
-from unidpo.errors import did_you_mean, shown
+from unidpo.errors import did_you_mean, nearest, shown
 from unidpo.losses import LOSSES
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -34,9 +34,13 @@ _KINDS = {
     "boolean": "true or false",
     "string": "text",
     "tuple": "a list",
+    "list": "a list",
+    "dictionary": "a mapping",
     "None": "null",
     "an instance of Path": "a path",
 }
+_MOST_WORDS = 16
+"""Of a list in a message."""
 FOREIGN: Mapping[str, str] = {
     foreign: ours
     for ours, names in {
@@ -107,7 +111,11 @@ def explained(detail: ErrorDetails) -> tuple[str, str, str]:
         case "value_error":
             return key, "bad-value", str(context["error"])
         case "literal_error":
-            hint = did_you_mean(str(detail["input"]), context["expected"].split("'")[1::2])
+            words = context["expected"].split("'")[1::2]
+            if len(words) > _MOST_WORDS:
+                close = ", ".join(nearest(str(detail["input"]), words, most=8))
+                return key, "bad-value", f"must be one of {len(words)} words, not {given}; the nearest are {close}"
+            hint = did_you_mean(str(detail["input"]), words)
             return key, "bad-value", f"must be {context['expected']}, not {given}{hint}"
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return key, "bad-value", f"must be {_KINDS.get(expected, expected)}, not {given}"

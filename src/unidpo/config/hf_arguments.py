@@ -1,19 +1,13 @@
-"""The keys and types of `transformers.TrainingArguments`, read from its source: importing it would import torch."""
+"""The keys and types of `transformers.TrainingArguments`, from a table: importing transformers would import torch."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, create_model
-
-from unidpo.config.ranges import within_range
-from unidpo.errors import did_you_mean, nearest, shown
+from pydantic import BaseModel, BeforeValidator, Field, create_model
 
 WITHOUT_EFFECT: Mapping[str, str] = {
     "label_smoothing_factor": "has no meaning for pairs; the dpo loss has its own `label_smoothing`",
@@ -70,171 +64,68 @@ RENAMED: Mapping[str, str] = {
 }
 """Former and later names of arguments. A recipe takes both; transformers knows the later ones from 5.23 on."""
 
+MANY = 10**9
+"""More of anything that is counted is a slip of the keyboard."""
 
-def _classes(module: str, named: str) -> dict[str, ast.ClassDef]:
-    """The classes of a transformers module whose `class` line matches a pattern, up to their first method.
-
-    Only these few lines are parsed: a whole module takes longer than everything else a recipe check does.
-    """
-    source = _source(module)
-    blocks = re.findall(rf"^class {named}.*:\n(?:(?!    def |    @)(?:    .*)?\n)+", source, re.MULTILINE)
-    return {node.name: node for block in blocks for node in ast.parse(block).body if isinstance(node, ast.ClassDef)}
+TABLE: Mapping[str, Any] = json.loads(Path(__file__).with_name("hf_arguments.json").read_text("utf-8"))
+"""Made by `scripts/make_training_arguments.py`: the types of each argument, and the words of those that take words."""
 
 
-def _source(module: str) -> str:
-    package = importlib.util.find_spec("transformers")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError("unidpo needs transformers; install it with `pip install unidpo`")
-    return (Path(package.submodule_search_locations[0]) / f"{module}.py").read_text("utf-8")
-
-
-def _members(body: ast.ClassDef) -> tuple[str, ...]:
-    """The string values of an enumeration's members."""
-    values = [node.value for node in body.body if isinstance(node, ast.Assign)]
-    return tuple(v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str))
-
-
-_ENUMS = {
-    name: _members(body)
-    for module in ("training_args", "trainer_utils")
-    for name, body in _classes(module, r"\w+\(ExplicitEnum\)").items()
-}
-
-
-def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """A validator that knows the words a field takes. Raises `ValueError` with the nearest one."""
-    known = tuple(names)
-
-    def check(value: str) -> str:
-        if value not in known:
-            if len(known) > 16:
-                close = ", ".join(nearest(value, known, most=8))
-                raise ValueError(
-                    f"must be one of {len(known)} words, not {shown(value, most=60)}; the nearest are {close}"
-                )
-            raise ValueError(
-                f"must be one of {', '.join(known)}, not {shown(value, most=60)}{did_you_mean(value, known)}"
-            )
-        return value
-
-    return check
-
-
-def _off_is_no(value: Any) -> Any:
+def _no_is_a_word(value: Any) -> Any:
     """YAML reads a bare `no` as false."""
     return "no" if value is False else value
 
 
-SCHEDULERS = _ENUMS["SchedulerType"]
-"""Learning rate schedules by name."""
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
-_WORDS = {
-    name: Annotated[str, BeforeValidator(_off_is_no), AfterValidator(one_of(values))] for name, values in _ENUMS.items()
+def words_of(name: str) -> Any:
+    """The type of an argument that takes one of some words."""
+    return Annotated[Literal[tuple(TABLE["words"][name])], BeforeValidator(_no_is_a_word)]
+
+
+_TYPES: Mapping[str, Any] = {
+    **{kind.__name__: kind for kind in (bool, int, float, str, list, dict)},
+    "None": None,
+    "False": Literal[False],
+    "list[str]": list[str],
+    "Any": Any,
 }
-_PLAIN = {kind.__name__: kind for kind in (bool, int, float, str, list, dict)}
 
-
-def _reporters() -> tuple[str, ...]:
-    """What `report_to` takes; nothing where this transformers keeps it elsewhere."""
-    source = _source("integrations/integration_utils")
-    table = re.search(r"^INTEGRATION_TO_CALLBACK = \{\n(.*?)^\}", source, re.MULTILINE | re.DOTALL)
-    names = re.findall(r'^ +"(\w+)":', table[1], re.MULTILINE) if table else []
-    return ("none", "all", *names) if names else ()
-
-
-def _known_reporters(value: str | list[str]) -> str | list[str]:
-    known = _reporters()
-    for name in [value] if isinstance(value, str) else value:
-        if known:
-            one_of(known)(name)
-    return value
-
-
-def _checkpointing_options(value: Any) -> Any:
-    """What torch takes of `activation_checkpointing_kwargs`, as a mapping or the JSON of one."""
-    try:
-        given = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, dict):
-        raise ValueError(f"must be a mapping such as {{use_reentrant: false}}, not {shown(value, most=60)}")
-    for name in given:
-        one_of(("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"))(name)
-    return given
-
-
-_LEVEL = Annotated[str, AfterValidator(one_of(("passive", "debug", "info", "warning", "error", "critical", "detail")))]
-KNOWN_WORDS: Mapping[str, Any] = {
-    "report_to": Annotated[str | list[str], AfterValidator(_known_reporters)] | None,
-    **dict.fromkeys(
-        ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-        Annotated[dict[str, Any] | str, AfterValidator(_checkpointing_options)] | None,
-    ),
-    "log_level": _LEVEL,
-    "log_level_replica": _LEVEL,
+_CHECKPOINTING = Literal["use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop"]
+# Outside of these transformers, torch or numpy fail late, with an error that names no key, or do something else.
+# `TrainSection` holds the ranges of those arguments that have a default of ours.
+_NARROWED: Mapping[str, Any] = {
+    "activation_checkpointing_kwargs": dict[_CHECKPOINTING, Any] | None,
+    "gradient_checkpointing_kwargs": dict[_CHECKPOINTING, Any] | None,
+    "report_to": Annotated[list[words_of("report_to")], BeforeValidator(_as_list)] | None,  # type: ignore[misc]
+    "adam_beta1": Annotated[float, Field(ge=0, lt=1)],
+    "adam_beta2": Annotated[float, Field(ge=0, lt=1)],
+    "adam_epsilon": Annotated[float, Field(ge=0, le=1)],
+    "data_seed": Annotated[int, Field(ge=0, lt=2**32)] | None,
+    "dataloader_num_workers": Annotated[int, Field(ge=0, le=1024)],
+    "dataloader_prefetch_factor": Annotated[int, Field(ge=1, le=1024)] | None,
+    "ddp_bucket_cap_mb": Annotated[int, Field(ge=1, le=1_000_000)] | None,
+    "ddp_timeout": Annotated[int, Field(ge=1, le=MANY)],
+    "eval_delay": Annotated[float, Field(ge=0, le=MANY)],
+    "eval_steps": Annotated[float, Field(gt=0, le=MANY)] | None,
+    "gradient_accumulation_steps": Annotated[int, Field(ge=1, le=MANY)],
+    "max_steps": Annotated[int, Field(ge=1, le=MANY)] | Literal[-1],
 }
-"""Arguments whose words stand in no enumeration."""
 
 
-def _type_of(annotation: ast.expr, name: str = "") -> Any:
-    """What a field takes from YAML; `Any` where its type has no plain form."""
-    kinds = [_plain_kind(part) for part in _alternatives(annotation)]
-    if Any in kinds:
-        return Any
-    if name in KNOWN_WORDS:
-        return KNOWN_WORDS[name]
-    kinds = [within_range(name, kind) for kind in kinds]
-    # `SchedulerType | str` takes the enumeration's words and no others.
-    if any(kind in _WORDS.values() for kind in kinds):
-        kinds = [kind for kind in kinds if kind is not str]
-    return Union[tuple(kinds)]  # noqa: UP007
-
-
-def _alternatives(annotation: ast.expr) -> list[ast.expr]:
-    """The parts of `a | b | c`."""
-    if isinstance(annotation, ast.BinOp) and isinstance(annotation.op, ast.BitOr):
-        return [*_alternatives(annotation.left), *_alternatives(annotation.right)]
-    return [annotation]
-
-
-def _plain_kind(part: ast.expr) -> Any:
-    match part:
-        case ast.Constant(None):
-            return None
-        case ast.Name(name):
-            return {**_PLAIN, **_WORDS}.get(name, Any)
-        case ast.Subscript(ast.Name("Literal"), ast.Constant(value)):
-            return Literal[value]
-        case ast.Subscript(ast.Name("list"), inside):
-            return list[_type_of(inside)]  # type: ignore[misc]
-        case ast.Subscript(ast.Name("dict"), ast.Tuple([key, value])):
-            return dict[_type_of(key), _type_of(value)]  # type: ignore[misc]
-    return Any
-
-
-def _fields() -> dict[str, Any]:
-    body = _classes("training_args", "TrainingArguments")["TrainingArguments"].body
-    declared = [n for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
-    return {
-        node.target.id: (_type_of(node.annotation, node.target.id), None)
-        for node in declared
-        if isinstance(node.target, ast.Name) and node.target.id not in OWNED_BY_RECIPE
-    }
-
-
-_FIELDS = _fields()
-
-
-def spelled_for_transformers(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments under the names that the installed transformers prefers."""
-    names = {old: new if new in _FIELDS else old for old, new in RENAMED.items()}
-    names |= {new: names[old] for old, new in RENAMED.items()}
-    return {names.get(name, name): value for name, value in arguments.items()}
+def _type_of(name: str, kinds: str) -> Any:
+    """What an argument takes from YAML; `None` may stand for every default."""
+    if name in _NARROWED:
+        return _NARROWED[name]
+    if name in TABLE["words"]:
+        return words_of(name)
+    return Union[tuple(_TYPES[kind] for kind in kinds.split(" | "))]  # noqa: UP007
 
 
 def model_of_arguments(base: type[BaseModel]) -> Any:
     """A model with a field per training argument that a recipe may set; unset ones are left to transformers."""
-    pairs = [*RENAMED.items(), *((new, old) for old, new in RENAMED.items())]
-    other_names = {name: _FIELDS[known] for name, known in pairs if name not in _FIELDS}
-    return create_model("HuggingFaceArguments", __base__=base, __module__=__name__, **_FIELDS, **other_names)
+    settable = {name: kinds for name, kinds in TABLE["types"].items() if name not in OWNED_BY_RECIPE}
+    fields: dict[str, Any] = {name: (_type_of(name, kinds), None) for name, kinds in settable.items()}
+    return create_model("HuggingFaceArguments", __base__=base, __module__=__name__, **fields)

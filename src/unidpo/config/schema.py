@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
 
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from unidpo.config.hf_arguments import RENAMED, SCHEDULERS, model_of_arguments, one_of, spelled_for_transformers
-from unidpo.config.ranges import MANY
+from unidpo.config.hf_arguments import MANY, RENAMED, model_of_arguments, words_of
 from unidpo.config.section import Section
 from unidpo.errors import shown
 from unidpo.losses import LOSSES, PreferenceLoss, UniDPO
@@ -176,7 +175,7 @@ class TrainSection(HuggingFaceArguments):
     """The same during evaluation."""
     learning_rate: float = Field(1e-6, ge=0)
     """At the schedule's peak."""
-    lr_scheduler_type: Annotated[str, AfterValidator(one_of(SCHEDULERS))] = "cosine"
+    lr_scheduler_type: words_of("lr_scheduler_type") = "cosine"  # type: ignore[valid-type]
     """How the learning rate falls over the run."""
     warmup_steps: float = Field(0, ge=0, le=MANY)
     """Optimizer steps, or a share of all of them where below 1."""
@@ -215,7 +214,7 @@ class TrainSection(HuggingFaceArguments):
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `transformers.TrainingArguments`: what the recipe set, and our defaults."""
-        return spelled_for_transformers({k: value for k, value in self.given().items() if k not in _OURS_ALONE})
+        return {name: value for name, value in self.given().items() if name not in _OURS_ALONE}
 
     def given(self) -> dict[str, Any]:
         """This section without the keys that are left to transformers' own defaults."""

@@ -13,11 +13,12 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from unidpo.config import Recipe, TrainSection
 from unidpo.errors import RecipeError, UserError
+from unidpo.training.arguments import spelled_for_transformers
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """What transformers' loop is told. Raises `RecipeError` where it refuses keys that go ill together."""
-    values = recipe.train.training_arguments()
+    values = spelled_for_transformers(recipe.train.training_arguments())
     if recipe.eval is not None:
         values = {"eval_strategy": "steps", "eval_steps": recipe.eval.steps} | values
     elif recipe.data.eval_fraction:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from unidpo.config.hf_arguments import WITHOUT_EFFECT
+from unidpo.config.hf_arguments import RENAMED, WITHOUT_EFFECT
 from unidpo.errors import Finding, UserError, from_findings, shown
 
 _LOG = logging.getLogger(__name__)
@@ -44,6 +44,13 @@ ELSEWHERE: Mapping[str, str] = {
     "trust_remote_code": _LOADED,
 }
 """Settings of other trainers' arguments, TRL's above all, and where they go here."""
+
+
+def spelled_for_transformers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments under the names that the installed transformers prefers."""
+    known = TrainingArguments.__dataclass_fields__
+    names = {name: new if new in known else old for old, new in RENAMED.items() for name in (old, new)}
+    return {names.get(name, name): value for name, value in arguments.items()}
 
 
 def checkpoints_are_reentrant(args: TrainingArguments) -> bool:
