@@ -57,23 +57,12 @@ from unidpo.model.load import (
 )
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import pack, pad
-from worlds import GOLDEN, picture, sentence
+from worlds import GOLDEN, SMALL, picture, sentence
 
 Tuning = Literal["full", "LoRA"]
 QWEN_MARK = "<|vision_start|><|image_pad|><|vision_end|>"
 
-TEXT: dict[str, Any] = {
-    "vocab_size": 2096,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 2048,
-    "eos_token_id": 2050,
-    "pad_token_id": 2048,
-}
-MROPE = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+MROPE = SMALL | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
 SIGLIP: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -170,7 +159,7 @@ FAMILIES = {
         Family(
             "LLaVA-OneVision",
             lambda ids: LlavaOnevisionConfig(
-                text_config=Qwen2Config(**TEXT),
+                text_config=Qwen2Config(**SMALL),
                 vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **SIGLIP},
                 image_token_index=ids["image_token"],
                 video_token_index=ids["video_token"],
@@ -188,7 +177,7 @@ FAMILIES = {
         Family(
             "InternVL3",
             lambda ids: InternVLConfig(
-                text_config=Qwen2Config(**TEXT),
+                text_config=Qwen2Config(**SMALL),
                 vision_config=SIGLIP | {"image_size": [28, 28], "patch_size": [14, 14]},
                 image_token_id=ids["context_image_token"],
                 image_seq_length=1,
@@ -211,7 +200,7 @@ FAMILIES = {
         Family(
             "SmolVLM2",
             lambda ids: SmolVLMConfig(
-                text_config=LlamaConfig(**TEXT),
+                text_config=LlamaConfig(**SMALL),
                 vision_config=SIGLIP,
                 image_token_id=ids["image_token"],
                 scale_factor=2,
@@ -234,7 +223,7 @@ FAMILIES = {
         Family(
             "Gemma-3",
             lambda ids: Gemma3Config(
-                text_config=TEXT
+                text_config=SMALL
                 | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
                 vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, **SIGLIP},
                 mm_tokens_per_image=4,
@@ -256,12 +245,12 @@ FAMILIES = {
             ),
             refuses="a sliding window",
         ),
-        Family("Qwen2.5", lambda ids: Qwen2Config(**TEXT, tie_word_embeddings=True)),
-        Family("Qwen3", lambda ids: Qwen3Config(**TEXT, head_dim=16)),
-        Family("Llama-3", lambda ids: LlamaConfig(**TEXT)),
+        Family("Qwen2.5", lambda ids: Qwen2Config(**SMALL, tie_word_embeddings=True)),
+        Family("Qwen3", lambda ids: Qwen3Config(**SMALL, head_dim=16)),
+        Family("Llama-3", lambda ids: LlamaConfig(**SMALL)),
         Family(
             "Gemma-2",
-            lambda ids: Gemma2Config(**TEXT, head_dim=16, sliding_window=8, final_logit_softcapping=2.0),
+            lambda ids: Gemma2Config(**SMALL, head_dim=16, sliding_window=8, final_logit_softcapping=2.0),
             refuses="a sliding window",
         ),
     )

@@ -14,7 +14,6 @@ from benchmarks import models as model_table
 from families import (
     FAMILIES,
     LAYOUTS,
-    TEXT,
     Float64,
     difference,
     load_family,
@@ -34,7 +33,7 @@ from unidpo.model.lengths import TokenCounter
 from unidpo.model.load import freeze, language_linear_layers, load_policy, load_processor, parts
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import pack
-from worlds import GOLDEN, save_text_model
+from worlds import GOLDEN, SMALL, save_text_model
 
 # peft asks transformers by a name that is on its way out.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -160,7 +159,7 @@ def test_a_tied_head_freezes_and_learns_with_the_embeddings(folder, name):
 
 
 def test_a_model_of_unknown_structure_says_what_was_not_found():
-    config = FuyuConfig(text_config={"model_type": "persimmon", **TEXT, "num_key_value_heads": 4}, patch_size=4)
+    config = FuyuConfig(text_config={"model_type": "persimmon", **SMALL, "num_key_value_heads": 4}, patch_size=4)
     model = AutoModelForImageTextToText.from_config(config)
     with pytest.raises(ModelError, match=r"FuyuForCausalLM is its vision tower.*vision_embed_tokens.*freeze=none"):
         freeze(model, ("vision", "projector"))
@@ -168,7 +167,7 @@ def test_a_model_of_unknown_structure_says_what_was_not_found():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("config", [GraniteConfig(**TEXT, logits_scaling=4.0), CohereConfig(**TEXT, logit_scale=0.3)])
+@pytest.mark.parametrize("config", [GraniteConfig(**SMALL, logits_scaling=4.0), CohereConfig(**SMALL, logit_scale=0.3)])
 def test_a_model_that_scales_its_logits_computes_them_itself(tmp_path, config):
     world = load_family(save_text_model(tmp_path / "model", config))
     groups = prompts(images=False)

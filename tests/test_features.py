@@ -79,7 +79,8 @@ def blind(monkeypatch):
     def refuse(source):
         raise AssertionError(f"{source} was opened")
 
-    return lambda: [monkeypatch.setattr(f"unidpo.{module}.open_image", refuse) for module in ("encode", "images")]
+    openers = ("unidpo.model.encode.open_image", "unidpo.data.images.open_image")
+    return lambda: [monkeypatch.setattr(opener, refuse) for opener in openers]
 
 
 # --- equality --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from retyped import neg_log_sigmoid, one_pair, pair_logps, sigmoid
 from unidpo.losses import DPO, IPO, MPO, PairLogps
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import PaddedRows
+from worlds import SMALL
 
 LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 logps = st.fixed_dictionaries(dict.fromkeys(LOGPS, st.floats(-60, 0)))
@@ -122,15 +123,7 @@ def world():
     Chosen responses have 4 tokens each: TRL's SFT term is a mean over the tokens of the batch.
     """
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
+    config = Qwen2Config(**SMALL | {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         model.lm_head.weight.mul_(30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -50,8 +51,8 @@ def tiny_policy(dtype: torch.dtype = torch.float32):
     return model, processor, Encoder(processor, prompt_positions(model))
 
 
-_SMALL = {
-    "vocab_size": 2080,
+SMALL: dict[str, Any] = {
+    "vocab_size": 2096,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -61,16 +62,17 @@ _SMALL = {
     "eos_token_id": 2050,
     "pad_token_id": 2048,
 }
+"""A language model for the golden tokenizer, with room for the special tokens of other families."""
 
 
 def save_text_model(folder: Path, config: PreTrainedConfig | None = None) -> Path:
     """A random language model with the golden tokenizer, as `save_pretrained` leaves one. Output is not tied."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config or Qwen2Config(**_SMALL, tie_word_embeddings=False)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config or Qwen2Config(**SMALL, tie_word_embeddings=False)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(GOLDEN / "model").save_pretrained(folder)
     return folder
 
 
 def save_gemma2(folder: Path) -> Path:
     """A language model whose attention is more than causal: windows of 8 tokens and a soft cap."""
-    return save_text_model(folder, Gemma2Config(**_SMALL, head_dim=16, sliding_window=8))
+    return save_text_model(folder, Gemma2Config(**SMALL, head_dim=16, sliding_window=8))
