@@ -23,9 +23,8 @@ from PIL import Image
 
 from benchmarks.records import add_record
 from benchmarks.shapes import SHAPES, save_model
-from unidpo.evaluate.benchmarks import Generation, Question
-from unidpo.evaluate.generation import HuggingFace
-from unidpo.evaluate.predictions import Answer
+from unidpo.generate.hugging_face import HuggingFace
+from unidpo.generate.questions import Answer, Generation, Question
 from unidpo.model.load import load_policy, load_processor
 
 TOKEN_SIDE = 28

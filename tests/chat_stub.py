@@ -50,7 +50,7 @@ def stubbed() -> Iterator[Stub]:
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             stub.requests.append(request)
-            stub.headers.append(dict(self.headers))
+            stub.headers.append({name.title(): value for name, value in self.headers.items()})
             if stub.codes:
                 self.reply({"error": stub.refusal}, stub.codes.pop(0))
                 return
@@ -64,7 +64,9 @@ def stubbed() -> Iterator[Stub]:
         def reply(self, value: Any, code: int = 200) -> None:
             body = json.dumps(value).encode()
             self.send_response(code)
+            self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
+            self.send_header("retry-after-ms", "1")  # so that no test waits
             self.end_headers()
             self.wfile.write(body)
 

@@ -14,9 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from unidpo import cli
-from unidpo.evaluate.benchmarks import Generation, Question
-from unidpo.evaluate.generation import HuggingFace
-from unidpo.evaluate.predictions import Answer
+from unidpo.generate.hugging_face import HuggingFace
+from unidpo.generate.questions import Answer, Generation, Question
 
 
 class Oracle:

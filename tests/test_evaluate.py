@@ -17,13 +17,13 @@ from transformers import GenerationConfig
 from exams import all_answers, encoded, write, write_tsv
 from unidpo.errors import DataError, ModelError
 from unidpo.evaluate import scorers
-from unidpo.evaluate.benchmarks import EvaluationError, Generation, Question
+from unidpo.evaluate.benchmarks import EvaluationError
 from unidpo.evaluate.comparing import metric
-from unidpo.evaluate.generation import HuggingFace, processor_fingerprint, stop_ids
 from unidpo.evaluate.own import load_benchmark
-from unidpo.evaluate.predictions import Answer
-from unidpo.evaluate.prompting import Prompter
 from unidpo.evaluate.running import evaluate
+from unidpo.generate.hugging_face import HuggingFace
+from unidpo.generate.prompts import Prompt, Prompter, processor_fingerprint, stop_ids
+from unidpo.generate.questions import Answer, Generation, Question
 from unidpo.model.encode import CHATML
 from unidpo.model.load import load_policy, load_processor
 from worlds import GOLDEN, picture, tiny_policy
@@ -305,9 +305,10 @@ def test_answers_are_those_of_the_model_itself(policy: Any) -> None:
 
 def test_pixel_limits_reach_the_processor(policy: Any) -> None:
     backend = HuggingFace(*policy)
-    text, image = ["<|vision_start|><|image_pad|><|vision_end|>"], [[Image.new("RGB", (56, 56))]]
+    question = Question("1", (Image.new("RGB", (56, 56)),))
+    prompt = Prompt(question, "<|vision_start|><|image_pad|><|vision_end|>", list(question.images))
     tokens = {
-        limits: backend._encode(text, image, Generation(1, *limits))["input_ids"].shape[1]
+        limits: backend._encode([prompt], Generation(1, *limits))["input_ids"].shape[1]
         for limits in [(None, None), (112 * 112, None), (None, 28 * 28)]
     }
     assert tokens == {(None, None): 4 + 2, (112 * 112, None): 16 + 2, (None, 28 * 28): 1 + 2}
@@ -331,21 +332,22 @@ def test_the_model_is_left_as_it_was(policy: Any) -> None:
 
 def test_an_answer_ends_at_a_stop_token_or_is_truncated(policy: Any) -> None:
     backend = HuggingFace(*policy)
-    known = backend.tokenizer.get_vocab()
-    end, red = known["<|im_end|>"], backend.tokenizer("red")["input_ids"]
-    assert {end, known["<|endoftext|>"]} <= backend._stops
+    known = backend.prompter.tokenizer.get_vocab()
+    end, red = known["<|im_end|>"], backend.prompter.tokenizer("red")["input_ids"]
+    assert {end, known["<|endoftext|>"]} <= set(backend.stops)
     assert backend._read([*red, end, known["<|endoftext|>"]], 4) == Answer("red", len(red))
     assert backend._read(red * 2, 2 * len(red)) == Answer("redred", 2 * len(red), truncated=True)
 
 
 def test_an_answer_ends_where_the_model_itself_ends_one(policy: Any) -> None:
     model, processor = policy
-    usual = stop_ids(processor, model)
+    usual = set(stop_ids(processor, model))
     before = model.generation_config
     try:
         for own in (7, [7, 9]):
             model.generation_config = GenerationConfig(eos_token_id=own)
-            assert stop_ids(processor, model) == stop_ids(processor) | {7, 9 if isinstance(own, list) else 7}
+            added = {7, 9 if isinstance(own, list) else 7}
+            assert set(stop_ids(processor, model)) == {*stop_ids(processor), *added}
     finally:
         model.generation_config = before
     assert not usual & {7, 9}
@@ -357,7 +359,7 @@ def test_the_fingerprint_of_a_processor_names_what_answers_depend_on(policy: Any
     def fingerprint(change: Any = lambda processor: None, style: Any = "chat", stops: Any = (1, 2)) -> str:
         processor = load_processor(GOLDEN / "model")
         change(processor)
-        return processor_fingerprint(processor, Prompter(processor, style), stops)
+        return processor_fingerprint(Prompter(processor, style), stops)
 
     prints = [
         fingerprint(),
@@ -373,7 +375,7 @@ def test_the_fingerprint_of_a_processor_names_what_answers_depend_on(policy: Any
 
 def test_a_word_behind_a_stop_token_is_no_part_of_the_answer(policy: Any) -> None:
     backend = HuggingFace(*policy)
-    end, red = backend.tokenizer.get_vocab()["<|im_end|>"], backend.tokenizer("red")["input_ids"]
+    end, red = backend.prompter.tokenizer.get_vocab()["<|im_end|>"], backend.prompter.tokenizer("red")["input_ids"]
     assert backend._read([*red, end, *red], 9) == Answer("red", len(red))
 
 
@@ -404,11 +406,11 @@ def test_a_batch_that_does_not_fit_is_halved(policy: Any, monkeypatch: pytest.Mo
     expected = all_answers(backend, questions, generation)
     generate, sizes = backend._generate, []
 
-    def small_memory(prepared: Any, settings: Any) -> Any:
-        sizes.append(len(prepared.questions))
-        if len(prepared.questions) > 2:
+    def small_memory(batch: Any, settings: Any) -> Any:
+        sizes.append(len(batch.asked))
+        if len(batch.asked) > 2:
             raise torch.OutOfMemoryError
-        return generate(prepared, settings)
+        return generate(batch, settings)
 
     monkeypatch.setattr(backend, "_generate", small_memory)
     assert all_answers(backend, questions, generation) == expected

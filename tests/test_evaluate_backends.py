@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 from chat_stub import Stub, stubbed
 from unidpo import cli
 from unidpo.errors import ModelError
-from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Question
-from unidpo.evaluate.loading import LoadOptions, load_model
-from unidpo.evaluate.parallel import Parallel, _serve
-from unidpo.evaluate.predictions import Answer, read_answers
-from unidpo.evaluate.vllm import Engine, Server
+from unidpo.evaluate.predictions import read_answers
+from unidpo.generate.hugging_face import load_model
+from unidpo.generate.processes import Processes, _serve
+from unidpo.generate.questions import Answer, Generation, GenerationFailed, LoadOptions, Question
+from unidpo.generate.vllm import Engine, Server
 from worlds import GOLDEN, picture
 
 MODEL = GOLDEN / "model"
@@ -49,12 +49,12 @@ def questions(folder: Path, count: int = 8) -> list[Question]:
 
 def test_two_processes_answer_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = multiprocessing.get_context("forkserver")  # both for the price of one import
-    context.set_forkserver_preload(["unidpo.evaluate.parallel"])
+    context.set_forkserver_preload(["unidpo.generate.processes"])
     monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
     asked, generation = questions(tmp_path), Generation(4)
     one = load_model(str(MODEL), LoadOptions(batch_size=2))
     alone = {index: answer for batch in one.answer(asked, generation) for index, answer in batch.items()}
-    two = Parallel(str(MODEL), LoadOptions(batch_size=2), 2)
+    two = Processes(str(MODEL), LoadOptions(batch_size=2, processes=2))
     try:
         assert two.identity() == one.identity()
         together = {index: answer for batch in two.answer(asked, generation) for index, answer in batch.items()}
@@ -66,7 +66,7 @@ def test_two_processes_answer_as_one_does(tmp_path: Path, monkeypatch: pytest.Mo
             for batch in two.answer(asked, generation):
                 answered.update(batch)
 
-        with pytest.raises(EvaluationFailed, match="process 1 ended with code -9"):
+        with pytest.raises(GenerationFailed, match="process 1 ended with code -9"):
             collect()
         assert answered.keys() == {question.index for question in asked[::2]}, "the other one's share is kept"
     finally:
@@ -86,7 +86,7 @@ SLOW_EXAM = """
 import sys, time
 from pathlib import Path
 from unidpo.evaluate.own import load_benchmark
-from unidpo.evaluate.predictions import Answer
+from unidpo.generate.questions import Answer
 from unidpo.evaluate.running import evaluate
 
 class Slow:
@@ -190,16 +190,16 @@ def test_a_plain_prompt_is_a_chat_template_of_the_request(stub: Stub) -> None:
     assert "<|vision_start|><|image_pad|><|vision_end|>" in request["chat_template"]
     assert request["add_generation_prompt"] is False
     stub.codes, stub.refusal = [400], "chat_template is not trusted"
-    with pytest.raises(EvaluationFailed, match="--trust-request-chat-template"):
+    with pytest.raises(GenerationFailed, match="--trust-request-chat-template"):
         list(backend.answer([Question("1", ("x",))], Generation(1)))
 
 
 def test_a_server_that_is_not_there_or_serves_others_is_wrong_input(stub: Stub) -> None:
     stub.models = ["a", "b"]
-    with pytest.raises(EvaluationError, match="the server has a, b"):
+    with pytest.raises(ModelError, match="the server has a, b"):
         server(stub)
     for address in ("localhost:8000", "http://127.0.0.1:9"):
-        with pytest.raises(EvaluationError):
+        with pytest.raises(ModelError):
             Server(str(MODEL), LoadOptions(server=address))
 
 
@@ -244,5 +244,5 @@ def test_the_engine_gets_prompts_as_it_takes_them(monkeypatch: pytest.MonkeyPatc
 
 def test_without_vllm_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(EvaluationError, match="--server http"):
+    with pytest.raises(ModelError, match="--server http"):
         Engine(str(MODEL), LoadOptions())

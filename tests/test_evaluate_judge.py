@@ -11,8 +11,7 @@ import pytest
 
 from chat_stub import Stub, stubbed
 from exams import Oracle, run_eval, write
-from unidpo.evaluate import chat_server
-from unidpo.evaluate.benchmarks import EvaluationError
+from unidpo.errors import UserError
 from unidpo.evaluate.judge import KEY, PROMPT_VERSION, meant, read_judge
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.results import BenchmarkResult, Counts
@@ -28,7 +27,6 @@ REPLIES = {"sky": "B", "blood": "`a.`", "cannot": "none"}
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    monkeypatch.setattr(chat_server, "PAUSES", (0.0, 0.0))
     monkeypatch.delenv(KEY, raising=False)
     with stubbed() as made:
         made.answer = lambda text: next((reply for word, reply in REPLIES.items() if word in text), "what?")
@@ -118,7 +116,7 @@ def test_a_judge_that_is_gone_is_left_alone_after_a_few_failures(stub: Stub, tmp
     stub.codes = [500] * 10_000
     result = run(stub, tmp_path / "out", path, {str(i + 1): f"hm {i}" for i in range(200)})
     assert (counts(result).not_judged, counts(result).judged) == (200, 0)
-    assert len(stub.requests) < 150, "three tries each would be 600"
+    assert len(stub.requests) < 150, "four tries each would be 800"
     assert "could not be asked about 200 answers" in (tmp_path / "out" / "results.md").read_text()
 
 
@@ -140,6 +138,18 @@ def test_the_command_says_that_the_judge_failed_and_the_key_stays_secret(
     assert key not in told
 
 
+def test_what_is_meant_for_another_server_is_not_sent(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of the protocol reads these by itself."""
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "theirs")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Tenant: theirs\nAuthorization: theirs")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://theirs")
+    judge = read_judge(f"{stub.address}+m")
+    assert judge is not None
+    judge.rule("hello")
+    assert "theirs" not in str(stub.headers)
+
+
 @pytest.mark.parametrize(
     "word",
     [
@@ -153,7 +163,7 @@ def test_the_command_says_that_the_judge_failed_and_the_key_stays_secret(
     ],
 )
 def test_a_judge_that_cannot_be_is_wrong_input(word: str) -> None:
-    with pytest.raises(EvaluationError, match="--judge") as raised:
+    with pytest.raises(UserError, match="--judge") as raised:
         read_judge(word)
     assert "pw" not in str(raised.value)
 

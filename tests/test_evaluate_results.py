@@ -22,15 +22,15 @@ from unidpo.demo.answers import accuracies, greedy_answers, write_benchmark
 from unidpo.demo.digits import load_world
 from unidpo.demo.story import ASKED
 from unidpo.errors import UserError
-from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Judged, Question
+from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Judged
 from unidpo.evaluate.comparing import compare, metric, paired_bootstrap
-from unidpo.evaluate.generation import HuggingFace
-from unidpo.evaluate.loading import LoadOptions, load_model
 from unidpo.evaluate.own import BenchmarkFile, load_benchmark
 from unidpo.evaluate.predictions import Predictions, question_digest, read_answers
 from unidpo.evaluate.results import escaped
 from unidpo.evaluate.running import evaluate
 from unidpo.evaluate.session import candidates
+from unidpo.generate.hugging_face import HuggingFace, load_model
+from unidpo.generate.questions import Generation, LoadOptions, Question
 from unidpo.model.load import load_policy, load_processor
 from unidpo.run_folder.manifest import write_manifest
 from worlds import GOLDEN

@@ -85,8 +85,8 @@ def evaluation(
                 on_progress=stages.update,
             )
 
-            from unidpo.evaluate.loading import LoadOptions
             from unidpo.evaluate.session import candidates, evaluate_all
+            from unidpo.generate.questions import LoadOptions
 
             named = candidates(given)
             found = evaluate_all(

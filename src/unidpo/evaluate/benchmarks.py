@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from unidpo.errors import UserError
+from unidpo.generate.questions import Generation, Question
 
-Part: TypeAlias = "str | Path | bytes"
-"""A piece of a question in the order it is read: text, or an image as a file or the bytes of one."""
 Statistic: TypeAlias = Literal["mean", "f1", "mme"]
 """How the metric follows from the judged answers; see `unidpo.evaluate.comparing`."""
 
@@ -26,44 +24,15 @@ class EvaluationFailed(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One thing to ask.
+class BenchmarkQuestion(Question):
+    """A question of a benchmark.
 
     Attributes:
-        index: names the question within its benchmark.
-        parts: texts and images in the order they are read.
         choices: what an answer can mean, and what stands behind it: letters and their options, or yes and no. Empty
             where answers are free.
     """
 
-    index: str
-    parts: tuple[Part, ...]
     choices: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def text(self) -> str:
-        """All its text."""
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def images(self) -> tuple[Path | bytes, ...]:
-        """Its images in order."""
-        return tuple(part for part in self.parts if not isinstance(part, str))
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """How answers are generated; always greedily.
-
-    Attributes:
-        max_new_tokens: an answer that is longer is cut, and counted as truncated.
-        min_pixels: images with less width times height are enlarged; `None` for the model's own limit.
-        max_pixels: images with more are scaled down; `None` for the model's own limit.
-    """
-
-    max_new_tokens: int = 2048
-    min_pixels: int | None = None
-    max_pixels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +100,8 @@ class Benchmark(Protocol):
     def identity(self) -> dict[str, Any]:
         """What answers and scores depend on besides the model: checksum of the data, wording, version of the scorer."""
 
-    def questions(self, limit: int | None = None) -> list[Question]:
+    def questions(self, limit: int | None = None) -> list[BenchmarkQuestion]:
         """The questions, or about the first `limit` of them: questions that are scored together stay together."""
 
     def score(self, answers: Mapping[str, str]) -> Score:
         """Score answers by index of the question. Questions without an answer here are left out altogether."""
-
-
-def plain(value: Generation | Judged) -> dict[str, Any]:
-    """As JSON holds it."""
-    return asdict(value)

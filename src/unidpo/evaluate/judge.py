@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Question, Score
-from unidpo.evaluate.chat_server import ChatServer, as_they_come
+from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, Score
 from unidpo.evaluate.predictions import drop_cut_line, read_records
+from unidpo.generate.questions import GenerationFailed
+from unidpo.generate.server import ChatServer, as_they_come
 
 PROMPT_VERSION = 1
 """Raised whenever `PROMPT`, or how a reply is read, changes."""
@@ -67,9 +68,9 @@ class Judge:
         return {"model": self.model, "prompt": PROMPT_VERSION}
 
     def rule(self, prompt: str) -> str:
-        """Its reply to a prompt. Raises `EvaluationFailed`."""
-        request = {"model": self.model, "temperature": 0, "max_tokens": _LONGEST_REPLY}
-        return self.server.complete({**request, "messages": [{"role": "user", "content": prompt}]}).text
+        """Its reply to a prompt. Raises `GenerationFailed`."""
+        messages = [{"role": "user", "content": prompt}]
+        return self.server.complete(messages, model=self.model, temperature=0, max_tokens=_LONGEST_REPLY).text
 
 
 def read_judge(text: str) -> Judge | None:
@@ -109,7 +110,7 @@ class Rulings:
         return {index: said for index, said in self.choices.items() if said != NONE}
 
 
-def unmatched(score: Score, questions: Mapping[str, Question], answers: Mapping[str, str]) -> list[str]:
+def unmatched(score: Score, questions: Mapping[str, BenchmarkQuestion], answers: Mapping[str, str]) -> list[str]:
     """Indices of answers that say something, have choices to mean, and none that a rule could match."""
     found = dict.fromkeys(each.index for each in score.judged if not each.matched)
     return [index for index in found if questions[index].choices and answers[index].strip()]
@@ -117,7 +118,7 @@ def unmatched(score: Score, questions: Mapping[str, Question], answers: Mapping[
 
 def consult(
     judge: Judge,
-    asked: Mapping[str, tuple[Question, str]],
+    asked: Mapping[str, tuple[BenchmarkQuestion, str]],
     folder: Path,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Rulings:
@@ -137,20 +138,20 @@ def consult(
     drop_cut_line(path)
     known = {str(record["asked"]): str(record["said"]) for record in read_records(path, ("asked", "said"))}
     todo = [index for index in asked if digests[index] not in known]
-    failures: list[EvaluationFailed] = []
+    failures: list[GenerationFailed] = []
     in_a_row = 0
 
-    def ask(index: str) -> str | EvaluationFailed:
+    def ask(index: str) -> str | GenerationFailed:
         if in_a_row >= _IN_A_ROW:
             return failures[-1]
         try:
             return judge.rule(prompts[index])
-        except EvaluationFailed as error:
+        except GenerationFailed as error:
             return error
 
     with path.open("a", encoding="utf-8") as file:
         for done, (index, reply) in enumerate(as_they_come(ask, todo, _AT_ONCE), start=1):
-            if isinstance(reply, EvaluationFailed):
+            if isinstance(reply, GenerationFailed):
                 failures.append(reply)
                 in_a_row += 1
             else:
@@ -167,7 +168,7 @@ def consult(
     return Rulings(choices, len(failures))
 
 
-def prompt_of(question: Question, answer: str) -> str:
+def prompt_of(question: BenchmarkQuestion, answer: str) -> str:
     """What the judge reads."""
     choices = "\n".join(f"{word}: {text}" if text else word for word, text in question.choices.items())
     words = ", ".join([*question.choices, NONE])

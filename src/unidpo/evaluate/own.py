@@ -25,9 +25,10 @@ from unidpo.data.formats import json_text
 from unidpo.data.formats.files import rows_of
 from unidpo.errors import DataError, Finding, did_you_mean, from_findings, shown
 from unidpo.evaluate import scorers
-from unidpo.evaluate.benchmarks import EvaluationError, Generation, Judged, Part, Question, Score, Statistic
+from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, Judged, Score, Statistic
 from unidpo.evaluate.scorers import Verdict
 from unidpo.files.regular import open_regular, read_regular
+from unidpo.generate.questions import Generation, Part
 
 Type: TypeAlias = Literal["mcq", "yesno", "vqa", "exact"]
 METRICS: Mapping[Type, tuple[str, ...]] = {
@@ -85,7 +86,7 @@ class BenchmarkFile(BaseModel):
 class Item:
     """A row: the question, and what is needed to judge an answer."""
 
-    question: Question
+    question: BenchmarkQuestion
     answers: tuple[str, ...]
     options: Mapping[str, str] = field(default_factory=dict)
     category: str = ""
@@ -118,7 +119,7 @@ class OwnBenchmark:
             "instruction": instruction_of(self.settings),
         }
 
-    def questions(self, limit: int | None = None) -> list[Question]:
+    def questions(self, limit: int | None = None) -> list[BenchmarkQuestion]:
         return [item.question for item in self.items[:limit]]
 
     def score(self, answers: Mapping[str, str]) -> Score:
@@ -309,7 +310,7 @@ class _Reader:
         if len(self.findings) > before:
             return None
         choices = options or (YES_NO if self.type == "yesno" else {})
-        return Item(Question(index, parts, choices), answers, options, category)
+        return Item(BenchmarkQuestion(index, parts, choices), answers, options, category)
 
     def _wrong(self, number: int, kind: str, key: str | None, problem: str) -> None:
         self.findings.append(Finding(kind, problem, row=number, key=key))

@@ -5,40 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from unidpo.data.images import content_digest
 from unidpo.errors import Finding, ImageError, from_findings, shown
-from unidpo.evaluate.benchmarks import EvaluationError, Question
+from unidpo.evaluate.benchmarks import EvaluationError
 from unidpo.files.writing import write_json
+from unidpo.generate.questions import UNREADABLE_IMAGE, Answer, Question
 
-UNREADABLE_IMAGE, EMPTY_PROMPT = "unreadable-image", "empty-prompt"
-"""Why a question was not put to the model."""
 IDENTITY, PREDICTIONS = "identity.json", "predictions.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a model answered to one question.
+class KeptAnswer(Answer):
+    """An answer on disk.
 
     Attributes:
-        text: without special tokens; "" where the question was not asked.
-        tokens: generated, the closing one not counted.
-        truncated: it was cut at the longest answer allowed.
-        problem: why the question was not asked; `None` where it was.
-        question: digest of the question's text and images, see `question_digest`; filled in by `Predictions`.
+        question: digest of the question's text and images, see `question_digest`.
     """
 
-    text: str
-    tokens: int
-    truncated: bool = False
-    problem: str | None = None
     question: str = ""
 
 
-_COLUMNS = ("index", *(field.name for field in fields(Answer)))
+_COLUMNS = ("index", *(field.name for field in fields(KeptAnswer)))
 
 
 class Predictions:
@@ -90,11 +81,11 @@ class Predictions:
 
     def add(self, answers: Mapping[str, Answer]) -> None:
         """Append answers to questions that `missing` gave; the operating system has them when this returns."""
-        answers = {index: replace(each, question=self._digests[index]) for index, each in answers.items()}
-        lines = [json.dumps({"index": index, **asdict(answer)}, ensure_ascii=True) for index, answer in answers.items()]
+        kept = {index: KeptAnswer(**asdict(each), question=self._digests[index]) for index, each in answers.items()}
+        lines = [json.dumps({"index": index, **asdict(answer)}, ensure_ascii=True) for index, answer in kept.items()]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{line}\n" for line in lines))
-        self.answers |= answers
+        self.answers |= kept
 
     def missing(self, questions: Iterable[Question]) -> list[Question]:
         """Those still to be answered: new ones, ones whose text or image is another now, ones with an unread image."""
@@ -132,9 +123,9 @@ def drop_cut_line(path: Path) -> None:
                 file.truncate(whole)
 
 
-def read_answers(path: Path) -> dict[str, Answer]:
+def read_answers(path: Path) -> dict[str, KeptAnswer]:
     """Answers by index; of two to one question the later one. A last line without its end is not there."""
-    return {str(record.pop("index")): Answer(**record) for record in read_records(path, _COLUMNS)}
+    return {str(record.pop("index")): KeptAnswer(**record) for record in read_records(path, _COLUMNS)}
 
 
 def read_records(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:

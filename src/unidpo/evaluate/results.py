@@ -13,8 +13,8 @@ from typing import Any
 
 from unidpo.evaluate.benchmarks import Judged, Score, Statistic
 from unidpo.evaluate.judge import Rulings
-from unidpo.evaluate.predictions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
 from unidpo.files.writing import write_atomically, write_json
+from unidpo.generate.questions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer
 
 RESULTS, JUDGED, TABLE, PAGE = "results.json", "judged.jsonl", "scorer.csv", "results.md"
 

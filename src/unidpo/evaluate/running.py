@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from unidpo.errors import UserError
 from unidpo.evaluate import results
-from unidpo.evaluate.benchmarks import Benchmark, EvaluationFailed, Generation, Question, Score
+from unidpo.evaluate.benchmarks import Benchmark, EvaluationFailed, Score
 from unidpo.evaluate.judge import Judge, Rulings, consult, unmatched
-from unidpo.evaluate.predictions import Answer, Predictions
+from unidpo.evaluate.predictions import Predictions
 from unidpo.evaluate.results import BenchmarkResult, Counts, ModelResult
+from unidpo.generate.questions import Backend
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage, how much of it is done, and how much there is."""
 _LOG = logging.getLogger(__name__)
-
-
-class Backend(Protocol):
-    """What answers questions."""
-
-    def identity(self) -> dict[str, Any]:
-        """What its answers depend on: weights, prompt style, number format."""
-
-    def answer(self, questions: Sequence[Question], generation: Generation) -> Iterator[dict[str, Answer]]:
-        """Answers by index, in batches, in any order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +58,7 @@ def evaluate(
     benchmark that fails has its reason in the result, and the others still run.
 
     Args:
-        backend: what answers; for a model in memory `unidpo.evaluate.generation.HuggingFace`.
+        backend: what answers; for a model in memory `unidpo.generate.hugging_face.HuggingFace`.
         benchmarks: what is asked.
         out: receives a folder per benchmark, `results.json` and `results.md`.
         model: what the results call the model.

@@ -11,11 +11,12 @@ from typing import Any
 
 from unidpo.errors import did_you_mean, shown
 from unidpo.evaluate import fetching
-from unidpo.evaluate.benchmarks import Benchmark, EvaluationError, Generation
+from unidpo.evaluate.benchmarks import Benchmark, EvaluationError
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.vlmeval import PAPER, VlmevalBenchmark, Worker, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
 from unidpo.files.regular import read_regular
+from unidpo.generate.questions import Generation
 from unidpo.progress import OnProgress
 
 _GENERATION = tuple(field.name for field in dataclasses.fields(Generation))

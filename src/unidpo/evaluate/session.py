@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,12 @@ from unidpo.errors import UserError
 from unidpo.evaluate.benchmarks import Benchmark, EvaluationError
 from unidpo.evaluate.comparing import Difference, compare, write_differences
 from unidpo.evaluate.judge import Judge
-from unidpo.evaluate.loading import LoadOptions, load_model
-from unidpo.evaluate.parallel import Parallel
 from unidpo.evaluate.results import PAGE, BenchmarkResult, ModelResult, page, table
-from unidpo.evaluate.running import Backend, Progress, evaluate
-from unidpo.evaluate.vllm import Engine, Server
+from unidpo.evaluate.running import Progress, evaluate
 from unidpo.files.locks import locked
 from unidpo.files.writing import write_atomically
+from unidpo.generate.loading import open_backend
+from unidpo.generate.questions import LoadOptions
 from unidpo.run_folder.folder import RunFolder
 
 
@@ -127,27 +126,6 @@ class Evaluation:
             console.print(f"{model.label}: {model.folder / PAGE}", markup=False, highlight=False, soft_wrap=True)
         if len(self.models) > 1:
             console.print(f"all: {self.models[0].folder.parent / PAGE}", markup=False, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def open_backend(name: str, options: LoadOptions) -> Iterator[Backend]:
-    """A model ready to answer; processes and connections of its own end afterwards.
-
-    Raises:
-        UserError: the model, the server or the number of processes cannot be used.
-    """
-    if options.backend == "vllm":
-        yield Engine(name, options) if options.server is None else Server(name, options)
-        return
-    if options.server is not None:
-        raise EvaluationError("--server goes with --backend vllm")
-    if options.processes == 1:
-        yield load_model(name, options)
-        return
-    if torch.cuda.is_available() and options.processes > torch.cuda.device_count():
-        raise EvaluationError(f"--nproc {options.processes}: there are {torch.cuda.device_count()} GPUs")
-    with contextlib.closing(Parallel(name, options, options.processes)) as backend:
-        yield backend
 
 
 def evaluate_all(

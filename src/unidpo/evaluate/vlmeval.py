@@ -16,8 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Generation, Judged, Part, Question, Score
+from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, EvaluationFailed, Judged, Score
 from unidpo.evaluate.own import file_checksum
+from unidpo.generate.questions import Generation, Part
 
 _LOG = logging.getLogger(__name__)
 _WORKER = Path(__file__).with_name("vlmeval_worker.py")
@@ -193,7 +194,7 @@ class VlmevalBenchmark:
         self._worker = worker
         self._generation = dict(generation or {})
         self._cache = cache
-        self._questions: dict[int | None, list[Question]] = {}
+        self._questions: dict[int | None, list[BenchmarkQuestion]] = {}
 
     @property
     def name(self) -> str:
@@ -220,7 +221,7 @@ class VlmevalBenchmark:
             "wording": "Qwen2-VL",
         }
 
-    def questions(self, limit: int | None = None) -> list[Question]:
+    def questions(self, limit: int | None = None) -> list[BenchmarkQuestion]:
         if limit not in self._questions:
             self._questions[limit] = list(self._read(limit))
         return self._questions[limit]
@@ -233,7 +234,7 @@ class VlmevalBenchmark:
         values = json.loads(result.read_text("utf-8"))
         return Score(**{**values, "judged": [Judged(**each) for each in values["judged"]]})
 
-    def _read(self, limit: int | None) -> Iterator[Question]:
+    def _read(self, limit: int | None) -> Iterator[BenchmarkQuestion]:
         from unidpo.cache.store import default_cache  # which imports torch
 
         images = (self._cache or default_cache()) / "benchmarks" / f"{self.name}-{self.checksum[:12]}"
@@ -254,4 +255,4 @@ class VlmevalBenchmark:
                     raise EvaluationFailed(f"{self.data}: two rows have the index {row['index']}; keep one of them")
                 seen.add(row["index"])
                 parts: tuple[Part, ...] = tuple(p["text"] if "text" in p else Path(p["image"]) for p in row["parts"])
-                yield Question(row["index"], parts, row["choices"])
+                yield BenchmarkQuestion(row["index"], parts, row["choices"])

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from unidpo.config import EvalSection
 from unidpo.errors import TrainingError
 from unidpo.evaluate.benchmarks import Benchmark
-from unidpo.evaluate.generation import HuggingFace
 from unidpo.evaluate.running import evaluate
 from unidpo.evaluate.selection import select
 from unidpo.evaluate.vlmeval import Worker, data_folder
+from unidpo.generate.hugging_face import HuggingFace
 from unidpo.model.load import Processor
 
 

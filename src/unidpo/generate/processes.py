@@ -8,30 +8,28 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from unidpo.errors import ModelError, UserError
-from unidpo.evaluate.benchmarks import EvaluationFailed, Generation, Question
-from unidpo.evaluate.loading import LoadOptions, load_model
-from unidpo.evaluate.predictions import Answer
+from unidpo.errors import UserError
+from unidpo.generate.hugging_face import load_model
+from unidpo.generate.questions import Answer, Generation, GenerationFailed, LoadOptions, Question
 
 
-class Parallel:
+class Processes:
     """The same model in several processes, the n-th of them on the n-th GPU.
 
     Args:
         name: folder or hub id of the model.
-        options: how it is loaded.
-        processes: how many; no more than there are GPUs, where there are any.
+        options: how it is loaded, and in how many processes; no more than there are GPUs, where there are any.
 
     Raises:
         ModelError: the model cannot be used.
-        EvaluationFailed: a process ended.
+        GenerationFailed: a process ended.
     """
 
-    def __init__(self, name: str, options: LoadOptions, processes: int) -> None:
+    def __init__(self, name: str, options: LoadOptions) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(processes):
+        for rank in range(options.processes):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, name, options, rank), daemon=True)
             process.start()
@@ -39,7 +37,7 @@ class Parallel:
             self._pipes.append(here)
             self._processes.append(process)
         try:
-            self._identity, *_ = [self._receive(rank) for rank in range(processes)]
+            self._identity, *_ = [self._receive(rank) for rank in range(options.processes)]
         except BaseException:
             self.close()
             raise
@@ -84,7 +82,7 @@ class Parallel:
         except (EOFError, OSError) as error:
             self._processes[rank].join(timeout=5)
             code = self._processes[rank].exitcode
-            raise EvaluationFailed(f"process {rank} ended with code {code}; run the command again to go on") from error
+            raise GenerationFailed(f"process {rank} ended with code {code}; run the command again to go on") from error
         if isinstance(received, Exception):
             raise received
         return received
@@ -96,7 +94,7 @@ def _serve(pipe: Connection, name: str, options: LoadOptions, rank: int) -> None
         backend = load_model(name, options, gpu=rank)
         pipe.send(backend.identity())
     except UserError as error:
-        pipe.send(ModelError(str(error)))
+        pipe.send(error)
         return
     while True:
         try:
@@ -106,7 +104,7 @@ def _serve(pipe: Connection, name: str, options: LoadOptions, rank: int) -> None
         try:
             for batch in backend.answer(questions, generation):
                 pipe.send(batch)
-        except Exception as error:  # the process stays for the next benchmark
-            pipe.send(EvaluationFailed(f"process {rank}: {type(error).__name__}: {error}"))
+        except Exception as error:  # the process stays for the next questions
+            pipe.send(GenerationFailed(f"process {rank}: {type(error).__name__}: {error}"))
         else:
             pipe.send(None)

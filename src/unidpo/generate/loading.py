@@ -1,0 +1,35 @@
+"""From a model's name to something that answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from unidpo.errors import ModelError
+from unidpo.generate.hugging_face import load_model
+from unidpo.generate.processes import Processes
+from unidpo.generate.questions import Backend, LoadOptions
+from unidpo.generate.vllm import Engine, Server
+
+
+@contextlib.contextmanager
+def open_backend(name: str, options: LoadOptions) -> Iterator[Backend]:
+    """A model ready to answer; processes and connections of its own end afterwards.
+
+    Raises:
+        UserError: the model, the server or the number of processes cannot be used.
+    """
+    if options.backend == "vllm":
+        yield Engine(name, options) if options.server is None else Server(name, options)
+        return
+    if options.server is not None:
+        raise ModelError("--server goes with --backend vllm")
+    if options.processes == 1:
+        yield load_model(name, options)
+        return
+    if torch.cuda.is_available() and options.processes > torch.cuda.device_count():
+        raise ModelError(f"--nproc {options.processes}: there are {torch.cuda.device_count()} GPUs")
+    with contextlib.closing(Processes(name, options)) as backend:
+        yield backend

@@ -1,0 +1,101 @@
+"""Servers that speak OpenAI's protocol: what answers questions, and what judges answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from unidpo.errors import ModelError
+from unidpo.generate.questions import Answer, GenerationFailed
+
+if TYPE_CHECKING:
+    import openai
+
+_RETRIES = 3
+_MOST_SAID = 2000
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ChatServer:
+    """A server at an address.
+
+    Args:
+        address: such as http://localhost:8000; one without a path gets `/v1`.
+        option: the option that named it, for messages.
+        key: shown to the server and to nobody else; no message holds it.
+        seconds: how long one request may take.
+
+    Raises:
+        ModelError: the address is none, or holds a password or a query.
+    """
+
+    def __init__(self, address: str, *, option: str, key: str | None = None, seconds: float = 600.0) -> None:
+        if any(mark in address for mark in "@?#"):  # what stands there may be secret, and is not repeated
+            raise ModelError(f"{option}: an address without user, password and query is expected")
+        try:
+            parts = urlsplit(address)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ModelError(f"{option} is an address such as http://localhost:8000, not {address!r}")
+        self.address = address.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+        self._key = key
+        self._client = _client(self.address, key or "EMPTY", seconds)
+
+    def models(self) -> list[str]:
+        """Names of the models it has. Raises `ModelError`; asks once."""
+        try:
+            return [model.id for model in self._client.with_options(max_retries=0).models.list().data]
+        except Exception as error:  # whatever may listen there
+            raise ModelError(f"{self.address}: no server answers there ({self._redacted(str(error))})") from error
+
+    def complete(self, messages: Sequence[Any], **request: Any) -> Answer:
+        """Have a conversation answered, in several tries where the server is busy or cannot be reached.
+
+        Raises:
+            GenerationFailed: it refuses, cannot be reached, or answers something else.
+        """
+        import openai
+
+        try:
+            reply = self._client.chat.completions.create(messages=list(messages), **request)
+            choice, usage = reply.choices[0], reply.usage
+            tokens = 0 if usage is None else usage.completion_tokens
+            return Answer(choice.message.content or "", tokens, truncated=choice.finish_reason == "length")
+        except openai.APIStatusError as error:
+            said = self._redacted(f"{error.status_code}: {error.response.text[:_MOST_SAID]}")
+            raise GenerationFailed(f"{self.address}: the server refuses ({said})") from None
+        except openai.APIConnectionError as error:
+            said = self._redacted(f"{error} ({error.__cause__})")
+            raise GenerationFailed(f"{self.address}: {said}") from None
+        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError) as error:
+            said = self._redacted(f"the server's answer is not what was expected ({error})")
+            raise GenerationFailed(f"{self.address}: {said}") from None
+
+    def _redacted(self, text: str) -> str:
+        return text if self._key is None else text.replace(self._key, "***")
+
+
+def _client(address: str, key: str, seconds: float) -> openai.OpenAI:
+    """A client that reads nothing from `OPENAI_*`: what stands there is for another server."""
+    import openai
+
+    client = openai.OpenAI(base_url=address, api_key=key, timeout=seconds, max_retries=_RETRIES)
+    client.organization = client.project = None
+    client._custom_headers = {}
+    return client
+
+
+def as_they_come(work: Callable[[T], R], items: Sequence[T], at_once: int) -> Iterator[tuple[T, R]]:
+    """Items with what became of them, in the order they are done. The first error ends it; nothing else is begun."""
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = {pool.submit(work, item): item for item in items}
+        try:
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
