@@ -180,7 +180,6 @@ def from_mm_rlhf(
     """Make scored pairs of MM-RLHF's human ratings."""
     from unidpo.data.mm_rlhf import Scoring, parse_weights
     from unidpo.data.mm_rlhf import from_mm_rlhf as score_folder
-    from unidpo.progress import Stages
 
     scoring = Scoring(
         weights=parse_weights(score),
@@ -190,9 +189,7 @@ def from_mm_rlhf(
         best_rank=best_rank,
         join_pairs=join_pairs,
     )
-    with Stages(messages()) as stages:
-        report = score_folder(folder, to, scoring, layout=layout, force=force, on_progress=stages.update)
-    report.render(results())
+    score_folder(folder, to, scoring, layout=layout, force=force).render(results())
 
 
 def _limits_of(model: str, max_length: int) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from unidpo.data.mm_rlhf.fetch import Fetched, fetch
 from unidpo.data.mm_rlhf.fetch_plan import FetchPlan
-from unidpo.data.mm_rlhf.ratings import parse_weights
-from unidpo.data.mm_rlhf.report import RatingsReport, Scoring
 from unidpo.data.mm_rlhf.scored import Scored, from_mm_rlhf, scored_groups
+from unidpo.data.mm_rlhf.scoring import RatingsReport, Scoring, parse_weights
 
 __all__ = [
     "FetchPlan",

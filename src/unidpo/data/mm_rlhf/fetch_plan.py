@@ -147,7 +147,8 @@ def make_plan(
         raise DataError(f"{to}: {existing} is a file; choose a folder")
 
     files = {file.path: file for file in hub.files(repo)}
-    chosen = _mm_rlhf(wanted) if dataset == "mm-rlhf" else _uni_dpo(files, wanted)
+    mm_rlhf = [*_MM_RLHF_ALWAYS, *(f"{subset}.zip" for subset in wanted)]
+    chosen = mm_rlhf if dataset == "mm-rlhf" else _uni_dpo(files, wanted)
     missing = [path for path in chosen if path not in files]
     if missing or not chosen:
         what = ", ".join(missing) or f"no data file of {', '.join(wanted)}"
@@ -157,18 +158,15 @@ def make_plan(
     return FetchPlan(repo, source, to, steps, shutil.disk_usage(existing).free)
 
 
-def _mm_rlhf(subsets: Sequence[str]) -> list[str]:
-    return [*_MM_RLHF_ALWAYS, *(f"{subset}.zip" for subset in subsets)]
-
-
 def _uni_dpo(files: Collection[str], subsets: Sequence[str]) -> list[str]:
     """The text sets lie in folders of their name; everything else is multimodal."""
-
-    def subset(path: str) -> str:
-        first = path.partition("/")[0].lower()
-        return first if first in ("textual", "math") else "multimodal"
-
-    return sorted(path for path in files if path.endswith(_DATA_SUFFIXES) and subset(path) in subsets)
+    chosen = []
+    for path in files:
+        folder = path.partition("/")[0].lower()
+        subset = folder if folder in ("textual", "math") else "multimodal"
+        if subset in subsets and path.endswith(_DATA_SUFFIXES):
+            chosen.append(path)
+    return sorted(chosen)
 
 
 def _step(remote: RemoteFile, to: Path, record: FetchRecord) -> FileStep:
@@ -195,31 +193,27 @@ class FetchRecord:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / _RECORD
-        self.files: dict[str, Any] = {}
-        self.unpacked: dict[str, Any] = {}
+        self.kept: dict[str, dict[str, Any]] = {"files": {}, "unpacked": {}}
         try:
             saved = json.loads(self.path.read_text("utf-8"))
-            self.files, self.unpacked = dict(saved["files"]), dict(saved["unpacked"])
+            self.kept = {part: dict(saved[part]) for part in self.kept}
         except (OSError, ValueError, KeyError, TypeError):
             pass  # without a record everything is verified again
 
     def has_file(self, remote: RemoteFile, place: Path) -> bool:
         """Whether a file was verified, and not touched since."""
-        return bool(self.files.get(remote.path) == [remote.identity, *_state(place)])
+        return bool(self.kept["files"].get(remote.path) == [remote.identity, *_state(place)])
 
     def has_unpacked(self, remote: RemoteFile) -> bool:
-        return bool(self.unpacked.get(remote.path) == remote.identity)
+        return bool(self.kept["unpacked"].get(remote.path) == remote.identity)
 
     def add_file(self, remote: RemoteFile, place: Path) -> None:
-        self.files[remote.path] = [remote.identity, *_state(place)]
-        self._save()
+        self.kept["files"][remote.path] = [remote.identity, *_state(place)]
+        write_json(self.path, self.kept)
 
     def add_unpacked(self, remote: RemoteFile) -> None:
-        self.unpacked[remote.path] = remote.identity
-        self._save()
-
-    def _save(self) -> None:
-        write_json(self.path, {"files": self.files, "unpacked": self.unpacked})
+        self.kept["unpacked"][remote.path] = remote.identity
+        write_json(self.path, self.kept)
 
 
 def _state(place: Path) -> list[int]:

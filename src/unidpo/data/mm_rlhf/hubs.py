@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias, get_args
 
 from unidpo.data.download import OnBytes, download_url, fetch_error, part_of
 from unidpo.errors import DataError
@@ -38,39 +38,17 @@ class RemoteFile:
         return place.is_file() and place.stat().st_size == self.size
 
 
-class Hub(Protocol):
-    """A place that data sets are fetched from."""
-
-    def files(self, repo: str) -> list[RemoteFile]:
-        """The files of a data set. Raises `DataError` for a wrong id, `FetchError` where the hub cannot be asked."""
-
-    def download(self, repo: str, file: RemoteFile, place: Path, on_bytes: OnBytes) -> None:
-        """Put a file in its place, whole, resuming what an earlier call left. Raises as `download_url`."""
-
-
-def open_hub(source: Source, endpoint: str | None = None) -> Hub:
-    """The hub of a name, at its usual address or another one.
-
-    Raises:
-        DataError: there is no hub of that name, or the package that speaks to it is not installed.
-    """
-    if source == "huggingface":
-        return HuggingFace(endpoint)
-    if source == "modelscope":
-        return ModelScope(endpoint)
-    raise DataError(f"there is no source {source!r}; choose huggingface or modelscope")
-
-
 class HuggingFace:
     """The Hugging Face hub, or a mirror of it."""
 
-    def __init__(self, endpoint: str | None = None) -> None:
+    def __init__(self, endpoint: str | None) -> None:
         import huggingface_hub
 
         self.api = huggingface_hub.HfApi(endpoint=endpoint, library_name=_NAME)
         self.revision = "main"
 
     def files(self, repo: str) -> list[RemoteFile]:
+        """The files of a data set. Raises `DataError` for a wrong id, `FetchError` where the hub cannot be asked."""
         from huggingface_hub import RepoFile
 
         try:
@@ -88,6 +66,7 @@ class HuggingFace:
         ]
 
     def download(self, repo: str, file: RemoteFile, place: Path, on_bytes: OnBytes) -> None:
+        """Put a file in its place, whole, resuming what an earlier call left. Raises as `download_url`."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
@@ -100,7 +79,7 @@ class HuggingFace:
 class ModelScope:
     """The ModelScope hub, through `modelscope_hub`, which resumes by itself."""
 
-    def __init__(self, endpoint: str | None = None) -> None:
+    def __init__(self, endpoint: str | None) -> None:
         try:
             module: Any = importlib.import_module("modelscope_hub")
         except ImportError as error:
@@ -109,6 +88,7 @@ class ModelScope:
         self.api: Any = module.HubApi(endpoint=endpoint)
 
     def files(self, repo: str) -> list[RemoteFile]:
+        """As `HuggingFace.files`."""
         try:
             listed = [item for item in self.api.list_repo_files(repo, "dataset") if not item.is_dir]
         except Exception as error:
@@ -116,6 +96,7 @@ class ModelScope:
         return [RemoteFile(i.path, i.size, i.sha256 or i.blob_id or str(i.size), i.sha256) for i in listed]
 
     def download(self, repo: str, file: RemoteFile, place: Path, on_bytes: OnBytes) -> None:
+        """As `HuggingFace.download`."""
         folder = place.parents[len(PurePosixPath(file.path).parts) - 1]
         try:
             self.api.download_file(
@@ -124,3 +105,17 @@ class ModelScope:
         except Exception as error:
             raise fetch_error(f"{repo}/{file.path}", error) from error
         on_bytes(file.size)
+
+
+Hub: TypeAlias = HuggingFace | ModelScope
+
+
+def open_hub(source: Source, endpoint: str | None = None) -> Hub:
+    """The hub of a name, at its usual address or another one.
+
+    Raises:
+        DataError: there is no hub of that name, or the package that speaks to it is not installed.
+    """
+    if source not in get_args(Source):
+        raise DataError(f"there is no source {source!r}; choose {' or '.join(get_args(Source))}")
+    return HuggingFace(endpoint) if source == "huggingface" else ModelScope(endpoint)

@@ -10,14 +10,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unidpo.data.formats.files import json_type
-from unidpo.data.formats.texts import encodable
-from unidpo.data.pairs import IMAGE, ImageMark, Message, Response
-from unidpo.errors import DataError, Finding, Severity, did_you_mean, shown
+from unidpo.data.formats.texts import encodable, marked
+from unidpo.data.pairs import IMAGE, Message, Response
+from unidpo.errors import Finding, Severity, shown
 
-RATINGS = ("helpfulness", "faithfulness", "ethical")
 SUBSETS = ("long", "short", "mcq", "safety", "video")
 DEFAULT_SUBSETS = ("long", "short", "mcq")
-DEFAULT_WEIGHTS: Mapping[str, float] = {"helpfulness": 1.0, "faithfulness": 1.0}
 _LOWEST, _HIGHEST = 1.0, 5.0
 _NAME = re.compile(r"[a-z]+")
 
@@ -30,7 +28,7 @@ class RatedPrompt:
         file: the file.
         row: its number in the file, from 1.
         id: as in the file, "" where it has none.
-        question: the text, without image marks.
+        question: the text, as `plain` gives it.
         message: the text with its image marks, as a user's message.
         images: as the file names them.
         responses: those with a text and all ratings asked for, scored by the weighted mean of these.
@@ -51,37 +49,6 @@ class RatedPrompt:
         return (self.responses[chosen].score or 0.0) - (self.responses[rejected].score or 0.0)
 
 
-def parse_weights(text: str) -> dict[str, float]:
-    """Read ``helpfulness=1,faithfulness=2``; a rating without a number weighs 1.
-
-    Raises:
-        DataError: an unknown rating, a weight that is no positive number, a rating named twice, or none at all.
-    """
-    weights: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, number = (piece.strip() for piece in part.partition("="))
-        if name in weights:
-            raise DataError(f"--score: {name} is given twice")
-        try:
-            weights[name] = float(number) if equals else 1.0
-        except ValueError:
-            raise DataError(f"--score: {shown(number)} is no number; write for example helpfulness=1") from None
-    check_weights(weights)
-    return weights
-
-
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise `DataError` unless the weights name ratings there are, and weigh something."""
-    for name, weight in weights.items():
-        if name not in RATINGS:
-            hint = did_you_mean(name, RATINGS)
-            raise DataError(f"--score: there is no rating {shown(name)}; there are {', '.join(RATINGS)}{hint}")
-        if not (math.isfinite(weight) and weight > 0):
-            raise DataError(f"--score: the weight of {name} is {weight:g}; give a number above 0, or leave it out")
-    if not weights:
-        raise DataError(f"--score: name at least one of {', '.join(RATINGS)}")
-
-
 def subset_of(values: Mapping[str, Any]) -> str | None:
     """Which part of MM-RLHF a row belongs to: the first folder of its image that is one, else how its id begins."""
     images = values.get("image")
@@ -94,6 +61,11 @@ def subset_of(values: Mapping[str, Any]) -> str | None:
         return "video"
     prefix = _NAME.match(str(values.get("id") or "").lower())
     return prefix[0] if prefix and prefix[0] in SUBSETS else None
+
+
+def plain(question: str) -> str:
+    """A question without image marks and with single spaces: what it is recognised by."""
+    return " ".join(question.replace(IMAGE.value, " ").split())
 
 
 @dataclass(slots=True)
@@ -117,37 +89,42 @@ class RatedRow:
     def read(self, weights: Mapping[str, float]) -> RatedPrompt | None:
         """What is usable of the row, or ``None`` with at least one error among the findings."""
         images = self._images()
-        question, message = self._question(len(images))
+        message = self._message(len(images))
         outputs = self.values.get("models_output")
         if not isinstance(outputs, list) or not outputs:
             found = "an empty one" if outputs == [] else json_type(outputs)
             self._note("bad-outputs", "models_output", f"a list of responses is expected, not {found}")
             return None
         columns = {name: self._column(name, len(outputs)) for name in weights}
-        if self.is_bad:
+        if any(finding.severity == "error" for finding in self.findings):
             return None
         ranking = self._ranking(len(outputs))
         responses: list[Response] = []
         ranks: list[float | None] = []
         for i, output in enumerate(outputs):
-            text = self._text(output, i, responses)
-            given = {name: self._rating(columns[name][i], f"{name}[{i}]") for name in weights}
-            score = _mean(given, weights)
-            if text is not None and score is not None:
-                responses.append(Response(text, score))
+            is_usable = self._is_usable(output, i, responses)
+            ratings = {name: self._rating(column[i], f"{name}[{i}]") for name, column in columns.items()}
+            # A mean over some of the ratings would be on another scale.
+            given = {name: rating for name, rating in ratings.items() if rating is not None}
+            if is_usable and len(given) == len(weights):
+                total = sum(weights[name] * rating for name, rating in given.items())
+                responses.append(Response(output, round(total / sum(weights.values()), 6)))
                 ranks.append(ranking[i])
         if len(responses) < 2:
             problem = f"{len(responses)} of {len(outputs)} responses can be used, and a preference needs two"
             self._note("too-few-responses", "models_output", problem)
             return None
         identity = self.values.get("id")
-        name = "" if identity is None else str(identity)
-        return RatedPrompt(self.file, self.number, name, question, message, images, tuple(responses), tuple(ranks))
-
-    @property
-    def is_bad(self) -> bool:
-        """Whether the row cannot be used, as far as it was read."""
-        return any(finding.severity == "error" for finding in self.findings)
+        return RatedPrompt(
+            self.file,
+            self.number,
+            "" if identity is None else str(identity),
+            plain(message.text),
+            message,
+            images,
+            tuple(responses),
+            tuple(ranks),
+        )
 
     def _note(self, kind: str, key: str, problem: str, severity: Severity = "error") -> None:
         self.findings.append(Finding(kind, problem, self.file, self.number, key, severity))
@@ -165,21 +142,19 @@ class RatedRow:
             return tuple(images)
         return ()
 
-    def _question(self, images: int) -> tuple[str, Message]:
+    def _message(self, images: int) -> Message:
+        """The question with its image marks; where it has none, the images come first."""
         value = self.values.get("question")
         if not isinstance(value, str) or not encodable(value) or not plain(value):
             self._note("missing-question", "question", "the row has no question, or one that is no text")
-            return "", Message("user", ())
-        pieces = value.split(IMAGE.value)
-        if len(pieces) == 1:
-            return plain(value), Message("user", (IMAGE,) * images + (value,))
-        if images and len(pieces) - 1 != images:
-            problem = f"`<image>` marks in the question: {len(pieces) - 1}, images: {images}"
-            self._note("image-marks", "question", problem)
-        content: list[str | ImageMark] = []
-        for i, piece in enumerate(pieces):
-            content += [IMAGE, piece] if i else [piece]
-        return plain(value), Message("user", tuple(part for part in content if part))
+            return Message("user", ())
+        content = marked(value)
+        marks = content.count(IMAGE)
+        if not marks:
+            content = (IMAGE,) * images + content
+        elif images and marks != images:
+            self._note("image-marks", "question", f"`<image>` marks in the question: {marks}, images: {images}")
+        return Message("user", content)
 
     def _column(self, name: str, count: int) -> Sequence[Any]:
         """A rating of every response."""
@@ -208,15 +183,15 @@ class RatedRow:
             self._note("missing-ranking", "final_ranking", problem, "warning")
         return ranks
 
-    def _text(self, output: Any, i: int, before: Sequence[Response]) -> str | None:
+    def _is_usable(self, output: Any, i: int, before: Sequence[Response]) -> bool:
         key = f"models_output[{i}]"
         if not isinstance(output, str) or not output.strip() or not encodable(output):
             self._note("bad-response", key, "the response is empty or no text; it is left out", "warning")
         elif any(output == response.text for response in before):
             self._note("duplicate-response", key, "this text stands in the row before; it is left out", "warning")
         else:
-            return output
-        return None
+            return True
+        return False
 
     def _rating(self, value: Any, key: str) -> float | None:
         number = _number(value)
@@ -225,21 +200,6 @@ class RatedRow:
             self._note("missing-rating", key, problem, "warning")
             return None
         return number
-
-
-def plain(question: str) -> str:
-    """A question without image marks and with single spaces: what it is recognised by."""
-    return " ".join(question.replace(IMAGE.value, " ").split())
-
-
-def _mean(ratings: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
-    """The weighted mean, if no rating is missing: a mean over the others would be on another scale."""
-    total = 0.0
-    for name, rating in ratings.items():
-        if rating is None:
-            return None
-        total += weights[name] * rating
-    return round(total / sum(weights.values()), 6)
 
 
 def _number(value: Any) -> float | None:

@@ -1,23 +1,23 @@
-"""What became of MM-RLHF's rows and pairs: the options, the counts, and the decision about one pair."""
+"""How MM-RLHF's ratings become scored pairs (the options), and what became of its rows and pairs (the counts)."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from unidpo.data.formats.files import rows_of
-from unidpo.data.mm_rlhf.ratings import DEFAULT_SUBSETS, DEFAULT_WEIGHTS, SUBSETS, check_weights
-from unidpo.errors import DataError, Finding, did_you_mean, shown
-
-Progress: TypeAlias = Callable[[str, int, int], None]
+from unidpo.data.mm_rlhf.ratings import DEFAULT_SUBSETS, SUBSETS
+from unidpo.errors import DataError, Finding, Severity, did_you_mean, shown
 
 RATINGS_FILE, PAIRS_FILE = "data.jsonl", "dpo_pairs.jsonl"
+RATINGS = ("helpfulness", "faithfulness", "ethical")
+DEFAULT_WEIGHTS: Mapping[str, float] = {"helpfulness": 1.0, "faithfulness": 1.0}
 _ENOUGH_TO_JUDGE = 20
 """Pairs that ranking and ratings must both decide before their disagreement says that one is read backwards."""
 _WIDEST_MARGIN = 4
@@ -33,7 +33,7 @@ class Scoring:
         min_margin: pairs whose scores differ by less are left out.
         conflicts: what becomes of pairs that ranking and ratings see the other way round.
         best_rank: whether the best response has the lowest place (1, as is assumed: the data set does not say) or the
-            highest. If most pairs disagree, the assumption is probably wrong, which is said.
+            highest. If most pairs disagree, the assumption is probably wrong, which is an error.
         join_pairs: the pairs are those of ``dpo_pairs.jsonl``, scored by the ratings, instead of all that the scores
             make. Those of equal score are kept, with a margin of 0, unless there is a ``min_margin``.
 
@@ -49,16 +49,13 @@ class Scoring:
     join_pairs: bool = False
 
     def __post_init__(self) -> None:
-        check_weights(self.weights)
-        known = ", ".join(SUBSETS[:-1])
-        for subset in self.subsets:
-            if subset not in SUBSETS:
-                hint = did_you_mean(subset, SUBSETS)
-                raise DataError(f"--subsets: there is no subset {shown(subset)}; there are {known}{hint}")
+        _require_known("--score", "rating", self.weights, RATINGS)
+        for name, weight in self.weights.items():
+            if not (math.isfinite(weight) and weight > 0):
+                raise DataError(f"--score: the weight of {name} is {weight:g}; give a number above 0, or leave it out")
         if "video" in self.subsets:
             raise DataError("--subsets: video cannot be used, only images are read; leave it out")
-        if not self.subsets:
-            raise DataError(f"--subsets: name at least one of {known}")
+        _require_known("--subsets", "subset", self.subsets, SUBSETS[:-1])
         if self.min_margin is not None and not 0 <= self.min_margin <= _WIDEST_MARGIN:
             problem = f"{self.min_margin:g} is not between 0 and {_WIDEST_MARGIN}, the most two ratings differ by"
             raise DataError(f"--min-margin: {problem}")
@@ -66,6 +63,33 @@ class Scoring:
             raise DataError(f"--conflicts: drop or keep, not {shown(self.conflicts)}")
         if self.best_rank not in ("lowest", "highest"):
             raise DataError(f"--best-rank: lowest or highest, not {shown(self.best_rank)}")
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """Read ``helpfulness=1,faithfulness=2``; a rating without a number weighs 1. `Scoring` checks names and ranges.
+
+    Raises:
+        DataError: a weight is no number, or a rating is named twice.
+    """
+    weights: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, number = (piece.strip() for piece in part.partition("="))
+        if name in weights:
+            raise DataError(f"--score: {name} is given twice")
+        try:
+            weights[name] = float(number) if equals else 1.0
+        except ValueError:
+            raise DataError(f"--score: {shown(number)} is no number; write for example helpfulness=1") from None
+    return weights
+
+
+def _require_known(option: str, what: str, names: Collection[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            there = f"there are {', '.join(known)}{did_you_mean(name, known)}"
+            raise DataError(f"{option}: there is no {what} {shown(name)}; {there}")
+    if not names:
+        raise DataError(f"{option}: name at least one of {', '.join(known)}")
 
 
 @dataclass(slots=True)
@@ -82,10 +106,10 @@ class RatingsReport:
         responses: responses in these pairs.
         pairs: pairs kept.
         agreements: pairs about which ratings and ranking (or the pairs file) say the same.
-        conflicts: pairs about which they say the opposite; what became of them says `scoring`.
+        conflicts: pairs about which they say the opposite; `scoring` says whether they were kept.
         ties: pairs whose responses score the same: no pair by ratings, a pair of margin 0 from the pairs file.
         below_margin: pairs left out because their scores are too close.
-        findings: what was noticed, by row. An error means the row was left out, a warning a part of it.
+        findings: problems, by row. An error means the row was left out, a warning a part of it.
         pair_rows: rows of the pairs file in the chosen subsets, where it was joined.
     """
 
@@ -104,43 +128,12 @@ class RatingsReport:
     findings: list[Finding] = field(default_factory=list)
     pair_rows: int | None = None
 
-    @property
-    def left_out(self) -> Counter[str]:
-        """How often each kind of error was found."""
-        return Counter(finding.kind for finding in self.findings if finding.severity == "error")
-
-    @property
-    def warnings(self) -> Counter[str]:
-        """How often each kind of warning was found."""
-        return Counter(finding.kind for finding in self.findings if finding.severity == "warning")
-
-    def render(self, console: Console) -> None:
-        """Print the counts, an example of every kind of finding, and what was assumed."""
-        table = Table(title=f"Scored preference data from {self.source}", title_justify="left", show_header=False)
-        table.add_column()
-        table.add_column(justify="right")
-        table.add_column()
-        subsets = ", ".join(f"{name} {count:,}" for name, count in sorted(self.subsets.items()))
-        table.add_row("rows read", f"{self.rows:,}", subsets)
-        table.add_row("prompts kept", f"{self.prompts:,}", f"{self.responses:,} responses")
-        table.add_row(
-            "pairs kept", f"{self.pairs:,}", "" if self.pair_rows is None else f"of {self.pair_rows:,} joined"
-        )
-        conflicts = "kept" if self.scoring.conflicts == "keep" else "dropped"
-        table.add_row("pairs in conflict", f"{self.conflicts:,}", f"{conflicts}; {self.agreements:,} agree")
-        table.add_row("pairs of equal score", f"{self.ties:,}", "")
-        table.add_row("pairs below the margin", f"{self.below_margin:,}", "")
-        for title, severity, counts in (("left out", "error", self.left_out), ("in part", "warning", self.warnings)):
-            for kind, count in counts.most_common():
-                example = next(f for f in self.findings if (f.kind, f.severity) == (kind, severity))
-                table.add_row(f"{title}: {kind}", f"{count:,}", f"row {example.row}: {example.message}")
-        console.print(table, markup=False)
-        if self.to is not None:
-            end = f"written to {self.to}; `unidpo data check {self.to}` looks at the images"
-            console.print(end, markup=False, highlight=False, soft_wrap=True)
+    def kinds(self, severity: Severity) -> Counter[str]:
+        """How often each kind of error, or of warning, was found."""
+        return Counter(finding.kind for finding in self.findings if finding.severity == severity)
 
     def keeps(self, margin: float, agrees: bool | None) -> bool:
-        """Whether a pair stays, which is counted: by the margin of its scores, and whether the other source agrees."""
+        """Count a pair and say whether it stays, by the margin of its scores and whether the other source agrees."""
         if agrees is not None:
             self.agreements += agrees
             self.conflicts += not agrees
@@ -164,21 +157,28 @@ class RatingsReport:
             f"is probably read backwards; {remedy} if that is so"
         )
 
-
-def counted_rows(file: Path, stage: str, on_progress: Progress | None) -> Iterator[tuple[int, Any]]:
-    """The rows of a file of MM-RLHF's, with progress. Raises `DataError` if there are none."""
-    if not file.is_file():
-        raise DataError(f"{file}: there is no such file; `unidpo data fetch mm-rlhf --to {file.parent}` fetches it")
-    total = 0
-    if on_progress is not None:
-        with file.open("rb") as lines:
-            total = sum(1 for _ in lines)
-    done = 0
-    for done, (number, values) in enumerate(rows_of(file), start=1):
-        if on_progress is not None and done % 100 == 0:
-            on_progress(stage, min(done, total), total)
-        yield number, values
-    if not done:
-        raise DataError(f"{file}: the file holds no rows")
-    if on_progress is not None:
-        on_progress(stage, total, total)
+    def render(self, console: Console) -> None:
+        """Print the counts, and an example of every kind of finding."""
+        table = Table(title=f"Scored preference data from {self.source}", title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(justify="right")
+        table.add_column()
+        kept = "kept" if self.scoring.conflicts == "keep" else "dropped"
+        for name, count, note in (
+            ("rows read", self.rows, ", ".join(f"{name} {rows:,}" for name, rows in sorted(self.subsets.items()))),
+            ("prompts kept", self.prompts, f"{self.responses:,} responses"),
+            ("pairs kept", self.pairs, "" if self.pair_rows is None else f"of {self.pair_rows:,} joined"),
+            ("pairs in conflict", self.conflicts, f"{kept}; {self.agreements:,} agree"),
+            ("pairs of equal score", self.ties, ""),
+            ("pairs below the margin", self.below_margin, ""),
+        ):
+            table.add_row(name, f"{count:,}", note)
+        severities: dict[Severity, str] = {"error": "left out", "warning": "in part"}
+        for severity, title in severities.items():
+            for kind, count in self.kinds(severity).most_common():
+                example = next(f for f in self.findings if (f.kind, f.severity) == (kind, severity))
+                table.add_row(f"{title}: {kind}", f"{count:,}", f"row {example.row}: {example.message}")
+        console.print(table, markup=False)
+        if self.to is not None:
+            end = f"written to {self.to}; `unidpo data check {self.to}` looks at the images"
+            console.print(end, markup=False, highlight=False, soft_wrap=True)
