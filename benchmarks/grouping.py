@@ -156,7 +156,7 @@ def accuracy(model: Path, seed: int) -> float:
     """The share of a seed's held-out numbers that is read right."""
     questions = load_world().questions(HELD_OUT, split="held_out", rng=np.random.default_rng([seed, 1]), kinds=KINDS)
     answers = greedy_answers(load_policy(model), load_processor(model), questions)
-    return accuracies(questions, answers)["read"].value
+    return accuracies(questions, answers)["read"].accuracy
 
 
 def norms(trained: RunFolder) -> list[float]:

@@ -33,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from unidpo.demo import CHECKPOINT
 from unidpo.demo.answers import accuracies, greedy_answers
-from unidpo.demo.digits import CELL, KINDS, LETTERS, READ_WORDINGS, DigitsWorld, Question, load_world
+from unidpo.demo.digits import CELL, KINDS, LETTERS, READ_WORDINGS, DigitQuestion, DigitsWorld, load_world
 from unidpo.model.load import compose_processor
 
 SPECIAL_TOKENS = (
@@ -76,7 +76,7 @@ WRONG_LETTER = 0.10
 DIGIT_FOR_LETTER = 0.10
 
 
-def sloppy_answer(question: Question, rng: np.random.Generator) -> str:
+def sloppy_answer(question: DigitQuestion, rng: np.random.Generator) -> str:
     """The answer a sloppy annotator writes down."""
     chance = rng.random()
     if question.kind == "read":
@@ -222,7 +222,7 @@ class Batcher:
             self._ids[text] = self.tokenizer(text)["input_ids"]
         return self._ids[text]
 
-    def __call__(self, questions: Sequence[Question], answers: Sequence[str]) -> dict[str, torch.Tensor]:
+    def __call__(self, questions: Sequence[DigitQuestion], answers: Sequence[str]) -> dict[str, torch.Tensor]:
         rows, labels = [], []
         for question, answer in zip(questions, answers, strict=True):
             prompt = [
@@ -286,11 +286,14 @@ def train(
     model.eval()
 
 
-def measured(model: Qwen2VLForConditionalGeneration, processor: ProcessorMixin, questions: Sequence[Question]) -> str:
+def measured(
+    model: Qwen2VLForConditionalGeneration, processor: ProcessorMixin, questions: Sequence[DigitQuestion]
+) -> str:
     """Greedy accuracy per kind, as rows of a Markdown table."""
     table = accuracies(questions, greedy_answers(model, processor, questions))
     return "\n".join(
-        f"| {kind} | {100 * a.value:.1f} % | {100 * a.standard_error:.1f} | {a.count} |" for kind, a in table.items()
+        f"| {kind} | {100 * a.accuracy:.1f} % | {100 * a.standard_error:.1f} | {a.questions} |"
+        for kind, a in table.items()
     )
 
 

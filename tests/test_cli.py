@@ -110,6 +110,19 @@ class TestExitCodes:
         assert code == 130
         assert f"unidpo train {TINY} '{output}' --resume" in err
 
+    def test_an_interrupted_demo_says_what_is_kept_and_how_to_go_on(self, unidpo_command, monkeypatch, tmp_path):
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("unidpo.demo.story.run_demo", interrupted)
+        code, _, err = unidpo_command("demo", "--out", tmp_path)
+        assert code == 130
+        assert f"{tmp_path} keeps what is done, the same command starts over" in err
+        assert "--resume" not in err
+        RunFolder(tmp_path / "run").create({}, {})
+        again = f"unidpo train {tmp_path / 'recipe.yaml'} --resume"
+        assert again in unidpo_command("demo", "--out", tmp_path)[2]
+
     def test_interrupted_otherwise(self, unidpo_command, monkeypatch):
         def interrupted(*_, **__):
             raise KeyboardInterrupt

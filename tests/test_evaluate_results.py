@@ -236,7 +236,7 @@ def test_the_digits_have_the_accuracy_the_demo_counts(tmp_path: Path, digits: An
     result = run_eval(CHECKPOINT, "--benchmarks", benchmark, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
     [record] = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
-    assert record["parts"] == pytest.approx({kind: 100 * accuracy.value for kind, accuracy in counted.items()})
+    assert record["parts"] == pytest.approx({kind: 100 * each.accuracy for kind, each in counted.items()})
     assert 0 < record["value"] < 100
 
 

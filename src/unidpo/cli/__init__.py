@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +13,12 @@ from typing import Annotated
 import typer
 
 import unidpo
-from unidpo.cli.consoles import INPUT_WRONG, WORK_FAILED, kept_open, messages, out_of_space, results
+from unidpo.cli.consoles import INPUT_WRONG, INTERRUPTED, WORK_FAILED, kept_open, messages, out_of_space, results
 from unidpo.cli.data import data
 from unidpo.cli.evaluation import evaluation
 from unidpo.cli.planning import plan
 from unidpo.cli.training import Overrides, RecipeFile, train
-from unidpo.errors import UserError, printable
+from unidpo.errors import Interrupted, UserError, printable
 
 app = typer.Typer(
     name="unidpo",
@@ -96,8 +97,18 @@ def demo(
 
     require_digits()  # before torch takes its seconds to import
     from unidpo.demo.story import run_demo
+    from unidpo.run_folder.folder import RunFolder
 
-    run_demo(out, seed=seed, console=results())
+    try:
+        run_demo(out, seed=seed, console=results())
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        reason = f"{str(stopped) or 'interrupted'}; {out} keeps what is done, the same command starts over"
+        run = RunFolder(out / "run")
+        if run.config.is_file() and not run.finished:
+            again = shlex.join(["unidpo", "train", str(out / "recipe.yaml"), "--resume"])
+            reason += f"; the training alone goes on with: {again}"
+        code = stopped.exit_code if isinstance(stopped, Interrupted) else INTERRUPTED
+        raise Interrupted(reason, exit_code=code) from None
 
 
 @recipe.command("check")

@@ -1,49 +1,42 @@
-"""Ask a model questions about pictures: greedy answers to measure it, sampled answers to make training data."""
+"""Ask a model questions about pictures, and make data sets of questions and answers."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
-from unidpo.demo.digits import KINDS, Kind, Question, is_correct, noisy_grade
+from unidpo.demo.digits import KINDS, DigitQuestion, Kind, is_correct, noisy_grade
+from unidpo.generate.hugging_face import HuggingFace
+from unidpo.generate.questions import Answer, Generation, Question, Sampling
 from unidpo.model.load import Processor
-
-Progress: TypeAlias = Callable[[int, int], None]
-"""Called with how many questions are answered and how many there are."""
 
 MOST_NEW_TOKENS = 6
 """The longest right answer takes three tokens and the end mark."""
+BATCH_SIZE = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Accuracy:
-    """The share of questions answered correctly.
+class Measured:
+    """How well questions were answered.
 
     Attributes:
-        correct: number of correct answers.
-        count: number of questions.
+        accuracy: share answered correctly.
+        standard_error: of the accuracy, binomial.
+        questions: how many.
     """
 
-    correct: int
-    count: int
+    accuracy: float
+    standard_error: float
+    questions: int
 
-    @property
-    def value(self) -> float:
-        """In [0, 1]."""
-        return self.correct / self.count
-
-    @property
-    def standard_error(self) -> float:
-        """Of ``value``, binomial."""
-        return math.sqrt(self.value * (1 - self.value) / self.count)
+    def __str__(self) -> str:
+        return f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,87 +57,49 @@ class RankedData:
 
 
 def greedy_answers(
-    model: PreTrainedModel,
-    processor: Processor,
-    questions: Sequence[Question],
-    *,
-    batch_size: int = 100,
-    on_progress: Progress | None = None,
+    model: PreTrainedModel, processor: Processor, questions: Sequence[DigitQuestion], *, batch_size: int = BATCH_SIZE
 ) -> list[str]:
     """The most likely answer to each question, token by token."""
-    answers = _generate(model, processor, questions, batch_size, on_progress, do_sample=False)
-    return [text for texts in answers for text in texts]
+    backend = HuggingFace(model, processor, batch_size=batch_size)
+    answers: dict[str, Answer] = {}
+    for batch in backend.answer(_asked(questions), Generation(MOST_NEW_TOKENS)):
+        answers |= batch
+    return [answers[str(i)].text.strip() for i in range(len(questions))]
 
 
 def sampled_answers(
     model: PreTrainedModel,
     processor: Processor,
-    questions: Sequence[Question],
+    questions: Sequence[DigitQuestion],
     *,
     count: int,
     seed: int,
-    batch_size: int = 100,
-    on_progress: Progress | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[str]]:
-    """``count`` answers to each question, drawn at temperature 1; the same for the same seed.
-
-    The caller's random state is left as it was.
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": count}
-        return list(_generate(model, processor, questions, batch_size, on_progress, **options))
+    """``count`` answers to each question, drawn at temperature 1; the same for the same seed."""
+    backend = HuggingFace(model, processor, batch_size=BATCH_SIZE)
+    sampling = Sampling(count, seed=seed)
+    answers = backend.sample(_asked(questions), Generation(MOST_NEW_TOKENS), sampling, on_progress)
+    return [[answer.text.strip() for answer in answers[str(i)]] for i in range(len(questions))]
 
 
-@torch.inference_mode()
-def _generate(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    batch_size: int,
-    on_progress: Progress | None,
-    **options: Any,
-) -> Iterator[list[str]]:
-    """Yields the answers to one question after the other."""
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        inputs = processor(
-            text=[_chat(processor, question) for question in batch],
-            images=[question.image for question in batch],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(model.device)
-        tokens = model.generate(**inputs, max_new_tokens=MOST_NEW_TOKENS, **options)
-        texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        each = options.get("num_return_sequences", 1)
-        for i in range(len(batch)):
-            yield [text.strip() for text in texts[i * each : (i + 1) * each]]
-        if on_progress:
-            on_progress(start + len(batch), len(questions))
-    model.train(was_training)
+def _asked(questions: Sequence[DigitQuestion]) -> list[Question]:
+    return [Question(str(i), (question.image, question.prompt)) for i, question in enumerate(questions)]
 
 
-def _chat(processor: Any, question: Question) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
-    text: str = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return text
-
-
-def accuracies(questions: Sequence[Question], answers: Sequence[str]) -> dict[Kind, Accuracy]:
+def accuracies(questions: Sequence[DigitQuestion], answers: Sequence[str]) -> dict[Kind, Measured]:
     """Accuracy per kind of question, for the kinds there are."""
     table = {}
     for kind in KINDS:
         right = [is_correct(q, a) for q, a in zip(questions, answers, strict=True) if q.kind == kind]
         if right:
-            table[kind] = Accuracy(sum(right), len(right))
+            accuracy = sum(right) / len(right)
+            table[kind] = Measured(accuracy, math.sqrt(accuracy * (1 - accuracy) / len(right)), len(right))
     return table
 
 
 def write_ranked_data(
-    questions: Sequence[Question],
+    questions: Sequence[DigitQuestion],
     answers: Sequence[Sequence[str]],
     folder: Path,
     *,
@@ -182,7 +137,7 @@ def write_ranked_data(
     return RankedData(path, rows=len(lines), responses=responses, left_out=len(questions) - len(lines))
 
 
-def write_benchmark(questions: Sequence[Question], folder: Path) -> Path:
+def write_benchmark(questions: Sequence[DigitQuestion], folder: Path) -> Path:
     """Write questions as a benchmark that `unidpo eval` reads; returns its YAML file.
 
     Args:

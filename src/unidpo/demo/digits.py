@@ -37,7 +37,7 @@ _SPLIT_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class DigitQuestion:
     """A picture, a question about it, and the right answer.
 
     Attributes:
@@ -75,28 +75,28 @@ class DigitsWorld:
 
     def questions(
         self, count: int, *, split: Split, rng: np.random.Generator, kinds: Sequence[Kind] = KINDS
-    ) -> list[Question]:
+    ) -> list[DigitQuestion]:
         """``count`` questions on pictures of scans of one split, the kinds in turn."""
         return [self._question(kinds[i % len(kinds)], split, rng) for i in range(count)]
 
-    def _question(self, kind: Kind, split: Split, rng: np.random.Generator) -> Question:
+    def _question(self, kind: Kind, split: Split, rng: np.random.Generator) -> DigitQuestion:
         scans = rng.choice(getattr(self, split), size=rng.integers(1, MOST_DIGITS + 1), replace=False)
         digits = tuple(int(digit) for digit in self.labels[scans])
         image = draw(self.ink[scans], rng)
         if kind == "read":
-            return Question(kind, str(rng.choice(READ_WORDINGS)), "".join(map(str, digits)), digits, image)
+            return DigitQuestion(kind, str(rng.choice(READ_WORDINGS)), "".join(map(str, digits)), digits, image)
         if kind == "yes_no":
             present = bool(rng.integers(2))
             candidates = sorted(set(digits)) if present else sorted(set(range(10)) - set(digits))
             asked = int(rng.choice(candidates))
-            return Question(kind, f"Is there a {asked}?", "Yes" if present else "No", digits, image)
+            return DigitQuestion(kind, f"Is there a {asked}?", "Yes" if present else "No", digits, image)
         right = int(rng.choice(digits))
         absent = [digit for digit in range(10) if digit not in digits]
         wrong = rng.choice(absent, size=len(LETTERS) - 1, replace=False)
         options = tuple(int(digit) for digit in rng.permutation([right, *wrong]))
         listed = " ".join(f"{letter}) {digit}" for letter, digit in zip(LETTERS, options, strict=True))
         prompt = f"Which digit do you see? {listed}"
-        return Question(kind, prompt, LETTERS[options.index(right)], digits, image, options)
+        return DigitQuestion(kind, prompt, LETTERS[options.index(right)], digits, image, options)
 
 
 def load_world() -> DigitsWorld:
@@ -141,12 +141,12 @@ def draw(ink: NDArray[np.float32], rng: np.random.Generator) -> Image.Image:
     return grey.convert("RGB")
 
 
-def is_correct(question: Question, text: str) -> bool:
+def is_correct(question: DigitQuestion, text: str) -> bool:
     """Whether the text is the answer, character by character; surrounding blanks do not count."""
     return text.strip() == question.answer
 
 
-def grade(question: Question, text: str) -> int:
+def grade(question: DigitQuestion, text: str) -> int:
     """Grade an answer from 1 (useless) to 5 (right, and in the form asked for).
 
     Reading: the share of digits that are right in their place, over the longer of answer and truth; 2 points less
@@ -167,6 +167,6 @@ def grade(question: Question, text: str) -> int:
     return 3 if first_word.lower() == question.answer.lower() else 1
 
 
-def noisy_grade(question: Question, text: str, rng: np.random.Generator, *, noise: float) -> int:
+def noisy_grade(question: DigitQuestion, text: str, rng: np.random.Generator, *, noise: float) -> int:
     """The grade, or with probability ``noise`` one drawn from 1..5 by chance: graders err."""
     return int(rng.integers(1, 6)) if rng.random() < noise else grade(question, text)

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,21 +17,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from unidpo.config import load_recipe
 from unidpo.data.check import check_data
 from unidpo.demo import CHECKPOINT
 from unidpo.demo.answers import (
-    Accuracy,
+    Measured,
     RankedData,
     accuracies,
-    greedy_answers,
     sampled_answers,
     write_benchmark,
     write_ranked_data,
 )
-from unidpo.demo.digits import DigitsWorld, Kind, Question, is_correct, load_world
+from unidpo.demo.digits import DigitQuestion, DigitsWorld, Kind, is_correct, load_world
 from unidpo.errors import UserError
+from unidpo.evaluate.own import load_benchmark
+from unidpo.evaluate.predictions import PREDICTIONS, read_answers
+from unidpo.evaluate.session import candidates, evaluate_all
+from unidpo.generate.questions import GenerationFailed, LoadOptions
 from unidpo.model.load import load_policy, load_processor
 from unidpo.progress import Stages
+from unidpo.run.train import run
 from unidpo.terminal import Terminal, print_to_copy
 
 TRAIN_PROMPTS = 800
@@ -45,15 +50,7 @@ _NAMES: dict[Kind, str] = {"read": "read the number", "yes_no": "yes or no", "ch
 _STEPS = 5
 # Written into a demo's folder, so that a later demo knows it may replace what is there.
 _MARK = ".unidpo-demo"
-_OURS = ("data", "run", "recipe.yaml", "accuracy.json", "answers.png", "training.png")
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Greedy answers of one model to the held-out questions, and the accuracy per kind."""
-
-    answers: list[str]
-    table: dict[Kind, Accuracy]
+_OURS = ("data", "run", "evals", "recipe.yaml", "accuracy.json", "answers.png", "training.png")
 
 
 def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
@@ -95,20 +92,20 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
 
     recipe = _write_recipe(out, data, seed)
     _step(console, 3, "Train with Uni-DPO", f"unidpo train {recipe}")
-    run = _train(recipe, console)
+    trained = run(load_recipe(recipe), console=console)
 
-    _step(console, 4, f"Ask both models {HELD_OUT_QUESTIONS} questions on digits neither has seen")
     questions = world.questions(HELD_OUT_QUESTIONS, split="held_out", rng=_rng(seed, "held-out"), kinds=ASKED)
-    with Stages(console) as stages:
-        base = _measure(CHECKPOINT, questions, "base model", stages)
-        trained = _measure(run / "model", questions, "trained model", stages)
-    console.print(_accuracy_table(base, trained))
-    _write_accuracy(out / "accuracy.json", base, trained)
     benchmark = write_benchmark(questions, out / "data" / "held-out")
+    title = f"Ask both models {HELD_OUT_QUESTIONS} questions on digits neither has seen"
+    _step(console, 4, title, f"unidpo eval {CHECKPOINT} {trained} --benchmarks {benchmark} --out {out / 'evals'}")
+    before, after = _ask([CHECKPOINT, trained], benchmark, out / "evals", console)
+    found = {"base": accuracies(questions, before), "trained": accuracies(questions, after)}
+    console.print(_accuracy_table(**found))
+    (out / "accuracy.json").write_text(json.dumps(found, default=asdict, indent=1) + "\n", encoding="utf-8")
 
     _step(console, 5, "Draw")
-    draw_answers(questions, base.answers, trained.answers, out / "answers.png")
-    draw_training(run / "metrics.jsonl", out / "training.png")
+    draw_answers(questions, before, after, out / "answers.png")
+    draw_training(trained / "metrics.jsonl", out / "training.png")
     console.print()
     print_to_copy(
         console,
@@ -116,8 +113,9 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
             str(out / "answers.png"): "held-out pictures with both answers",
             str(out / "training.png"): "the training curves",
             str(out / "accuracy.json"): "the table above",
-            str(run / "model"): "the trained model",
-            str(run): "its run folder: metrics, and every pair with its weights",
+            str(trained / "model"): "the trained model",
+            str(trained): "its run folder: metrics, and every pair with its weights",
+            str(out / "evals"): "all answers of both models",
             str(data.path): "the data it was trained on",
         },
     )
@@ -126,7 +124,6 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
         console,
         {
             f"unidpo train {recipe} loss.beta=4 output={out / 'run-beta-4'}": "the same with another beta",
-            f"unidpo eval {run / 'model'} --benchmarks {benchmark}": "ask the held-out questions again",
             "unidpo data check YOUR_PAIRS.json": "your own data",
         },
     )
@@ -199,67 +196,36 @@ def _write_recipe(out: Path, data: RankedData, seed: int) -> Path:
     return path
 
 
-def _train(recipe: Path, console: Console) -> Path:
-    """Train as `unidpo train RECIPE` does; returns the run folder."""
-    from unidpo.config import load_recipe
-    from unidpo.run.train import run
-
-    return run(load_recipe(recipe), console=console)
-
-
-def _measure(model: Path, questions: Sequence[Question], name: str, stages: Stages) -> Measured:
-    answers = greedy_answers(
-        load_policy(model),
-        load_processor(model),
-        questions,
-        on_progress=lambda done, total: stages.update(f"{name}, questions", done, total),
-    )
-    return Measured(answers, accuracies(questions, answers))
+def _ask(models: Sequence[Path], benchmark: Path, out: Path, console: Console) -> list[list[str]]:
+    """What each model answers, asked as `unidpo eval MODELS --benchmarks BENCHMARK --out OUT` does."""
+    exam = load_benchmark(benchmark)
+    with Stages(console) as stages:
+        named = candidates([str(model) for model in models])
+        found = evaluate_all(named, [exam], out, LoadOptions(), on_progress=stages.update)
+    if reasons := [str(result.failure) for model in found.models for result in model.failed]:
+        raise GenerationFailed("; ".join(reasons))
+    kept = [read_answers(model.folder / exam.name / PREDICTIONS) for model in found.models]
+    return [[answers[question.index].text.strip() for question in exam.questions()] for answers in kept]
 
 
-def _accuracy_table(base: Measured, trained: Measured) -> Table:
-    table = Table(
-        title="Correct answers on held-out digits (greedy, ± standard error)", title_justify="left", title_style=""
-    )
-    table.add_column("kind")
+def _accuracy_table(base: dict[Kind, Measured], trained: dict[Kind, Measured]) -> Table:
+    title = "Correct answers on held-out digits (greedy, ± standard error)"
+    table = Table("kind", title=title, title_justify="left", title_style="")
     for column in ("questions", "base", "trained", "difference"):
         table.add_column(column, justify="right")
-    for kind, before in base.table.items():
-        after = trained.table[kind]
-        points, error = _difference(before, after)
+    for kind, before in base.items():
+        after = trained[kind]
+        points = 100 * (after.accuracy - before.accuracy)
+        # As if the two had answered different questions, which is cautious.
+        error = 100 * math.hypot(before.standard_error, after.standard_error)
         color = "green" if points > 2 * error else "red" if points < -2 * error else "dim"
-        table.add_row(
-            _NAMES[kind],
-            str(before.count),
-            _percent(before),
-            _percent(after),
-            f"[{color}]{points:+.1f} ± {error:.1f}[/]",
-        )
+        difference = f"[{color}]{points:+.1f} ± {error:.1f}[/]"
+        table.add_row(_NAMES[kind], str(before.questions), str(before), str(after), difference)
     return table
 
 
-def _percent(accuracy: Accuracy) -> str:
-    return f"{100 * accuracy.value:.1f} ± {100 * accuracy.standard_error:.1f} %"
-
-
-def _difference(before: Accuracy, after: Accuracy) -> tuple[float, float]:
-    """Points gained and their standard error, as if the two had answered different questions (which is cautious)."""
-    return 100 * (after.value - before.value), 100 * math.hypot(before.standard_error, after.standard_error)
-
-
-def _write_accuracy(path: Path, base: Measured, trained: Measured) -> None:
-    record = {
-        model: {
-            kind: {"accuracy": a.value, "standard_error": a.standard_error, "questions": a.count}
-            for kind, a in measured.table.items()
-        }
-        for model, measured in (("base", base), ("trained", trained))
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
 def draw_answers(
-    questions: Sequence[Question],
+    questions: Sequence[DigitQuestion],
     base: Sequence[str],
     trained: Sequence[str],
     path: Path,

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,8 @@ def consult(
         except GenerationFailed as error:
             return error
 
-    with path.open("a", encoding="utf-8") as file:
-        for done, (index, reply) in enumerate(as_they_come(ask, todo, _AT_ONCE), start=1):
+    with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(_AT_ONCE) as pool:
+        for done, (index, reply) in enumerate(as_they_come(pool, ask, todo), start=1):
             if isinstance(reply, GenerationFailed):
                 failures.append(reply)
                 in_a_row += 1

@@ -69,8 +69,7 @@ class HuggingFace:
 
     def answer(self, questions: Sequence[Question], generation: Generation) -> Iterator[dict[str, Answer]]:
         """Greedy answers by index, batch by batch, the longest prompts first: what does not fit shows at once."""
-        ordered = sorted(questions, key=lambda question: _length(question, generation), reverse=True)
-        for batch in self._batches(ordered, generation):
+        for batch in self._batches(longest_first(questions, generation), generation):
             yield {index: answer for index, [answer] in batch.items()}
 
     def sample(
@@ -181,8 +180,12 @@ class HuggingFace:
             self.model.train(was_training)
 
 
+def longest_first(questions: Sequence[Question], generation: Generation) -> list[Question]:
+    """Sorted by about how many tokens a prompt has: equal neighbours need no padding."""
+    return sorted(questions, key=lambda question: _length(question, generation), reverse=True)
+
+
 def _length(question: Question, generation: Generation) -> int:
-    """About how many tokens the prompt has: equal neighbours need no padding."""
     pixels = 0
     for source in question.images:
         with contextlib.suppress(ImageError):  # counted when it is opened

@@ -1,20 +1,25 @@
-"""One model on several GPUs: a process each, every one answering its share."""
+"""One model on several GPUs: a process each."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import multiprocessing
-from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
-from unidpo.errors import UserError
-from unidpo.generate.hugging_face import load_model
+from unidpo.generate.hugging_face import BATCH_ON_GPU, HuggingFace, load_model, longest_first
 from unidpo.generate.questions import Answer, Generation, GenerationFailed, LoadOptions, Question
+from unidpo.generate.server import as_they_come
+
+BATCHES_IN_A_SHARE = 4
+"""What a process answers before it is given more."""
 
 
 class Processes:
-    """The same model in several processes, the n-th of them on the n-th GPU.
+    """The same model in several processes, each on a GPU of its own.
 
     Args:
         name: folder or hub id of the model.
@@ -27,17 +32,13 @@ class Processes:
 
     def __init__(self, name: str, options: LoadOptions) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        for rank in range(options.processes):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, name, options, rank), daemon=True)
-            process.start()
-            there.close()  # so that the end of the process is the end of the pipe
-            self._pipes.append(here)
-            self._processes.append(process)
+        gpus: SimpleQueue[int] = context.SimpleQueue()
+        for gpu in range(options.processes):
+            gpus.put(gpu)
+        self._options = options
+        self._pool = ProcessPoolExecutor(options.processes, context, _start, (name, options, gpus))
         try:
-            self._identity, *_ = [self._receive(rank) for rank in range(options.processes)]
+            self._identity = self._pool.submit(_identity).result()
         except BaseException:
             self.close()
             raise
@@ -46,65 +47,38 @@ class Processes:
         return dict(self._identity)
 
     def answer(self, questions: Sequence[Question], generation: Generation) -> Iterator[dict[str, Answer]]:
-        """Answers by index, as they come from any of the processes. A failure of one is raised once all are done."""
-        busy = dict(enumerate(self._pipes))
-        for rank, pipe in busy.items():
-            with contextlib.suppress(OSError):  # one that has ended says so when it is read from
-                pipe.send((questions[rank :: len(self._pipes)], generation))
-        failures: list[Exception] = []
-        while busy:
-            ready = wait(list(busy.values()))
-            for rank in [rank for rank, pipe in busy.items() if pipe in ready]:
-                try:
-                    batch = self._receive(rank)
-                except UserError as error:
-                    failures.append(error)
-                    batch = None
-                if batch is None:
-                    del busy[rank]
-                else:
-                    yield batch
-        if failures:
-            raise failures[0]
+        """Answers by index, a share at a time, as they come from any of the processes."""
+        most = BATCHES_IN_A_SHARE * (self._options.batch_size or BATCH_ON_GPU)
+        size = max(1, min(most, len(questions) // self._options.processes))
+        ordered = longest_first(questions, generation)
+        shares = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        try:
+            for _, answers in as_they_come(self._pool, functools.partial(_answer, generation=generation), shares):
+                yield answers
+        except BrokenProcessPool as error:
+            raise GenerationFailed(f"{error}; run the command again to go on") from error
 
     def close(self) -> None:
         """End the processes."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(timeout=5)  # an idle one ends by itself once its pipe is closed
-            process.terminate()
-            process.join()
-
-    def _receive(self, rank: int) -> Any:
-        try:
-            received = self._pipes[rank].recv()
-        except (EOFError, OSError) as error:
-            self._processes[rank].join(timeout=5)
-            code = self._processes[rank].exitcode
-            raise GenerationFailed(f"process {rank} ended with code {code}; run the command again to go on") from error
-        if isinstance(received, Exception):
-            raise received
-        return received
+        self._pool.shutdown(cancel_futures=True)
 
 
-def _serve(pipe: Connection, name: str, options: LoadOptions, rank: int) -> None:
-    """In a process of its own: answer what comes through the pipe, until it is closed."""
-    try:
-        backend = load_model(name, options, gpu=rank)
-        pipe.send(backend.identity())
-    except UserError as error:
-        pipe.send(error)
-        return
-    while True:
-        try:
-            questions, generation = pipe.recv()
-        except EOFError:
-            return
-        try:
-            for batch in backend.answer(questions, generation):
-                pipe.send(batch)
-        except Exception as error:  # the process stays for the next questions
-            pipe.send(GenerationFailed(f"process {rank}: {type(error).__name__}: {error}"))
-        else:
-            pipe.send(None)
+_model: Callable[[], HuggingFace]
+"""In a process of its own: loads the model at the first call."""
+
+
+def _start(name: str, options: LoadOptions, gpus: SimpleQueue[int]) -> None:
+    """Loads nothing: an error here would end the process without saying why."""
+    global _model
+    _model = functools.cache(lambda: load_model(name, options, gpu=gpus.get()))
+
+
+def _identity() -> dict[str, Any]:
+    return _model().identity()
+
+
+def _answer(questions: Sequence[Question], generation: Generation) -> dict[str, Answer]:
+    answers: dict[str, Answer] = {}
+    for batch in _model().answer(questions, generation):
+        answers |= batch
+    return answers

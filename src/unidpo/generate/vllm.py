@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import io
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,9 @@ class Server(_Vllm):
         return {**super().identity(), "served": self.served}
 
     def answer(self, questions: Sequence[Question], generation: Generation) -> Iterator[dict[str, Answer]]:
-        for question, answer in as_they_come(lambda each: self._ask(each, generation), questions, self.at_once):
-            yield {question.index: answer}
+        with ThreadPoolExecutor(self.at_once) as pool:
+            for question, answer in as_they_come(pool, lambda each: self._ask(each, generation), questions):
+                yield {question.index: answer}
 
     def _ask(self, question: Question, generation: Generation) -> Answer:
         prompt = self.prompter.prompt(question, generation)

@@ -1,10 +1,11 @@
-"""Benchmarks that a model takes while it trains."""
+"""Benchmarks during training."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -17,59 +18,47 @@ from unidpo.evaluate.selection import select
 from unidpo.evaluate.vlmeval import Worker, data_folder
 from unidpo.generate.hugging_face import HuggingFace
 from unidpo.model.load import Processor
+from unidpo.progress import OnProgress
 
 
-class Midway:
-    """A recipe's benchmarks, taken by the model in memory; the results lie in `benchmarks/step-<n>/` of the run.
+@dataclass(frozen=True, slots=True)
+class TrainingBenchmarks:
+    """A recipe's benchmarks, put to the model in memory; the results lie in `benchmarks/step-<n>/` of the run.
 
-    Args:
+    Attributes:
         benchmarks: what is asked.
         section: the recipe's `eval`.
         folder: the run's.
         on_progress: told how far it is.
     """
 
-    def __init__(
-        self,
-        benchmarks: Sequence[Benchmark],
-        section: EvalSection,
-        folder: Path,
-        on_progress: Callable[[str, int, int], None] | None = None,
-    ) -> None:
-        self._benchmarks = benchmarks
-        self._section = section
-        self._folder = folder
-        self._on_progress = on_progress
+    benchmarks: Sequence[Benchmark]
+    section: EvalSection
+    folder: Path
+    on_progress: OnProgress | None = None
 
     @property
     def names(self) -> list[str]:
         """What the metrics are called."""
-        return [benchmark.name for benchmark in self._benchmarks]
+        return [benchmark.name for benchmark in self.benchmarks]
 
-    def take(self, model: PreTrainedModel, processor: Processor, step: int) -> dict[str, float]:
+    def run(self, model: PreTrainedModel, processor: Processor, step: int) -> dict[str, float]:
         """The main metric of each benchmark by its name. Raises `TrainingError` where one fails."""
-        backend = HuggingFace(model, processor, batch_size=self._section.batch_size)
-        out = self._folder / "benchmarks" / f"step-{step}"
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was broken off and goes on from before
-        result = evaluate(
-            backend,
-            self._benchmarks,
-            out,
-            limit=self._section.limit,
-            on_progress=self._on_progress,
-            model=f"step {step}",
-        )
+        backend = HuggingFace(model, processor, batch_size=self.section.batch_size)
+        out, label, limit = self.folder / "benchmarks" / f"step-{step}", f"step {step}", self.section.limit
+        shutil.rmtree(out, ignore_errors=True)  # of an interrupted run that resumed from an earlier step
+        result = evaluate(backend, self.benchmarks, out, model=label, limit=limit, on_progress=self.on_progress)
         if result.failed:
             reasons = "; ".join(str(failed.failure) for failed in result.failed)
             raise TrainingError(f"a benchmark failed at step {step}: {reasons}")
         return {each.name: each.value for each in result.benchmarks}
 
 
-@contextmanager
-def midway(
-    section: EvalSection | None, folder: Path, on_progress: Callable[[str, int, int], None] | None = None
-) -> Iterator[Midway | None]:
-    """The benchmarks of a recipe, looked at before anything is trained; `None` where it has none.
+@contextlib.contextmanager
+def open_benchmarks(
+    section: EvalSection | None, folder: Path, on_progress: OnProgress | None = None
+) -> Iterator[TrainingBenchmarks | None]:
+    """The benchmarks of a recipe, read before anything is trained; `None` where it has none.
 
     Raises:
         UserError: a benchmark is unknown or cannot be read.
@@ -79,4 +68,4 @@ def midway(
         return
     with Worker() as worker:
         benchmarks = select(section.benchmarks, data=data_folder(), worker=worker)
-        yield Midway(benchmarks, section, folder, on_progress)
+        yield TrainingBenchmarks(benchmarks, section, folder, on_progress)

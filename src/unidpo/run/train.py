@@ -35,7 +35,7 @@ from unidpo.losses import PreferenceLoss, UniDPO
 from unidpo.model.adapters import lora_config
 from unidpo.model.load import load_config, load_policy, load_processor, save_model
 from unidpo.progress import Stages
-from unidpo.run.benchmarks import Midway, midway
+from unidpo.run.benchmarks import TrainingBenchmarks, open_benchmarks
 from unidpo.run.card import write_card
 from unidpo.run.training_arguments import packages_the_recipe_needs, training_arguments
 from unidpo.run_folder.folder import RunFolder, step_of
@@ -67,7 +67,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
     loss = recipe.loss
     folder = RunFolder(recipe.output)
     with _locked(folder, resume=resume):
-        with Stages(console) as stages, midway(recipe.eval, folder.path, stages.update) as benchmarks:
+        with Stages(console) as stages, open_benchmarks(recipe.eval, folder.path, stages.update) as benchmarks:
             _require_metric(args, loss, [] if benchmarks is None else benchmarks.names)
             config, machine = recipe.resolved(), _machine()
             checkpoint = on_main(lambda: folder.resume(config) if resume else folder.create(config, machine))
@@ -245,7 +245,7 @@ def _trainer(
     held_out: Sequence[PromptGroup],
     record: RunRecord | None,
     progress: _Progress,
-    benchmarks: Midway | None,
+    benchmarks: TrainingBenchmarks | None,
     on_digests: Callable[[Mapping[str, str]], None],
 ) -> PreferenceTrainer:
     set_seed(args.seed)
@@ -278,7 +278,7 @@ def _trainer(
         on_token_progress=progress.show_tokens,
         on_reference_progress=progress.show_reference,
         on_feature_progress=progress.show_features,
-        benchmark=None if benchmarks is None else benchmarks.take,
+        benchmark=None if benchmarks is None else benchmarks.run,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -1,4 +1,4 @@
-"""Benchmarks that a model takes while it trains."""
+"""Benchmarks during training."""
 
 import json
 
@@ -52,10 +52,10 @@ def test_it_changes_no_step(recipe, tmp_path):
 
 
 def test_it_chooses_the_checkpoint(recipe, tmp_path, monkeypatch):
-    from unidpo.run.benchmarks import Midway
+    from unidpo.run.benchmarks import TrainingBenchmarks
 
     values = {2: 0.9, 4: 0.1}
-    monkeypatch.setattr(Midway, "take", lambda self, model, processor, step: {"mine": values[step]})
+    monkeypatch.setattr(TrainingBenchmarks, "run", lambda self, model, processor, step: {"mine": values[step]})
     best = ["train.load_best_model_at_end=true", "train.metric_for_best_model=mine", "train.greater_is_better=true"]
     best += ["train.save_total_limit=null", "train.eval_strategy=steps", "train.eval_steps=2"]
     folder = run(load_recipe(recipe, best))
