@@ -86,7 +86,7 @@ def test_each_image_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Image.new("RGB", (40, 40)).save(tmp_path / f"{name}.png")
     seen: list[Any] = []
     monkeypatch.setattr(
-        "unidpo.data.check.scan.inspect_image",
+        "unidpo.data.check.inspect_image",
         lambda source, **limits: seen.append(source) or inspect_image(source, **limits),
     )
     progress: list[tuple[str, int, int]] = []

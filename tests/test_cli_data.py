@@ -207,11 +207,11 @@ class TestScalesOfScores:
             assert "(of the recipe)" in said or not expected
 
     def test_the_defaults_are_those_of_recipes(self):
-        from unidpo.data.check import scale
+        from unidpo.data.check.scores import DEFAULTS
         from unidpo.losses import UniDPO
 
         loss = UniDPO()
-        assert (scale.DEFAULTS.quality_eta, scale.DEFAULTS.tau_good) == (loss.quality_eta, loss.tau_good)
+        assert (DEFAULTS.quality_eta, DEFAULTS.tau_good) == (loss.quality_eta, loss.tau_good)
 
 
 def test_convert_says_which_images_it_did_not_find(pairs, tmp_path):

@@ -2,57 +2,33 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from unidpo.data.check.measure import (
-    EpochTokens,
-    GroupLengths,
-    Lengths,
-    Spread,
-    epoch_tokens,
-    estimated_lengths,
-    spread,
-)
-from unidpo.data.check.report import CheckReport
+from unidpo.data.check.measure import GroupLengths, Lengths, estimated_lengths
+from unidpo.data.check.report import CheckReport, describe
 from unidpo.data.check.rows import (
     IMAGE_TOKENS,
     SPECIAL_TOKENS,
     GroupCheck,
     byte_order_mark,
-    mixed_scales,
-    partly_missing_scores,
     repeated_pairs,
     special_token_check,
     text_check,
     white_space_check,
 )
-from unidpo.data.check.scale import DEFAULTS, ScoreKnobs, score_scale
-from unidpo.data.check.scan import ImageScan, Progress, inspect_images
+from unidpo.data.check.scores import DEFAULTS, ScoreKnobs, mixed_scales, partly_missing_scores, score_scale
 from unidpo.data.check.usable import write_usable
-from unidpo.data.formats import read_groups
-from unidpo.data.images import MAX_PIXELS
-from unidpo.data.pairs import PromptGroup
+from unidpo.data.formats import ImageUse, read_groups
+from unidpo.data.images import MAX_PIXELS, inspect_image
+from unidpo.data.pairs import ImageSource, PromptGroup
 from unidpo.errors import Finding, UserError
+from unidpo.progress import OnProgress
 
-__all__ = [
-    "SPECIAL_TOKENS",
-    "CheckReport",
-    "EpochTokens",
-    "GroupCheck",
-    "GroupLengths",
-    "Lengths",
-    "Progress",
-    "ScoreKnobs",
-    "Spread",
-    "check_data",
-    "special_token_check",
-    "write_usable",
-]
+__all__ = ["CheckReport", "GroupLengths", "ScoreKnobs", "check_data", "special_token_check", "write_usable"]
 
 _TICK = 100
 
@@ -67,8 +43,7 @@ def check_data(
     max_pixels: int = MAX_PIXELS,
     lengths: Lengths | None = None,
     extra: Iterable[GroupCheck] = (),
-    on_progress: Progress | None = None,
-    workers: int | None = None,
+    on_progress: OnProgress | None = None,
     knobs: ScoreKnobs | None = DEFAULTS,
 ) -> CheckReport:
     """Read a data set whole and note every problem of every row.
@@ -87,22 +62,17 @@ def check_data(
         lengths: counts tokens; by default they are estimated.
         extra: further checks of each row that is usable so far. A `UserError` they (or ``lengths``) raise becomes an
             error of the row.
-        on_progress: see `Progress`.
-        workers: threads that decode images; as many as there are processors by default.
+        on_progress: called with ``images`` or ``rows``, how many are done and how many there are.
         knobs: values of the loss that the scores are held against; `None` for a loss without such.
 
     Raises:
         DataError: the file cannot be read at all; see `unidpo.data.formats.read_groups`.
     """
     read = read_groups(path, images=images, require_scores=require_scores)
-    scan = ImageScan([], {})
-    if scan_images:
-        scan = inspect_images(read.image_uses, max_pixels=max_pixels, workers=workers, on_progress=on_progress)
-    findings = [*read.findings, *scan.findings]
-    if (mark := byte_order_mark(Path(path))) is not None:
-        findings.append(mark)
+    odd_images, sizes = _inspect_images(read.image_uses if scan_images else [], max_pixels, on_progress)
+    findings = [*read.findings, *odd_images, *byte_order_mark(Path(path))]
 
-    measure = lengths or estimated_lengths(scan.sizes, max_pixels=max_pixels)
+    measure = lengths or estimated_lengths(sizes, max_pixels=max_pixels)
     # A pack puts rows with images beside those without, so that one image token too many stops them all.
     stops = IMAGE_TOKENS if read.image_uses else ()
     checks = (special_token_check(special_tokens, fatal=stops), text_check, white_space_check, *extra)
@@ -118,22 +88,34 @@ def check_data(
         if on_progress and (done % _TICK == 0 or done == len(candidates)):
             on_progress("rows", done, len(candidates))
 
-    findings += repeated_pairs(usable)
+    findings += [*repeated_pairs(usable), *mixed_scales(usable)]
     if not require_scores:
         findings += partly_missing_scores(usable)
-    if (scales := mixed_scales(usable)) is not None:
-        findings.append(scales)
     if knobs is not None:
         findings += score_scale(usable, knobs)
-    return _describe(
-        path=path,
-        images=images,
-        rows=read.rows,
-        findings=[replace(finding, file=finding.file or path) for finding in findings],
-        groups=usable,
-        lengths=measured,
-        estimated=lengths is None,
-    )
+    findings = [replace(finding, file=finding.file or path) for finding in findings]
+    return describe(path, images, read.rows, findings, usable, measured, estimated=lengths is None)
+
+
+def _inspect_images(
+    uses: Sequence[ImageUse], max_pixels: int, on_progress: OnProgress | None
+) -> tuple[list[Finding], dict[ImageSource, tuple[int, int]]]:
+    """What is wrong with images, for each use of one, and width and height of those that can be decoded."""
+    sources = list({use.source: None for use in uses})
+    found: dict[ImageSource, tuple[Finding, ...]] = {}
+    sizes: dict[ImageSource, tuple[int, int]] = {}
+    pool = ThreadPoolExecutor(os.cpu_count())  # decoders run outside of Python's lock
+    try:
+        results = pool.map(lambda source: inspect_image(source, max_pixels=max_pixels), sources)
+        for done, (source, inspection) in enumerate(zip(sources, results, strict=True), start=1):
+            found[source] = inspection.findings
+            if inspection.size is not None:
+                sizes[source] = inspection.size
+            if on_progress:
+                on_progress("images", done, len(sources))
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for the images not begun
+    return [replace(each, row=use.row, key=use.key) for use in uses for each in found.get(use.source, ())], sizes
 
 
 def _examine(
@@ -151,43 +133,3 @@ def _examine(
         findings.append(Finding(kind, str(error)))
     located = [replace(finding, row=finding.row or group.pairs[0].row) for finding in findings]
     return located, None if any(finding.severity == "error" for finding in findings) else length
-
-
-def _describe(
-    *,
-    path: str | Path,
-    images: str | Path | None,
-    rows: int,
-    findings: list[Finding],
-    groups: list[PromptGroup],
-    lengths: list[GroupLengths],
-    estimated: bool,
-) -> CheckReport:
-    pairs_of: Counter[Any] = Counter()
-    images_of: dict[Any, int] = {}
-    for group in groups:
-        key = group.prompt_key()
-        pairs_of[key] += len(group.pairs)
-        images_of[key] = len(group.images)
-    scored = [(g, p, margin) for g in groups for p in g.pairs if (margin := g.score_margin(p)) is not None]
-    chosen = [score for g, p, _ in scored if (score := g.responses[p.chosen].score) is not None]
-    return CheckReport(
-        file=str(path),
-        image_root=None if images is None else str(images),
-        findings=sorted(findings, key=lambda finding: finding.row or 0),
-        groups=groups,
-        rows=rows,
-        usable_rows=len(groups),
-        pairs=sum(pairs_of.values()),
-        scored_pairs=len(scored),
-        prompts=len(pairs_of),
-        images=len({image for group in groups for image in group.images if isinstance(image, (Path, bytes))}),
-        pairs_per_prompt=spread(pairs_of.values()),
-        images_per_prompt=spread(images_of.values()),
-        prompt_tokens=spread(length.prompt for length in lengths),
-        response_tokens=spread(tokens for length in lengths for tokens in length.responses),
-        response_characters=spread(len(response.text) for group in groups for response in group.responses),
-        score_margin=spread(margin for _, _, margin in scored),
-        chosen_score_median=statistics.median(chosen) if chosen else None,
-        epoch_tokens=epoch_tokens(groups, lengths, estimated=estimated),
-    )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
 from unidpo.data.images import MAX_PIXELS
-from unidpo.data.pairs import ImageSource, PromptGroup, Response
+from unidpo.data.pairs import ImageSource, PromptGroup
 
 _STEPS = 20
 _PIXELS_PER_TOKEN = 28 * 28
@@ -69,25 +69,20 @@ class EpochTokens:
     prompt_packs: int
 
 
-@dataclass(slots=True)
-class _Prompt:
-    tokens: int
-    responses: dict[Response, int] = field(default_factory=dict)
-
-
 def epoch_tokens(groups: Sequence[PromptGroup], lengths: Sequence[GroupLengths], *, estimated: bool) -> EpochTokens:
     """Count what packing saves; ``lengths`` has one entry per group."""
-    prompts: dict[Hashable, _Prompt] = {}
+    distinct: dict[Hashable, int] = {}
     padded = packed = 0
     for group, length in zip(groups, lengths, strict=True):
-        prompt = prompts.setdefault(group.prompt_key(), _Prompt(length.prompt))
-        prompt.responses.update(zip(group.responses, length.responses, strict=True))
+        key = group.prompt_key()
+        distinct.setdefault(key, length.prompt)
+        for response, tokens in zip(group.responses, length.responses, strict=True):
+            distinct[key, response] = tokens
         for pair in group.pairs:
             chosen, rejected = length.responses[pair.chosen], length.responses[pair.rejected]
             padded += 2 * 2 * (length.prompt + max(chosen, rejected))
             packed += length.prompt + chosen + rejected
-    together = sum(prompt.tokens + sum(prompt.responses.values()) for prompt in prompts.values())
-    return EpochTokens(estimated, padded, packed, together)
+    return EpochTokens(estimated, padded, packed, sum(distinct.values()))
 
 
 def estimated_lengths(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unidpo.data.check.measure import EpochTokens, Spread
+from unidpo.data.check.measure import EpochTokens, GroupLengths, Spread, epoch_tokens, spread
+from unidpo.data.check.scores import scored_pairs
 from unidpo.data.pairs import PromptGroup
 from unidpo.errors import Finding, printable
 
 _EXAMPLES = 3
-_BAR_WIDTH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +113,16 @@ class CheckReport:
         if kinds:
             console.print()
         console.print(Text(printable(self.file), "bold"), soft_wrap=True)
-        console.print(self._table(_has_blocks(console)))
+        console.print(self._table(blocks=console.encoding.startswith("utf")))
         if self.usable_rows:
             console.print()
             how = "estimated, without a model" if self.epoch_tokens.estimated else "counted"
             console.print(f"tokens per epoch ({how})")
-            console.print(self._costs(_has_blocks(console)))
+            console.print(self._costs())
             console.print()
         console.print(Text(self.verdict, "red" if self.errors else "green"), soft_wrap=True)
 
-    def _table(self, blocks: bool) -> Table:
+    def _table(self, *, blocks: bool) -> Table:
         table = Table(box=None, pad_edge=False)
         for name in ("", "", "min", "10 %", "median", "90 %", "max"):
             table.add_column(name, justify="left" if not name else "right")
@@ -146,11 +149,11 @@ class CheckReport:
             table.add_row("  chosen score", "", "", "", f"{self.chosen_score_median:,.6g}", "", "", "try as tau_good")
         return table
 
-    def _costs(self, blocks: bool) -> Table:
-        """One bar per layout, with how many times fewer tokens it takes than padded pairs."""
+    def _costs(self) -> Table:
+        """A line per layout, with how many times fewer tokens it takes than padded pairs."""
         costs = self.epoch_tokens
         table = Table(box=None, pad_edge=False, show_header=False)
-        for justify in ("left", "right", "left", "left"):
+        for justify in ("left", "right", "left"):
             table.add_column(justify=justify, no_wrap=True)
         layouts = {
             "padded pairs, with a reference": costs.padded_pairs,
@@ -158,10 +161,49 @@ class CheckReport:
             "prompt packs (group_by_prompt)": costs.prompt_packs,
         }
         for name, tokens in layouts.items():
-            length = max(1, round(_BAR_WIDTH * tokens / max(costs.padded_pairs, 1)))
             fewer = "" if tokens == costs.padded_pairs else f"{costs.padded_pairs / max(tokens, 1):.1f} times fewer"
-            table.add_row(name, _short(tokens), Text(("█" if blocks else "#") * length, "cyan"), fewer)
+            table.add_row(name, f"{tokens:,}", fewer)
         return table
+
+
+def describe(
+    path: str | Path,
+    images: str | Path | None,
+    rows: int,
+    findings: list[Finding],
+    groups: list[PromptGroup],
+    lengths: list[GroupLengths],
+    *,
+    estimated: bool,
+) -> CheckReport:
+    """Describe the usable rows; ``lengths`` has one entry per group."""
+    pairs_of: Counter[Any] = Counter()
+    images_of: dict[Any, int] = {}
+    scored = list(scored_pairs(groups))
+    for group in groups:
+        key = group.prompt_key()
+        pairs_of[key] += len(group.pairs)
+        images_of[key] = len(group.images)
+    return CheckReport(
+        file=str(path),
+        image_root=None if images is None else str(images),
+        findings=sorted(findings, key=lambda finding: finding.row or 0),
+        groups=groups,
+        rows=rows,
+        usable_rows=len(groups),
+        pairs=sum(pairs_of.values()),
+        scored_pairs=len(scored),
+        prompts=len(pairs_of),
+        images=len({image for group in groups for image in group.images if isinstance(image, (Path, bytes))}),
+        pairs_per_prompt=spread(pairs_of.values()),
+        images_per_prompt=spread(images_of.values()),
+        prompt_tokens=spread(length.prompt for length in lengths),
+        response_tokens=spread(tokens for length in lengths for tokens in length.responses),
+        response_characters=spread(len(response.text) for group in groups for response in group.responses),
+        score_margin=spread(margin for _, margin in scored),
+        chosen_score_median=statistics.median(score for score, _ in scored) if scored else None,
+        epoch_tokens=epoch_tokens(groups, lengths, estimated=estimated),
+    )
 
 
 def sparkline(counts: tuple[int, ...], blocks: bool = True) -> str:
@@ -169,14 +211,3 @@ def sparkline(counts: tuple[int, ...], blocks: bool = True) -> str:
     levels = "▁▂▃▄▅▆▇█" if blocks else ".:-=+*#@"
     most = max(counts)
     return "".join(levels[(count * len(levels) - 1) // most] if count else " " for count in counts).rstrip()
-
-
-def _has_blocks(console: Console) -> bool:
-    return console.encoding.startswith("utf")
-
-
-def _short(number: int) -> str:
-    for unit, name in ((10**9, " G"), (10**6, " M"), (10**3, " k")):
-        if number >= unit:
-            return f"{number / unit:.1f}{name}"
-    return str(number)

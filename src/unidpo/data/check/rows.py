@@ -1,12 +1,10 @@
-"""What is odd about rows that could be read: each by itself, and all of them beside each other."""
+"""What is odd about the texts of rows that could be read, and about pairs beside each other."""
 
 from __future__ import annotations
 
 import re
-import statistics
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,11 +26,21 @@ SPECIAL_TOKENS = (
 IMAGE_TOKENS = ("<|image_pad|>", "<|video_pad|>")
 """What stands for a piece of an image in Qwen's models. In text, it is an image that is not there: the model raises."""
 
-# UTF-8 that was read as Windows-1252: "Ã©" for "é", "â€™" for a closing quote.
-_MISREAD = re.compile("[ÃÂ][\u0080-\u00bf]|â€[\u0080-\u00bf™œ˜“”¦]")
-_MARK, _OTHER_MARK = re.compile("<(?:image|video|audio)>"), re.compile("<(?:video|audio)>")
+_ODD_TEXT = (
+    ("media-mark", "<(?:image|video|audio)>", "{}, which is read as plain text; remove it"),
+    ("wrong-encoding", "\ufffd", "U+FFFD, a character lost in decoding; make the file anew from its source"),
+    # "Ã©" for "é", "â€™" for a closing quote.
+    (
+        "wrong-encoding",
+        "[ÃÂ][\u0080-\u00bf]|â€[\u0080-\u00bf™œ˜“”¦]",
+        "{}, which is UTF-8 read as Windows-1252; decode its source as UTF-8",
+    ),
+    ("byte-order-mark", "\ufeff", "a byte-order mark (U+FEFF); remove it"),
+    ("control-characters", "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "control characters ({}); remove them"),
+)
+"""Kind of finding, pattern, and what the text holds, with what was found."""
+_ANY_ODD = re.compile("|".join(pattern for _, pattern, _ in _ODD_TEXT))
 _UNSEEN = re.compile("[\\s\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]+")
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def special_token_check(tokens: Iterable[str], *, fatal: Iterable[str] = ()) -> GroupCheck:
@@ -54,142 +62,79 @@ def special_token_check(tokens: Iterable[str], *, fatal: Iterable[str] = ()) -> 
                 problem = f"{where} holds {_listed(found & stops)}, for which the model expects an image; remove it"
                 yield Finding("special-token", problem)
             elif found:
-                problem = (
-                    f"{where} holds {_listed(found)}, which models take for control tokens, not for text; remove it"
-                )
-                yield _warning("special-token", problem)
+                problem = f"{where} holds {_listed(found)}, which models take for control tokens; remove it"
+                yield warning("special-token", problem)
 
     return check
 
 
 def text_check(group: PromptGroup) -> Iterator[Finding]:
-    """Text that was decoded wrongly before it came here, and characters no one writes."""
+    """Text that was decoded wrongly before it came here, and what is no text."""
     for where, text in _texts(group):
-        if "<" in text and (marks := (_OTHER_MARK if where == "the prompt" else _MARK).findall(text)):
-            problem = f"{where} holds {_listed(set(marks))} as plain text, where nothing is shown; remove it"
-            yield _warning("media-mark", problem)
-        if text.isascii():
-            if _CONTROL.search(text):
-                yield _control_characters(where, text)
+        if not _ANY_ODD.search(text):
             continue
-        if "\ufffd" in text:
-            problem = (
-                f"{where} holds U+FFFD, the mark of a character lost in decoding; make the file anew from its source"
-            )
-            yield _warning("wrong-encoding", problem)
-        elif misread := _MISREAD.search(text):
-            example = shown(misread.group())
-            problem = f"{where} holds {example}, which is UTF-8 read as Windows-1252; decode its source as UTF-8"
-            yield _warning("wrong-encoding", problem)
-        if "\ufeff" in text:
-            yield _warning("byte-order-mark", f"{where} holds a byte-order mark (U+FEFF); remove it")
-        if _CONTROL.search(text):
-            yield _control_characters(where, text)
+        for kind, pattern, problem in _ODD_TEXT:
+            found = set(re.findall(pattern, text))
+            if where == "the prompt":
+                found.discard("<image>")
+            if found:
+                yield warning(kind, f"{where} holds {problem.format(_listed(found))}")
 
 
 def white_space_check(group: PromptGroup) -> Iterator[Finding]:
-    """Pairs whose responses differ in white space only: equal to a reader, not to the loss."""
-    plain = [" ".join(response.text.split()) for response in group.responses]
+    """Pairs whose responses look the same: equal to a reader, not to the loss."""
     for pair in group.pairs:
-        if plain[pair.chosen] == plain[pair.rejected]:
+        chosen, rejected = group.responses[pair.chosen].text, group.responses[pair.rejected].text
+        if chosen.split() == rejected.split():
             problem = "chosen and rejected differ in white space only; remove the pair unless that is what is preferred"
-            yield _warning("white-space-only", problem)
-        elif _look_alike(group.responses[pair.chosen].text, group.responses[pair.rejected].text):
+            yield warning("white-space-only", problem)
+        elif not (chosen.isascii() and rejected.isascii()) and _seen(chosen) == _seen(rejected):
             problem = "chosen and rejected look the same, being other characters for one text (Unicode NFKC); remove it"
-            yield _warning("look-alike-responses", problem)
-
-
-def _look_alike(one: str, other: str) -> bool:
-    """Whether two texts are one to a reader: é in one or two characters, Ａ for A, marks of width zero."""
-    if one.isascii() and other.isascii():
-        return False
-    # Most pairs differ at once, and normalising takes time. What stands at the cut may still change.
-    begins = _seen(one[:64]), _seen(other[:64])
-    same = max(0, min(len(begins[0]), len(begins[1]), 16) - 1)
-    return begins[0][:same] == begins[1][:same] and _seen(one) == _seen(other)
-
-
-def _seen(text: str) -> str:
-    return _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+            yield warning("look-alike-responses", problem)
 
 
 def repeated_pairs(groups: Iterable[PromptGroup]) -> Iterator[Finding]:
     """Pairs that stand in an earlier row already, as they are or the other way round."""
-    first: dict[object, tuple[PromptGroup, Pair]] = {}
+    first: dict[object, tuple[Pair, float | None]] = {}
     for group in groups:
         key = group.prompt_key()
         for pair in group.pairs:
+            margin = group.score_margin(pair)
             chosen, rejected = group.responses[pair.chosen].text, group.responses[pair.rejected].text
-            earlier = first.setdefault((key, chosen, rejected), (group, pair))
-            if earlier[1].row != pair.row:
-                yield _duplicate(group, pair, *earlier)
+            earlier, other = first.setdefault((key, chosen, rejected), (pair, margin))
+            if earlier.row != pair.row:
+                scores = "" if margin == other else ", with other scores"
+                problem = f"the same prompt, images and responses stand in row {earlier.row}{scores}"
+                yield warning("duplicate-pair", f"{problem}; remove one of the two", pair.row)
             if (key, rejected, chosen) in first:
-                yield _both_orders(group, pair, *first[key, rejected, chosen])
+                earlier, other = first[key, rejected, chosen]
+                problem = f"row {earlier.row} prefers the same two responses the other way round"
+                if margin and other:
+                    agree = (margin > 0) != (other > 0)
+                    problem += f", {'though their scores agree' if agree else 'and their scores contradict each other'}"
+                yield warning("both-orders", f"{problem}; keep the right one", pair.row)
 
 
-def partly_missing_scores(groups: Sequence[PromptGroup]) -> Iterator[Finding]:
-    """Rows without scores, in data of which other rows have them."""
-    unscored = [group for group in groups if any(group.score_margin(pair) is None for pair in group.pairs)]
-    if len(unscored) == len(groups):
-        return
-    problem = "there is no score, unlike in other rows; losses that use scores (Uni-DPO) refuse the row"
-    yield from (_warning("missing-score", problem, group.pairs[0].row) for group in unscored)
-
-
-def mixed_scales(groups: Iterable[PromptGroup]) -> Finding | None:
-    """Whether some rows are scored on a small scale (0 to 1, 5 or 10) and the others on a larger one.
-
-    Two things must come together, which hardly do on one scale: nearly no row has scores on both sides of the small
-    scale's upper end, and the spread of a row's scores is twice as large beyond it.
-    """
-    ranges = []
-    for group in groups:
-        scores = [response.score for response in group.responses if response.score is not None]
-        if len(scores) > 1 and min(scores) < max(scores):
-            ranges.append(_Range(group.pairs[0].row, min(scores), max(scores)))
-    for end in (1, 5, 10):
-        small = [r for r in ranges if r.low >= 0 and r.high <= end]
-        large = [r for r in ranges if r.low >= end and r.high > end]
-        fewer = min(len(small), len(large))
-        crossing = len(ranges) - len(small) - len(large)
-        if fewer < 3 or crossing > fewer / 4 or _median_width(large) < 2 * _median_width(small):
-            continue
-        problem = (
-            f"scores seem to be on different scales: {_described(small)}, but {_described(large)}; bring them to one, "
-            "because weights and `tau_good` compare them"
-        )
-        return _warning("mixed-scales", problem)
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """The lowest and the highest score of a row."""
-
-    row: int
-    low: float
-    high: float
-
-
-def _median_width(ranges: Sequence[_Range]) -> float:
-    return statistics.median(r.high - r.low for r in ranges)
-
-
-def _described(ranges: Sequence[_Range]) -> str:
-    low, high = min(r.low for r in ranges), max(r.high for r in ranges)
-    examples = ", ".join(str(r.row) for r in ranges[:3])
-    return f"{len(ranges):,} rows lie within {low:g} to {high:g} (such as rows {examples})"
-
-
-def byte_order_mark(path: Path) -> Finding | None:
+def byte_order_mark(path: Path) -> Iterator[Finding]:
     """Whether a text file starts with a byte-order mark. It is skipped here; other readers fail on it."""
     try:
         with open_regular(path) as file:
-            marked = file.read(3) == b"\xef\xbb\xbf"
+            is_marked = file.read(3) == b"\xef\xbb\xbf"
     except OSError:
-        return None
-    problem = "the file starts with a byte-order mark, on which other readers fail; save it as UTF-8 without one"
-    return _warning("byte-order-mark", problem) if marked else None
+        return
+    if is_marked:
+        problem = "the file starts with a byte-order mark, on which other readers fail; save it as UTF-8 without one"
+        yield warning("byte-order-mark", problem)
+
+
+def warning(kind: str, problem: str, row: int | None = None) -> Finding:
+    """A finding about a row that can be used, or about the file."""
+    return Finding(kind, problem, row=row, severity="warning")
+
+
+def _seen(text: str) -> str:
+    """What a reader sees: é in one or two characters, Ａ as A, no marks of width zero."""
+    return _UNSEEN.sub("", unicodedata.normalize("NFKC", text))
 
 
 def _texts(group: PromptGroup) -> Iterator[tuple[str, str]]:
@@ -203,31 +148,6 @@ def _texts(group: PromptGroup) -> Iterator[tuple[str, str]]:
         yield from ((f"response {n}", response.text) for n, response in enumerate(group.responses, start=1))
 
 
-def _listed(tokens: Iterable[str]) -> str:
-    return ", ".join(shown(token) for token in sorted(tokens))
-
-
-def _duplicate(group: PromptGroup, pair: Pair, other: PromptGroup, earlier: Pair) -> Finding:
-    same = group.score_margin(pair) == other.score_margin(earlier)
-    scores = "" if same else ", with other scores"
-    problem = f"the same prompt, images and responses stand in row {earlier.row}{scores}; remove one of the two"
-    return _warning("duplicate-pair", problem, pair.row)
-
-
-def _both_orders(group: PromptGroup, pair: Pair, other: PromptGroup, earlier: Pair) -> Finding:
-    problem = f"row {earlier.row} prefers the same two responses the other way round"
-    margins = group.score_margin(pair), other.score_margin(earlier)
-    if None not in margins and margins[0] and margins[1]:
-        agree = (margins[0] > 0) != (margins[1] > 0)
-        problem += ", though their scores agree" if agree else ", and their scores contradict each other too"
-    return _warning("both-orders", f"{problem}; keep the right one", pair.row)
-
-
-def _control_characters(where: str, text: str) -> Finding:
-    found = sorted(set(_CONTROL.findall(text)))
-    names = ", ".join(f"U+{ord(character):04X}" for character in found[:5])
-    return _warning("control-characters", f"{where} holds control characters ({names}); remove them")
-
-
-def _warning(kind: str, problem: str, row: int | None = None) -> Finding:
-    return Finding(kind, problem, row=row, severity="warning")
+def _listed(found: Iterable[str]) -> str:
+    """What was found, at most five of it."""
+    return ", ".join(shown(part) for part in sorted(found)[:5])
