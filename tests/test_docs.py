@@ -375,10 +375,12 @@ def test_the_floors_in_the_readmes_are_those_that_imports_are_held_to() -> None:
 
 def findings_made(*paths: Path) -> Iterator[tuple[str, str]]:
     """(kind, severity) of every finding that some modules can make."""
-    severities = {"error": "error", "warn": "warning", "_warning": "warning", "Finding": "error", "_note": "error"}
+    severities = {"error": "error", "warn": "warning", "warning": "warning", "Finding": "error", "_note": "error"}
     for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text("utf-8")))):
         if isinstance(node, ast.Assign):
             target = node.targets[0]
+            if getattr(target, "id", "") == "_ODD_TEXT" and isinstance(node.value, ast.Tuple):
+                yield from ((row.elts[0].value, "warning") for row in node.value.elts)  # type: ignore[attr-defined]
             if any(getattr(name, "id", None) == "kind" for name in ast.walk(target)):
                 yield from ((kind, "error") for kind in kinds_in(node.value))
             if isinstance(target, ast.Subscript):
