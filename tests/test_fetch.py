@@ -21,8 +21,10 @@ from rich.console import Console
 
 from unidpo.data import download
 from unidpo.data.download import FetchError
-from unidpo.data.mm_rlhf import FetchPlan, fetch
+from unidpo.data.mm_rlhf import Fetched, plan_fetch
+from unidpo.data.mm_rlhf import fetch as fetch_planned
 from unidpo.errors import DataError
+from unidpo.progress import OnProgress
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MM_RLHF, UNI_DPO = "yifanzhang114/MM-RLHF", "psp-dada/Uni-DPO"
@@ -149,8 +151,11 @@ def mm_rlhf(hub: LocalHub) -> LocalHub:
     return hub
 
 
-def plan_fetch(*arguments: Any, **options: Any) -> FetchPlan:
-    return fetch(*arguments, dry_run=True, **options).plan
+def fetch(
+    *arguments: Any, keep_archives: bool = True, on_progress: OnProgress | None = None, **options: Any
+) -> Fetched:
+    plan = plan_fetch(*arguments, **options)
+    return fetch_planned(plan, keep_archives=keep_archives, on_progress=on_progress)
 
 
 def shown(value: Any) -> str:
@@ -175,7 +180,6 @@ def test_a_plan_says_what_and_how_large_and_downloads_nothing(mm_rlhf: LocalHub,
     text = shown(plan)
     assert "long.zip" in text
     assert "3.0 MB to download, about 6." in text
-    assert fetch("mm-rlhf", tmp_path / "to", subsets=["long"], endpoint=mm_rlhf.endpoint, dry_run=True).downloaded == 0
     assert mm_rlhf.asked == []
     assert list(tmp_path.iterdir()) == []
 
@@ -184,19 +188,16 @@ def test_fetch_downloads_verifies_unpacks_and_the_second_time_asks_for_no_file(
     mm_rlhf: LocalHub, tmp_path: Path
 ) -> None:
     stages: dict[str, tuple[int, int]] = {}
-    plans: list[Any] = []
     done = fetch(
         "mm-rlhf",
         tmp_path,
         subsets=["long", "short"],
         endpoint=mm_rlhf.endpoint,
-        on_plan=plans.append,
         on_progress=lambda stage, *count: stages.__setitem__(stage, count),
     )
     assert files_of(tmp_path) == sorted([*FETCHED, "short.zip", "short/a.png"])
     assert (tmp_path / "long/a.png").read_bytes() == LONG
     assert (tmp_path / "short/a.png").read_bytes() == SHORT
-    assert plans == [done.plan]
     assert done.downloaded == done.plan.download_bytes == mm_rlhf.sent
     assert stages["download long.zip, MB"] == stages["verify long.zip, MB"] == (4, 4)
     assert stages["unpack long.zip, files"] == (2, 2)

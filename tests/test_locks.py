@@ -18,6 +18,7 @@ from exams import exam, run_eval
 from test_train import rows_of, unidpo, write_recipe, write_rows
 from unidpo import cli
 from unidpo.data.mm_rlhf import FetchPlan
+from unidpo.data.mm_rlhf.hubs import HuggingFace
 from unidpo.errors import FolderInUse
 from unidpo.files.locks import locked
 from unidpo.training.record import RunRecord
@@ -82,8 +83,8 @@ def _soon(happens, seconds=60):
 
 
 def test_a_second_fetch_into_a_folder_is_refused(tmp_path, monkeypatch):
-    plan = FetchPlan("me/data", "huggingface", tmp_path / "data", (), free=1 << 40)
-    monkeypatch.setattr(sys.modules["unidpo.data.mm_rlhf.fetch"], "make_plan", lambda *_: plan)
+    plan = FetchPlan("me/data", HuggingFace(None), tmp_path / "data", (), free=1 << 40)
+    monkeypatch.setattr("unidpo.data.mm_rlhf.plan_fetch", lambda *_, **__: plan)
     command = ["data", "fetch", "mm-rlhf", "--to", str(plan.to)]
     with locked(plan.to):
         done = CliRunner().invoke(cli.app, command)

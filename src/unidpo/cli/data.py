@@ -140,23 +140,17 @@ def fetch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be downloaded, and stop.")] = False,
 ) -> None:
     """Download a data set and unpack it; goes on where it was broken off."""
-    from unidpo.data.mm_rlhf import fetch as fetch_dataset
+    from unidpo.data.mm_rlhf import fetch as fetch_planned
+    from unidpo.data.mm_rlhf import plan_fetch
     from unidpo.progress import Stages
 
-    console = messages()
-    with Stages(console) as stages:
-        fetched = fetch_dataset(
-            dataset,
-            to,
-            source=source,
-            subsets=None if subsets is None else _words(subsets),
-            repo=repo,
-            endpoint=endpoint,
-            keep_archives=not delete_archives,
-            dry_run=dry_run,
-            on_plan=lambda plan: plan.render(console),
-            on_progress=stages.update,
-        )
+    wanted = None if subsets is None else _words(subsets)
+    plan = plan_fetch(dataset, to, source=source, subsets=wanted, repo=repo, endpoint=endpoint)
+    plan.render(messages())
+    if dry_run:
+        return
+    with Stages(messages()) as stages:
+        fetched = fetch_planned(plan, keep_archives=not delete_archives, on_progress=stages.update)
     fetched.render(results())
 
 
@@ -190,6 +184,7 @@ def from_mm_rlhf(
         join_pairs=join_pairs,
     )
     score_folder(folder, to, scoring, layout=layout, force=force).render(results())
+    _say(f"written to {to}; `unidpo data check {to}` looks at the images")
 
 
 def _limits_of(model: str, max_length: int) -> dict[str, Any]:

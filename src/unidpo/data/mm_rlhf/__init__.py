@@ -1,7 +1,7 @@
 """MM-RLHF: fetch it, unpack it, and make scored preference data of its human ratings."""
 
 from unidpo.data.mm_rlhf.fetch import Fetched, fetch
-from unidpo.data.mm_rlhf.fetch_plan import FetchPlan
+from unidpo.data.mm_rlhf.fetch_plan import FetchPlan, plan_fetch
 from unidpo.data.mm_rlhf.scored import Scored, from_mm_rlhf, scored_groups
 from unidpo.data.mm_rlhf.scoring import RatingsReport, Scoring, parse_weights
 
@@ -14,5 +14,6 @@ __all__ = [
     "fetch",
     "from_mm_rlhf",
     "parse_weights",
+    "plan_fetch",
     "scored_groups",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from rich.filesize import decimal
 
 from unidpo.data.download import FetchError, in_megabytes, part_of, size_on_disk
 from unidpo.data.mm_rlhf.archives import Extracted, extract, top_names
-from unidpo.data.mm_rlhf.fetch_plan import DataSet, FetchPlan, FetchRecord, FileStep, make_plan
-from unidpo.data.mm_rlhf.hubs import Hub, RemoteFile, Source, open_hub
+from unidpo.data.mm_rlhf.fetch_plan import FetchPlan, FetchRecord, FileStep
+from unidpo.data.mm_rlhf.hubs import RemoteFile
 from unidpo.errors import DataError, shown
 from unidpo.files.locks import locked
 from unidpo.progress import OnProgress
@@ -54,50 +53,22 @@ class Fetched:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def fetch(
-    dataset: DataSet,
-    to: str | Path,
-    *,
-    source: Source = "huggingface",
-    subsets: Sequence[str] | None = None,
-    repo: str | None = None,
-    endpoint: str | None = None,
-    keep_archives: bool = True,
-    dry_run: bool = False,
-    on_plan: Callable[[FetchPlan], None] | None = None,
-    on_progress: OnProgress | None = None,
-) -> Fetched:
+def fetch(plan: FetchPlan, *, keep_archives: bool = True, on_progress: OnProgress | None = None) -> Fetched:
     """Download a data set, compare it with the hub's sizes and checksums, and unpack its archives beside it.
 
     An interrupted call is resumed by the next one. A call after a finished one brings only what was damaged since.
 
     Args:
-        dataset: ``mm-rlhf`` (ratings, pairs and images) or ``uni-dpo`` (the reference's scored pairs, without images:
-            those are MM-RLHF's).
-        to: the folder everything goes to; it need not exist.
-        source: the hub.
-        subsets: of ``mm-rlhf`` long, short, mcq, safety, video, the first three by default; of ``uni-dpo``
-            multimodal, textual, math, the first by default.
-        repo: the data set's id on the hub, where it is not the usual one.
-        endpoint: the hub's address, where it is not the usual one (a mirror).
+        plan: what is to be done, by `plan_fetch`.
         keep_archives: keep the zip files once they are unpacked. Without them a later call does not fetch them again.
-        dry_run: ask the hub what there is, look at the disk, and stop there.
-        on_plan: called with the plan before the disk is checked and the first byte is downloaded.
         on_progress: called with a stage, how much of it is done, and how much there is.
 
     Raises:
-        DataError: a name is unknown, the repository has not the files, `to` is a file, the disk has too little room,
-            or an archive must not be unpacked.
+        DataError: the disk has too little room, or an archive must not be unpacked.
         FolderInUse: another process fetches into this folder.
         FetchError: the hub cannot be reached, broke off too often, or sent something else than it promised.
     """
-    hub = open_hub(source, endpoint)
-    plan = make_plan(dataset, Path(to), hub, source, subsets, repo)
-    if on_plan is not None:
-        on_plan(plan)
     plan.refuse_if_too_large()
-    if dry_run:
-        return Fetched(plan)
     downloaded, unpacked, damaged = 0, {}, []
     try:
         with locked(plan.to):
@@ -105,7 +76,7 @@ def fetch(
             for step in plan.steps:
                 if not step.verified:
                     there = step.remote.has_size(step.place)
-                    received = _download(hub, plan.repo, step, on_progress)
+                    received = _download(plan, step, on_progress)
                     damaged += [step.remote.path] if there and received else []
                     downloaded += received
                     record.add_file(step.remote, step.place)
@@ -120,7 +91,7 @@ def fetch(
     return Fetched(plan, downloaded, unpacked, tuple(damaged))
 
 
-def _download(hub: Hub, repo: str, step: FileStep, on_progress: OnProgress | None) -> int:
+def _download(plan: FetchPlan, step: FileStep, on_progress: OnProgress | None) -> int:
     """Bring a file to its place, as the hub promised it. Gives the bytes that were downloaded for it."""
     remote, place = step.remote, step.place
     # What lies there may be of another version, or broken off by another program.
@@ -128,7 +99,8 @@ def _download(hub: Hub, repo: str, step: FileStep, on_progress: OnProgress | Non
         return 0
     place.unlink(missing_ok=True)
     before = size_on_disk(part_of(place, remote.identity))
-    hub.download(repo, remote, place, in_megabytes(f"download {remote.path}", remote.size, on_progress))
+    on_bytes = in_megabytes(f"download {remote.path}", remote.size, on_progress)
+    plan.hub.download(plan.repo, remote, place, on_bytes)
     if not _is_right(place, remote, on_progress):
         place.unlink(missing_ok=True)
         problem = "what was received differs from the size or checksum the hub gives; it was deleted"
@@ -143,13 +115,12 @@ def _is_right(place: Path, remote: RemoteFile, on_progress: OnProgress | None) -
     if remote.sha256 is None and remote.git_blob is None:
         return True
     # Large files are named by their content's SHA-256, small ones as git names them.
-    digest = hashlib.sha256() if remote.sha256 else hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
-    on_bytes, done = in_megabytes(f"verify {remote.path}", remote.size, on_progress), 0
+    git = hashlib.sha1(b"blob %d\0" % remote.size, usedforsecurity=False)
+    on_bytes = in_megabytes(f"verify {remote.path}", remote.size, on_progress)
+    on_bytes(0)
     with place.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            done += len(chunk)
-            on_bytes(done)
+        digest = hashlib.file_digest(file, hashlib.sha256 if remote.sha256 else lambda: git)
+    on_bytes(remote.size)
     return digest.hexdigest() == (remote.sha256 or remote.git_blob)
 
 

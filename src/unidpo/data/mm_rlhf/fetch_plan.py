@@ -16,7 +16,7 @@ from rich.text import Text
 
 from unidpo.data.download import part_of, size_on_disk
 from unidpo.data.mm_rlhf.archives import is_inside
-from unidpo.data.mm_rlhf.hubs import Hub, RemoteFile, Source
+from unidpo.data.mm_rlhf.hubs import Hub, RemoteFile, Source, open_hub
 from unidpo.data.mm_rlhf.ratings import DEFAULT_SUBSETS, SUBSETS
 from unidpo.errors import DataError, did_you_mean, shown
 from unidpo.files.writing import write_json
@@ -81,14 +81,14 @@ class FetchPlan:
 
     Attributes:
         repo: the data set's id on the hub.
-        source: the hub.
+        hub: where it lies.
         to: the folder everything goes to.
         steps: the files, in the order they are fetched.
         free: bytes free on the disk of `to`.
     """
 
     repo: str
-    source: Source
+    hub: Hub
     to: Path
     steps: tuple[FileStep, ...]
     free: int
@@ -114,7 +114,7 @@ class FetchPlan:
 
     def render(self, console: Console) -> None:
         """Print what will be downloaded, and how large it is."""
-        table = Table(title=Text(f"{self.repo} ({self.source}) to {self.to}"), title_justify="left")
+        table = Table(title=Text(f"{self.repo} ({self.hub.name}) to {self.to}"), title_justify="left")
         table.add_column("file")
         for name in ("size", "to download", "unpacks to"):
             table.add_column(name, justify="right")
@@ -127,10 +127,32 @@ class FetchPlan:
         console.print(f"{verdict}, {decimal(self.free)} free", markup=False, highlight=False, soft_wrap=True)
 
 
-def make_plan(
-    dataset: DataSet, to: Path, hub: Hub, source: Source, subsets: Sequence[str] | None, repo: str | None
+def plan_fetch(
+    dataset: DataSet,
+    to: str | Path,
+    *,
+    source: Source = "huggingface",
+    subsets: Sequence[str] | None = None,
+    repo: str | None = None,
+    endpoint: str | None = None,
 ) -> FetchPlan:
-    """Ask the hub what there is, look at the disk, and say what `fetch` would do; see there for the arguments."""
+    """Ask the hub what there is, look at the disk, and say what a fetch would do. Nothing is downloaded.
+
+    Args:
+        dataset: ``mm-rlhf`` (ratings, pairs and images) or ``uni-dpo`` (the reference's scored pairs, without images:
+            those are MM-RLHF's).
+        to: the folder everything goes to; it need not exist.
+        source: the hub.
+        subsets: of ``mm-rlhf`` long, short, mcq, safety, video, the first three by default; of ``uni-dpo``
+            multimodal, textual, math, the first by default.
+        repo: the data set's id on the hub, where it is not the usual one.
+        endpoint: the hub's address, where it is not the usual one (a mirror).
+
+    Raises:
+        DataError: a name is unknown, the repository has not the files, or `to` is a file.
+        FetchError: the hub cannot be reached.
+    """
+    hub, to = open_hub(source, endpoint), Path(to)
     if dataset not in _PUBLISHED:
         raise DataError(f"there is no data set {shown(dataset)} to fetch; choose {' or '.join(_PUBLISHED)}")
     published = _PUBLISHED[dataset]
@@ -155,7 +177,7 @@ def make_plan(
         raise DataError(f"{repo}: the repository does not have {what}; check the id (`--repo`) and the subsets")
     record = FetchRecord(to)
     steps = tuple(_step(files[path], to, record) for path in chosen)
-    return FetchPlan(repo, source, to, steps, shutil.disk_usage(existing).free)
+    return FetchPlan(repo, hub, to, steps, shutil.disk_usage(existing).free)
 
 
 def _uni_dpo(files: Collection[str], subsets: Sequence[str]) -> list[str]:

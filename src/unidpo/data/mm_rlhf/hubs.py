@@ -41,6 +41,8 @@ class RemoteFile:
 class HuggingFace:
     """The Hugging Face hub, or a mirror of it."""
 
+    name: Source = "huggingface"
+
     def __init__(self, endpoint: str | None) -> None:
         import huggingface_hub
 
@@ -78,6 +80,8 @@ class HuggingFace:
 
 class ModelScope:
     """The ModelScope hub, through `modelscope_hub`, which resumes by itself."""
+
+    name: Source = "modelscope"
 
     def __init__(self, endpoint: str | None) -> None:
         try:

@@ -57,7 +57,6 @@ def from_mm_rlhf(
         raise DataError(f"{to}: this is what is read; give another file to write")
     scored = scored_groups(folder, scoring)
     write_pairs(scored.groups, to, layout or ("alpaca" if scoring.join_pairs else "ranked"))
-    scored.report.to = to
     return scored.report
 
 

@@ -99,7 +99,6 @@ class RatingsReport:
     Attributes:
         source: the file with the ratings.
         scoring: how it was read.
-        to: the file written, ``None`` before.
         rows: rows of the source, good and bad.
         subsets: rows in each subset, chosen or not; "unknown" where it cannot be told.
         prompts: prompts with at least one pair.
@@ -115,7 +114,6 @@ class RatingsReport:
 
     source: Path
     scoring: Scoring
-    to: Path | None = None
     rows: int = 0
     subsets: Counter[str] = field(default_factory=Counter)
     prompts: int = 0
@@ -179,6 +177,3 @@ class RatingsReport:
                 example = next(f for f in self.findings if (f.kind, f.severity) == (kind, severity))
                 table.add_row(f"{title}: {kind}", f"{count:,}", f"row {example.row}: {example.message}")
         console.print(table, markup=False)
-        if self.to is not None:
-            end = f"written to {self.to}; `unidpo data check {self.to}` looks at the images"
-            console.print(end, markup=False, highlight=False, soft_wrap=True)
