@@ -41,8 +41,8 @@ class TestRepeatedPairs:
         rows = [row(), row("Other?"), row(), row(chosen="better"), row(score_chosen=5), row(system="Be brief.")]
         report = check(tmp_path, rows)
         assert found(report) == [("duplicate-pair", 3), ("duplicate-pair", 5)]
-        assert "stand in row 1; remove" in report.findings[0].message
-        assert "stand in row 1, with other scores; remove" in report.findings[1].message
+        assert "row 1 has the same prompt, images and responses; remove" in report.findings[0].message
+        assert "and responses, with other scores; remove" in report.findings[1].message
         assert report.ok
 
     def test_other_images_make_another_pair(self, tmp_path):

@@ -357,13 +357,13 @@ def test_wrong_names_say_what_there_is(mm_rlhf: LocalHub, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     mm_rlhf.files["me/empty"] = {"README.md": b""}
     for dataset, options, message in [
-        ("mmrlhf", {}, "choose mm-rlhf or uni-dpo"),
+        ("mmrlhf", {}, "there are mm-rlhf, uni-dpo"),
         ("mm-rlhf", {"subsets": ["lnog"]}, r"no subset 'lnog'.*did you mean `long`"),
         ("mm-rlhf", {"subsets": ["video"]}, r"does not have video\.zip"),
         ("mm-rlhf", {"repo": "me/none"}, "no such data set"),
         ("mm-rlhf", {"repo": "not an id"}, "owner/name"),
         ("uni-dpo", {"repo": "me/empty"}, "no data file of multimodal"),
-        ("mm-rlhf", {"source": "kaggle"}, "choose huggingface or modelscope"),
+        ("mm-rlhf", {"source": "kaggle"}, "there are huggingface, modelscope"),
     ]:
         with pytest.raises(DataError, match=message):
             plan_fetch(dataset, tmp_path / "to", **{**at, **options})  # type: ignore[arg-type]

@@ -102,8 +102,8 @@ def test_weights_that_weigh_nothing_are_refused(text: str, message: str) -> None
         ({"subsets": ()}, "at least one"),
         ({"min_margin": -1}, "between 0 and 4"),
         ({"min_margin": float("nan")}, "between 0 and 4"),
-        ({"conflicts": "ignore"}, "drop or keep"),
-        ({"best_rank": "first"}, "lowest or highest"),
+        ({"conflicts": "ignore"}, "there are drop, keep"),
+        ({"best_rank": "first"}, "there are lowest, highest"),
         ({"weights": {}}, "at least one"),
     ],
 )

@@ -6,7 +6,7 @@ Every message names what is wrong, where (file, row, key) and what to do. Rows c
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -141,6 +141,14 @@ def nearest(word: str, known: Iterable[str], *, most: int) -> list[str]:
         return other[:3] == word[:3], difflib.SequenceMatcher(None, word, other).ratio()
 
     return sorted(known, key=likeness, reverse=True)[:most]
+
+
+def require_known(where: str, what: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise `DataError` for a name that is not among the known ones of its kind."""
+    for name in names:
+        if name not in known:
+            there = f"there are {', '.join(known)}{did_you_mean(name, known)}"
+            raise DataError(f"{where}: there is no {what} {shown(name)}; {there}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

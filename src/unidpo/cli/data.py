@@ -139,7 +139,7 @@ def fetch(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be downloaded, and stop.")] = False,
 ) -> None:
-    """Download a data set and unpack it; goes on where it was broken off."""
+    """Download a data set and unpack it; resumes an interrupted download."""
     from unidpo.data.mm_rlhf import fetch as fetch_planned
     from unidpo.data.mm_rlhf import plan_fetch
     from unidpo.progress import Stages

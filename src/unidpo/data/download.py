@@ -27,7 +27,7 @@ _MB = 1_000_000
 
 
 class FetchError(UserError):
-    """A server could not be reached, or did not send what it promised. Nothing is wrong with what the user gave."""
+    """A server could not be reached, or did not send what it announced. Nothing is wrong with what the user gave."""
 
     exit_code = 1
 
@@ -73,7 +73,7 @@ def download_url(
 
     Args:
         url: the address.
-        part: the file; what it holds already is taken for the beginning.
+        part: the file; what it holds already is kept as the beginning.
         size: of the whole, in bytes.
         on_bytes: called with how many bytes are there.
         name: what messages call the file; the address by default.
@@ -121,7 +121,7 @@ def fetch_error(where: str, error: Exception) -> UserError:
         return DataError(f"{where}: there is no such data set or file; check the id (`--repo`) or the address")
     if isinstance(error, OSError) and error.errno and not isinstance(error, (ConnectionError, TimeoutError)):
         return DataError(f"{where}: cannot be written: {error.strerror}")
-    problem = f"the server cannot be reached, or broke off ({reason})"
+    problem = f"the server cannot be reached, or the connection was lost ({reason})"
     return FetchError(f"{where}: {problem}; run the command again to resume")
 
 
@@ -150,7 +150,7 @@ def _receive(url: str, headers: dict[str, str], part: Path, size: int, on_bytes:
             done += len(chunk)
             if done > size:
                 sink.truncate(0)
-                raise FetchError(f"the server sends more than the {size:,} bytes it promised")
+                raise FetchError(f"the server sends more than the {size:,} bytes it announced")
             sink.write(chunk)
             on_bytes(done)
 

@@ -57,7 +57,7 @@ class EpochTokens:
     """Tokens that pass through language models in one epoch, by how the data is laid out.
 
     Attributes:
-        estimated: whether the lengths were guessed from characters and image sizes, for want of a model.
+        estimated: whether the lengths were guessed from characters and image sizes, without a model.
         padded_pairs: chosen and rejected as two rows padded to the longer, through policy and reference.
         pair_packs: each pair as its prompt once and two responses, through the policy; the reference is stored.
         prompt_packs: each distinct prompt once with all its distinct responses, through the policy.

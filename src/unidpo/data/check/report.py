@@ -86,7 +86,7 @@ class CheckReport:
         if not self.usable_rows:
             return f"Not usable: {usable}."
         if self.errors:
-            remedy = "Mend the others, write the usable ones (`--fix FILE`), or skip them (`data.on_bad_row=skip`)."
+            remedy = "Correct the others, write the usable ones (`--fix FILE`), or skip them (`data.on_bad_row=skip`)."
             return f"Not ready: {usable}. {remedy}"
         rows = len({finding.row for finding in self.warnings} - {None})
         return f"Ready: {usable}" + (f", {rows:,} of them with a warning." if rows else ".")

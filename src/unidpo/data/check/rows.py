@@ -94,7 +94,7 @@ def white_space_check(group: PromptGroup) -> Iterator[Finding]:
 
 
 def repeated_pairs(groups: Iterable[PromptGroup]) -> Iterator[Finding]:
-    """Pairs that stand in an earlier row already, as they are or the other way round."""
+    """Pairs that an earlier row has already, as they are or the other way round."""
     first: dict[object, tuple[Pair, float | None]] = {}
     for group in groups:
         key = group.prompt_key()
@@ -104,7 +104,7 @@ def repeated_pairs(groups: Iterable[PromptGroup]) -> Iterator[Finding]:
             earlier, other = first.setdefault((key, chosen, rejected), (pair, margin))
             if earlier.row != pair.row:
                 scores = "" if margin == other else ", with other scores"
-                problem = f"the same prompt, images and responses stand in row {earlier.row}{scores}"
+                problem = f"row {earlier.row} has the same prompt, images and responses{scores}"
                 yield warning("duplicate-pair", f"{problem}; remove one of the two", pair.row)
             if (key, rejected, chosen) in first:
                 earlier, other = first[key, rejected, chosen]

@@ -1,4 +1,4 @@
-"""Unpack a zip archive that nobody has vouched for.
+"""Unpack a zip archive from a source that is not trusted.
 
 `zipfile` unpacks no more of an entry than its header claims, and compares its checksum. What the headers claim is held
 against the rules here before the first byte is written, so a hostile archive unpacks nothing.
@@ -35,7 +35,7 @@ class ArchiveError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """What an archive's unpacking came to.
+    """The result of unpacking an archive.
 
     Attributes:
         files: files in the archive, all of them on disk now.
@@ -54,7 +54,7 @@ def extract(
     """Unpack a zip archive into a folder, nothing outside of it, at most so many bytes.
 
     Files appear whole or not at all. A file that is there with the right size and checksum is left alone, so that a
-    second call resumes an interrupted one, and mends what was damaged since. Empty folders are not made.
+    second call resumes an interrupted one, and replaces what was damaged since. Empty folders are not made.
 
     Args:
         archive: the zip file.
@@ -120,7 +120,7 @@ def _opened(archive: Path) -> zipfile.ZipFile:
 def _checked(
     zipped: zipfile.ZipFile, archive: Path, target: Path, max_bytes: int
 ) -> list[tuple[zipfile.ZipInfo, Path]]:
-    """The files of an archive and where each belongs, once nothing speaks against any of them."""
+    """The files of an archive and where each belongs, after all entries passed the rules."""
     files, total = [], 0
     for entry in zipped.infolist():
         if entry.filename.endswith("/"):

@@ -19,14 +19,14 @@ from unidpo.progress import OnProgress
 
 _NAMED = 20
 """Of damaged files so many are named."""
-# Photographs hardly pack, so an archive unpacks to about its own size; a bound far above that stops a bomb.
+# Photographs compress little, so an archive unpacks to about its own size; a bound far above that stops a bomb.
 _UNPACKED_BOUND = 10
 _UNPACKED_BOUND_FREE = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """What a fetch came to.
+    """The result of a fetch.
 
     Attributes:
         plan: what was planned.
@@ -66,7 +66,7 @@ def fetch(plan: FetchPlan, *, keep_archives: bool = True, on_progress: OnProgres
     Raises:
         DataError: the disk has too little room, or an archive must not be unpacked.
         FolderInUse: another process fetches into this folder.
-        FetchError: the hub cannot be reached, broke off too often, or sent something else than it promised.
+        FetchError: the hub cannot be reached, failed too often, or sent something else than it announced.
     """
     plan.refuse_if_too_large()
     downloaded, unpacked, damaged = 0, {}, []
@@ -94,7 +94,7 @@ def fetch(plan: FetchPlan, *, keep_archives: bool = True, on_progress: OnProgres
 def _download(plan: FetchPlan, step: FileStep, on_progress: OnProgress | None) -> int:
     """Bring a file to its place, as the hub promised it. Gives the bytes that were downloaded for it."""
     remote, place = step.remote, step.place
-    # What lies there may be of another version, or broken off by another program.
+    # The file that is there may be incomplete, or of another version.
     if _is_right(place, remote, on_progress):
         return 0
     place.unlink(missing_ok=True)

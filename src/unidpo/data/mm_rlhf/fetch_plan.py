@@ -18,7 +18,7 @@ from unidpo.data.download import part_of, size_on_disk
 from unidpo.data.mm_rlhf.archives import is_inside
 from unidpo.data.mm_rlhf.hubs import Hub, RemoteFile, Source, open_hub
 from unidpo.data.mm_rlhf.ratings import DEFAULT_SUBSETS, SUBSETS
-from unidpo.errors import DataError, did_you_mean, shown
+from unidpo.errors import DataError, require_known, shown
 from unidpo.files.writing import write_json
 
 DataSet: TypeAlias = Literal["mm-rlhf", "uni-dpo"]
@@ -44,7 +44,7 @@ _PUBLISHED: dict[DataSet, _Published] = {
 _MM_RLHF_ALWAYS = ("data.jsonl", "dpo_pairs.jsonl")
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".zip")
 _RECORD = ".unidpo-fetch.json"
-# Photographs hardly pack: an archive unpacks to about its own size.
+# Photographs compress little: an archive unpacks to about its own size.
 _UNPACKED_ESTIMATE = 1.05
 _SPARE_BYTES = 64_000_000
 
@@ -153,14 +153,10 @@ def plan_fetch(
         FetchError: the hub cannot be reached.
     """
     hub, to = open_hub(source, endpoint), Path(to)
-    if dataset not in _PUBLISHED:
-        raise DataError(f"there is no data set {shown(dataset)} to fetch; choose {' or '.join(_PUBLISHED)}")
+    require_known("data fetch", "data set", [dataset], _PUBLISHED)
     published = _PUBLISHED[dataset]
     wanted = tuple(dict.fromkeys(published.default if subsets is None else subsets))
-    for subset in wanted:
-        if subset not in published.subsets:
-            known, hint = ", ".join(published.subsets), did_you_mean(subset, published.subsets)
-            raise DataError(f"{dataset} has no subset {shown(subset)}; there are {known}{hint}")
+    require_known("--subsets", "subset", wanted, published.subsets)
     repo = repo or published.repos.get(source)
     if repo is None:
         raise DataError(f"it is not known under which id {source} has {dataset}; give it with `--repo owner/name`")

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias, get_args
 
 from unidpo.data.download import OnBytes, download_url, fetch_error, part_of
-from unidpo.errors import DataError
+from unidpo.errors import DataError, require_known
 
 Source = Literal["huggingface", "modelscope"]
 _NAME = "unidpo"
@@ -120,6 +120,5 @@ def open_hub(source: Source, endpoint: str | None = None) -> Hub:
     Raises:
         DataError: there is no hub of that name, or the package that speaks to it is not installed.
     """
-    if source not in get_args(Source):
-        raise DataError(f"there is no source {source!r}; choose {' or '.join(get_args(Source))}")
+    require_known("--source", "hub", [source], get_args(Source))
     return HuggingFace(endpoint) if source == "huggingface" else ModelScope(endpoint)

@@ -188,7 +188,7 @@ class RatedRow:
         if not isinstance(output, str) or not output.strip() or not encodable(output):
             self._note("bad-response", key, "the response is empty or no text; it is left out", "warning")
         elif any(output == response.text for response in before):
-            self._note("duplicate-response", key, "this text stands in the row before; it is left out", "warning")
+            self._note("duplicate-response", key, "the row has this text already; it is left out", "warning")
         else:
             return True
         return False

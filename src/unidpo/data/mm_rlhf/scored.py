@@ -1,7 +1,7 @@
 """Scored preference data from MM-RLHF's human ratings, as one prompt group per prompt.
 
 The ratings say how good each response is, and a final ranking says in which order people put them. Where the two
-disagree about a pair, nobody knows which is right, so the pair is left out and counted.
+disagree about a pair, it is unknown which is right, so the pair is left out and counted.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _joined_pairs(file: Path, prompts: Sequence[RatedPrompt], report: RatingsRep
         report.pair_rows += 1
         found = _find_pair(values, by_key, prompts, texts)
         if found in seen:
-            found = Finding("duplicate-pair", "this pair stands in the file before")
+            found = Finding("duplicate-pair", "the file has this pair already")
         if isinstance(found, Finding):
             report.findings.append(replace(found, file=file, row=number))
             continue

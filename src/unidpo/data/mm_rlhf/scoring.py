@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unidpo.data.mm_rlhf.ratings import DEFAULT_SUBSETS, SUBSETS
-from unidpo.errors import DataError, Finding, Severity, did_you_mean, shown
+from unidpo.errors import DataError, Finding, Severity, require_known, shown
 
 RATINGS_FILE, PAIRS_FILE = "data.jsonl", "dpo_pairs.jsonl"
 RATINGS = ("helpfulness", "faithfulness", "ethical")
@@ -49,20 +49,23 @@ class Scoring:
     join_pairs: bool = False
 
     def __post_init__(self) -> None:
-        _require_known("--score", "rating", self.weights, RATINGS)
+        for option, what, names, known in (
+            ("--score", "rating", tuple(self.weights), RATINGS),
+            ("--subsets", "subset", self.subsets, SUBSETS),
+            ("--conflicts", "choice", (self.conflicts,), ("drop", "keep")),
+            ("--best-rank", "choice", (self.best_rank,), ("lowest", "highest")),
+        ):
+            require_known(option, what, names, known)
+            if not names:
+                raise DataError(f"{option}: name at least one of {', '.join(known)}")
         for name, weight in self.weights.items():
             if not (math.isfinite(weight) and weight > 0):
                 raise DataError(f"--score: the weight of {name} is {weight:g}; give a number above 0, or leave it out")
         if "video" in self.subsets:
             raise DataError("--subsets: video cannot be used, only images are read; leave it out")
-        _require_known("--subsets", "subset", self.subsets, SUBSETS[:-1])
         if self.min_margin is not None and not 0 <= self.min_margin <= _WIDEST_MARGIN:
             problem = f"{self.min_margin:g} is not between 0 and {_WIDEST_MARGIN}, the most two ratings differ by"
             raise DataError(f"--min-margin: {problem}")
-        if self.conflicts not in ("drop", "keep"):
-            raise DataError(f"--conflicts: drop or keep, not {shown(self.conflicts)}")
-        if self.best_rank not in ("lowest", "highest"):
-            raise DataError(f"--best-rank: lowest or highest, not {shown(self.best_rank)}")
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -81,15 +84,6 @@ def parse_weights(text: str) -> dict[str, float]:
         except ValueError:
             raise DataError(f"--score: {shown(number)} is no number; write for example helpfulness=1") from None
     return weights
-
-
-def _require_known(option: str, what: str, names: Collection[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            there = f"there are {', '.join(known)}{did_you_mean(name, known)}"
-            raise DataError(f"{option}: there is no {what} {shown(name)}; {there}")
-    if not names:
-        raise DataError(f"{option}: name at least one of {', '.join(known)}")
 
 
 @dataclass(slots=True)
