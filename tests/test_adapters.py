@@ -169,6 +169,11 @@ def test_rslora_scales_by_the_root_of_the_rank():
         assert layer.scaling["default"] == scale
 
 
+def test_a_layer_that_is_not_there_is_named_though_others_are():
+    with pytest.raises(ModelError, match=r"has no layer 'q_porj'; did you mean `q_proj`\?"):
+        lora_config(LoraSection(target_modules=("v_proj", "q_porj")), load_policy(GOLDEN / "model"))
+
+
 def test_dropout_reaches_the_adapter():
     model = load_policy(GOLDEN / "model")
     config = lora_config(LoraSection(dropout=0.25), model)
@@ -313,7 +318,11 @@ def test_quantizing_without_the_package_names_it(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("lora", "quantize", "expected"),
-    [(None, "nf4", "add a `lora` section"), ({"dora": True}, "int8", "use nf4, or plain LoRA"), ({}, "int4", "'nf4'")],
+    [
+        (None, "nf4", "add a `lora` section"),
+        ({"dora": True}, "int8", "use nf4, or plain LoRA"),
+        ({}, "int4", "of nf4"),
+    ],
 )
 def test_quantizing_what_cannot_be(tmp_path, lora, quantize, expected):
     code, printed = unidpo("train", write_recipe(tmp_path, model={"quantize": quantize}, lora=lora))

@@ -125,7 +125,7 @@ class TestOverrides:
 
     def test_a_mistake_in_an_override_names_the_override(self, recipe_file):
         finding = problems(recipe_file(), "loss={name: uni_dpo}", "loss.beta=-1")["loss.beta"]
-        assert finding.file == "command line"
+        assert finding.file == "override"
         assert "loss.beta=-1" in finding.message
 
     def test_a_later_good_override_mends_a_mistake_in_the_file(self, recipe_file):

@@ -38,8 +38,13 @@ def sweep_file(tmp_path):
 
 
 @pytest.fixture
-def two_runs(sweep_file, tmp_path):
-    return load_sweep(sweep_file(f"output: {tmp_path / 'out'}\nmethods: [{TINY}]\n"))
+def two_runs_file(sweep_file, tmp_path):
+    return sweep_file(f"output: {tmp_path / 'out'}\nmethods: [{TINY}]\n")
+
+
+@pytest.fixture
+def two_runs(two_runs_file):
+    return load_sweep(two_runs_file)
 
 
 @pytest.fixture
@@ -68,7 +73,7 @@ def commands(monkeypatch):
 def problems(path, *overrides):
     with pytest.raises(RecipeError) as error:
         load_sweep(path, overrides)
-    return [str(finding) for finding in error.value.findings]
+    return str(error.value)
 
 
 class TestTheFile:
@@ -83,7 +88,7 @@ methods:
   name: plain
   overrides: {{loss: {{name: dpo, beta: 0.5}}, data.eval_fraction: 0.2}}
 """
-        runs = load_sweep(sweep_file(text), ["train.seed=7"]).runs
+        runs = load_sweep(sweep_file(text), ["train.seed=7"])
         assert [run.name for run in runs] == [
             "tiny-beta=2.0-learning_rate=0.001", "tiny-beta=2.0-learning_rate=0.01",
             "tiny-beta=3.0-learning_rate=0.001", "tiny-beta=3.0-learning_rate=0.01",
@@ -96,15 +101,9 @@ methods:
         assert {run.recipe.train.seed for run in runs} == {7}
         assert [run.recipe.output for run in runs] == [Path("out") / run.name for run in runs]
 
-    def test_keys_that_end_alike_are_named_in_full(self, sweep_file):
-        grid = "grid: {train.project: [a], loss.tau_ref: [1.0], data.max_length: [9], train.run_name: [a/b, null]}"
-        text = f"output: o\nmethods: [{{recipe: {ROOT}/recipes/tiny.yaml, {grid}}}]"
-        names = [run.name for run in load_sweep(sweep_file(text)).runs]
-        assert names[0] == "tiny-project=a-tau_ref=1.0-max_length=9-run_name=a_b"
-        text = (
-            f"output: o\nmethods: [{{recipe: {ROOT}/recipes/tiny.yaml, grid: {{model.name: [m], loss.name: [dpo]}}}}]"
-        )
-        assert load_sweep(sweep_file(text)).runs[0].name == "tiny-model.name=m-loss.name=dpo"
+    def test_values_that_no_folder_is_called_by(self, sweep_file):
+        text = f"output: o\nmethods: [{{recipe: {ROOT}/recipes/tiny.yaml, grid: {{train.run_name: [a/b, null]}}}}]"
+        assert [run.name for run in load_sweep(sweep_file(text))] == ["tiny-run_name=a_b", "tiny-run_name=None"]
 
     def test_everything_wrong_is_said_at_once_and_once(self, sweep_file):
         text = f"""
@@ -112,49 +111,45 @@ output: out
 methods:
 - recipe: {ROOT}/recipes/tiny.yaml
   grid: {{train.learning_rat: [1.0e-3, 1e-2], loss.beta: [1.0], train.weight_decay: [-1.0]}}
-- recipe: {ROOT}/recipes/tiny.yaml
 - recipe: nowhere.yaml
 """
         path = sweep_file(text)
-        found = problems(path, "train.sede=1", "loss.beta=3")
-        assert len(found) == len(set(found))
+        said = problems(path, "train.sede=1", "loss.beta=3")
         for part in (
-            f"{path}, `train.learning_rat`: is not a key of `train`; did you mean `learning_rate`?",
-            f"{path}, `train.weight_decay`: must be greater than or equal to 0, not -1.0 (from train.weight_decay=",
-            "several methods are called tiny; give each a `name`",
+            "`train.weight_decay`: must be greater than or equal to 0, not -1.0 (from train.weight_decay=",
             "nowhere.yaml: there is no such recipe",
-            "command line, `train.sede`: is not a key of `train`",
-            f"command line, `loss.beta=3`: a grid varies `loss.beta`; change it in {path}",
+            "`train.sede`: is not a key of `train`; did you mean `seed`?",
+            f"`loss.beta=3`: a grid varies this key; change it in {path}",
         ):
-            assert any(part in text for text in found), part
+            assert said.count(part) == 1, part
+        assert "`train.learning_rat`: is not a key of `train`; did you mean `learning_rate`?" in said
 
     @pytest.mark.parametrize(
         ("text", "expected"),
         [
-            ("output: o\n", "`methods`: is required"),
             ("methods: [{recipe: r}]\n", "`output`: is required"),
             ("output: o\nmethods: []\n", "`methods`: must not be empty"),
-            ("output: o\nmethods: [{recipe: r, gird: {}}]\n", "is not a key of a method; did you mean `grid`?"),
-            ("output: o\nmethods: [{recipe: r}]\nmethod: 3\n", "is not a key of a sweep; did you mean `methods`?"),
+            ("output: o\nmethods: [{recipe: r, gird: {}}]\n", "`methods[0].gird`: is not a key of `methods`; did you"),
+            ("output: o\nmethods: [{recipe: r}]\nmethod: 3\n", "is not a key; did you mean `methods`?"),
             ("output: o\nmethods: [{recipe: r, grid: {a: 1}}]\n", "`methods[0].grid.a`: must be a list, not 1"),
             ("output: o\nmethods: [{recipe: r, grid: {a: []}}]\n", "`methods[0].grid.a`: must not be empty"),
-            ("output: o\nmethods: [{recipe: r, name: a/b}]\n", "may hold letters, digits"),
-            ("output: o\nmethods: [3]\n", "`methods[0]`: must be"),
+            ("output: o\nmethods: [{recipe: r, name: a/b}]\n", "`methods[0].name`: must"),
+            ("output: o\nmethods: [3]\n", "`methods[0]`: is a section"),
             ("- 1\n", "a sweep is a mapping of sections"),
-            ("output: o\noverrides: {output: p}\nmethods: [{recipe: r}]\n", "every run gets its own"),
+            ("output: o\nmodel: {name: m}\n", "this is a recipe, not a sweep; train it without `--sweep`"),
         ],
     )
     def test_wrong_keys_and_values(self, sweep_file, text, expected):
-        assert any(expected in found for found in problems(sweep_file(text)))
+        assert expected in problems(sweep_file(text))
 
-    def test_repeated_values_would_share_a_folder(self, sweep_file):
-        text = f"output: o\nmethods: [{{recipe: {ROOT}/recipes/tiny.yaml, grid: {{train.seed: [1, 1]}}}}]"
-        assert "2 runs would be called tiny-seed=1" in problems(sweep_file(text))[0]
+    @pytest.mark.parametrize("methods", ["{recipe: R, grid: {train.seed: [1, 1]}}", "{recipe: R}, {recipe: R}"])
+    def test_two_runs_never_share_a_folder(self, sweep_file, methods):
+        methods = methods.replace("R", str(ROOT / "recipes" / "tiny.yaml"))
+        assert "several runs would be called tiny" in problems(sweep_file(f"output: o\nmethods: [{methods}]"))
 
-    def test_output_on_the_command_line_moves_all_of_it(self, two_runs, tmp_path):
-        moved = load_sweep(two_runs.file, [f"output={tmp_path}/else where"])
-        assert moved.output == tmp_path / "else where"
-        assert {run.recipe.output.parent for run in moved.runs} == {moved.output}
+    def test_output_on_the_command_line_moves_all_of_it(self, two_runs_file, tmp_path):
+        moved = load_sweep(two_runs_file, [f"output={tmp_path}/else where"])
+        assert {run.recipe.output.parent for run in moved} == {tmp_path / "else where"}
 
 
 class TestRunning:
@@ -165,15 +160,11 @@ class TestRunning:
             run_sweep(two_runs, options=["--nproc", "2"], console=Console(quiet=True))
         assert len(calls) == 2
         assert all(call[-2:] == ["--nproc", "2"] for call in calls)
-        summary = json.loads((two_runs.output / "summary.json").read_text())
-        assert [run["status"] for run in summary["runs"]] == ["failed", "finished"]
-        assert summary["runs"][1]["changed"] == {"train.learning_rate": 0.01}
-        assert summary["runs"][1]["measures"] == {"loss": 0.25, "eval_loss": 0.5, "eval_rewards/accuracies": 1.0}
-        assert (two_runs.output / "summary.md").read_text().splitlines() == [
-            "| run | status | step | eval accuracy | eval loss | train loss |",
-            "| --- | --- | --- | --- | --- | --- |",
-            "| tiny-learning_rate=0.001 | failed |  |  |  |  |",
-            "| tiny-learning_rate=0.01 | finished | 3 | 1.0000 | 0.5000 | 0.2500 |",
+        assert (two_runs[0].recipe.output.parent / "summary.md").read_text().splitlines() == [
+            "| run | status | step | eval accuracy | eval margin | eval loss | train loss |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            "| tiny-learning_rate=0.001 | failed |  |  |  |  |  |",
+            "| tiny-learning_rate=0.01 | finished | 3 | 1.0000 |  | 0.5000 | 0.2500 |",
         ]
 
     def test_the_second_call_skips_what_is_finished_and_resumes_what_is_not(self, two_runs, commands):
@@ -181,7 +172,7 @@ class TestRunning:
         ends[1e-2] = 1
         with pytest.raises(TrainingError):
             run_sweep(two_runs, console=Console(quiet=True))
-        begun = two_runs.runs[1].recipe.output
+        begun = two_runs[1].recipe.output
         begun.mkdir()
         (begun / "config.json").write_text("{}")
         ends.clear()
@@ -198,20 +189,15 @@ class TestRunning:
             run_sweep(two_runs, console=Console(quiet=True))
         assert error.value.exit_code == 130
         assert len(calls) == 1
-        summary = json.loads((two_runs.output / "summary.json").read_text())
-        assert [run["status"] for run in summary["runs"]] == ["open", "open"]
 
-    def test_nothing_starts_where_a_folder_holds_something_else(self, two_runs, monkeypatch):
-        monkeypatch.setattr(unidpo.run.sweep, "_train", lambda *_: pytest.fail("started"))
-        first, second = (run.recipe.output for run in two_runs.runs)
-        first.mkdir(parents=True)
-        (first / "notes.txt").write_text("mine")
-        second.mkdir()
+    def test_nothing_starts_where_a_run_began_with_another_recipe(self, two_runs, monkeypatch):
+        monkeypatch.setattr(unidpo.run.sweep, "_exit_code", lambda *_: pytest.fail("started"))
+        second = two_runs[1].recipe.output
+        second.mkdir(parents=True)
         (second / "config.json").write_text(json.dumps({"train": {"learning_rate": 5}}))
-        with pytest.raises(RunError) as error:
+        (second / "model").mkdir()
+        with pytest.raises(RunError, match="this run began with another recipe"):
             run_sweep(two_runs, console=Console(quiet=True))
-        assert "holds files that are no run" in str(error.value)
-        assert f"{second}: this run began with another recipe" in str(error.value)
 
     def test_sigterm_reaches_the_run_and_its_end_is_waited_for(self, two_runs, monkeypatch, tmp_path):
         begun, ended = tmp_path / "begun", tmp_path / "ended"
@@ -225,18 +211,17 @@ signal.signal(signal.SIGTERM, end)
 pathlib.Path({str(begun)!r}).touch()
 time.sleep(60)
 """
-        start = subprocess.Popen
 
-        def popen(_, **options):
+        def start(_, **__):
             threading.Thread(target=stop_once_begun, daemon=True).start()
-            return start([sys.executable, "-c", code], **options)
+            return subprocess.Popen([sys.executable, "-c", code])
 
         def stop_once_begun():
             while not begun.exists():
                 time.sleep(0.02)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(unidpo.run.sweep.subprocess, "Popen", popen)
+        monkeypatch.setattr(unidpo.run.sweep, "start", start)
         with pytest.raises(Interrupted) as error:
             run_sweep(two_runs, console=Console(quiet=True))
         assert error.value.exit_code == 143
@@ -267,48 +252,42 @@ methods:
         assert unidpo_command("train", "--sweep", path) == 0
         found = re.findall(r"reference: (\d+) responses found in .*, (\d+) computed", capfd.readouterr().err)
         assert found == [("0", "96"), ("96", "0")]
-        runs = json.loads((out / "summary.json").read_text())["runs"]
-        assert [(run["name"], run["status"], run["step"]) for run in runs] == [
-            ("tiny", "finished", 1),
-            ("dpo", "finished", 1),
-        ]
-        for run, loss in zip(runs, ("uni_dpo", "dpo"), strict=True):
-            folder = Path(run["folder"])
-            assert folder.parent == out
-            config = json.loads((folder / "config.json").read_text())
+        summary = (out / "summary.md").read_text()
+        for name, loss in {"tiny": "uni_dpo", "dpo": "dpo"}.items():
+            config = json.loads((out / name / "config.json").read_text())
             assert (config["loss"]["name"], config["train"]["run_name"]) == (loss, "null, or so")
-            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            assert run["measures"]["loss"] == records[0]["loss"]
-            assert run["measures"]["eval_rewards/accuracies"] == records[-1]["eval_rewards/accuracies"]
+            records = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+            accuracy, trained = records[-1]["eval_rewards/accuracies"], records[0]["loss"]
+            assert re.search(rf"^\| {name} \| finished \| 1 \| {accuracy:.4f} \|.*\| {trained:.4f} \|$", summary, re.M)
         assert unidpo_command("train", "--sweep", path) == 0
         again = capfd.readouterr().err
         assert again.count("finished before") == 2
         assert "reference:" not in again
 
-    def test_starts_processes_and_fails_where_they_do(self, two_runs, monkeypatch, capfd):
-        lost = [dataclasses.replace(run, recipe_file=Path("gone.yaml")) for run in two_runs.runs]
+    def test_starts_processes_and_fails_where_they_do(self, two_runs, capfd):
+        lost = [dataclasses.replace(run, recipe_file=Path("gone.yaml")) for run in two_runs]
         with pytest.raises(TrainingError, match="2 of 2 runs failed"):
-            run_sweep(dataclasses.replace(two_runs, runs=tuple(lost)), console=Console(quiet=True))
+            run_sweep(lost, console=Console(quiet=True))
         assert capfd.readouterr().err.count("gone.yaml: there is no such recipe") == 2
 
-    def test_recipe_check_takes_a_sweep(self, two_runs, capfd):
-        assert unidpo_command("recipe", "check", two_runs.file) == 0
+    def test_recipe_check_takes_a_sweep(self, two_runs_file, capfd):
+        assert unidpo_command("recipe", "check", two_runs_file) == 0
         assert "a valid sweep of 2 runs" in capfd.readouterr().out
-        assert unidpo_command("recipe", "check", two_runs.file, "train.sede=1") == 2
+        assert unidpo_command("recipe", "check", two_runs_file, "train.sede=1") == 2
 
-    def test_a_sweep_is_not_pushed(self, two_runs, capfd):
-        assert unidpo_command("train", "--sweep", two_runs.file, "--push-to-hub", "me/model") == 2
+    def test_a_sweep_is_not_pushed(self, two_runs_file, capfd):
+        assert unidpo_command("train", "--sweep", two_runs_file, "--push-to-hub", "me/model") == 2
         assert "a sweep trains many models" in capfd.readouterr().err
 
-    def test_a_sweep_in_the_place_of_a_recipe_is_called_one(self, two_runs, capfd):
-        assert unidpo_command("train", two_runs.file) == 2
-        assert capfd.readouterr().err.endswith(f"train them with `unidpo train --sweep {two_runs.file}`\n")
+    def test_a_sweep_in_the_place_of_a_recipe_is_called_one(self, two_runs_file, capfd):
+        assert unidpo_command("train", two_runs_file) == 2
+        assert capfd.readouterr().err.endswith(f"train them with `unidpo train --sweep {two_runs_file}`\n")
 
-    def test_an_interrupted_sweep_says_how_to_go_on(self, two_runs, commands, capfd):
+    def test_an_interrupted_sweep_says_how_to_resume(self, two_runs_file, commands, capfd):
         calls, ends = commands
         ends[1e-3] = 143
-        assert unidpo_command("train", "--sweep", two_runs.file, "train.seed=7", "--nproc", "2") == 143
-        assert f"go on with: unidpo train --sweep {two_runs.file} train.seed=7 --nproc 2" in capfd.readouterr().err
+        assert unidpo_command("train", "--sweep", two_runs_file, "train.seed=7", "--nproc", "2") == 143
+        assert "the same command goes on from there" in capfd.readouterr().err
         assert calls[0][-2:] == ["--nproc", "2"]
 
 

@@ -117,8 +117,8 @@ def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from unidpo.config import is_sweep, load_recipe, load_sweep
 
     if is_sweep(recipe):
-        runs = load_sweep(recipe, overrides or (), look=True).runs
-        typer.echo(printable(f"{recipe}: a valid sweep of {len(runs)} runs: {', '.join(run.name for run in runs)}"))
+        names = [run.name for run in load_sweep(recipe, overrides or (), look=True)]
+        typer.echo(printable(f"{recipe}: a valid sweep of {len(names)} runs: {', '.join(names)}"))
         return
     resolved = load_recipe(recipe, overrides or (), look=True)
     typer.echo(printable(f"{recipe}: a valid recipe, {resolved.loss.name} on {resolved.model.name}"))

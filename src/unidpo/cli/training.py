@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,12 +38,16 @@ def train(
     ] = False,
 ) -> None:
     """Train the model of a recipe on its data."""
+    from unidpo.config import is_sweep, load_recipe, load_sweep
+
     if sweep:
         if push_to_hub is not None:
             raise typer.BadParameter("a sweep trains many models; push the one you choose", param_hint="--push-to-hub")
-        _sweep(recipe, overrides or (), ["--nproc", str(nproc)] if nproc > 1 else [])
+        from unidpo.run.sweep import run_sweep
+
+        runs = load_sweep(recipe, overrides or (), look=True)
+        run_sweep(runs, options=["--nproc", str(nproc)] if nproc > 1 else [], console=messages())
         return
-    from unidpo.config import is_sweep, load_recipe
     from unidpo.files.locks import refuse_if_in_use
     from unidpo.run_folder.folder import RunFolder
 
@@ -114,15 +117,3 @@ def _push(model: Path, repo_id: str) -> None:
         messages().print(f"interrupted; the run is finished, push it with: {command}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     messages().print(f"pushed: {address}", markup=False, soft_wrap=True)
-
-
-def _sweep(file: Path, overrides: Sequence[str], options: Sequence[str]) -> None:
-    from unidpo.config import load_sweep
-    from unidpo.run.sweep import run_sweep
-
-    sweep = load_sweep(file, overrides, look=True)
-    try:
-        run_sweep(sweep, options=options, console=messages())
-    except Interrupted as stopped:
-        again = shlex.join(["unidpo", "train", "--sweep", str(file), *overrides, *options])
-        raise Interrupted(f"{stopped}; go on with: {again}", exit_code=stopped.exit_code) from None

@@ -10,7 +10,7 @@ from unidpo.config.schema import (
     Recipe,
     TrainSection,
 )
-from unidpo.config.sweep import Sweep, SweepRun, is_sweep, load_sweep
+from unidpo.config.sweep import SweepRun, is_sweep, load_sweep
 
 __all__ = [
     "DataSection",
@@ -19,7 +19,6 @@ __all__ = [
     "ModelPart",
     "ModelSection",
     "Recipe",
-    "Sweep",
     "SweepRun",
     "TrainSection",
     "is_sweep",

@@ -1,8 +1,11 @@
-"""What is wrong with a recipe's keys and values, in words."""
+"""What is wrong with a key or a value, in words."""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -12,12 +15,12 @@ from unidpo.config.schema import (
     DataSection,
     EvalSection,
     LoraSection,
+    MethodSection,
     ModelSection,
-    Recipe,
     SourceSection,
     TrainSection,
 )
-from unidpo.errors import did_you_mean, nearest, shown
+from unidpo.errors import did_you_mean, shown
 from unidpo.losses import LOSSES
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -27,6 +30,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "lora": LoraSection,
     "train": TrainSection,
     "eval": EvalSection,
+    "methods": MethodSection,
 }
 _KINDS = {
     "integer": "a whole number",
@@ -42,107 +46,114 @@ _KINDS = {
 _MOST_WORDS = 16
 """Of a list in a message."""
 FOREIGN: Mapping[str, str] = {
-    foreign: ours
-    for ours, names in {
-        "lora.r": "rank lora_r lora_rank",
-        "lora.alpha": "lora_alpha",
-        "lora.dropout": "lora_dropout",
-        "lora.target_modules": "lora_target lora_target_modules modules",
-        "lora.rslora": "use_rslora",
-        "lora.dora": "use_dora",
-        "model.name": "model_name_or_path model_id base_model",
-        "model.dtype": "torch_dtype precision",
-        "model.attention": "attn_implementation attn_impl flash_attn",
-        "model.quantize": "quantization_bit load_in_4bit load_in_8bit",
-        "model.freeze": "freeze_vision_tower freeze_vit",
-        "reference": "ref_model reference_model ref_model_name_or_path",
-        "data.path": "dataset dataset_name train_file file",
-        "data.images": "media_dir image_dir image_folder",
-        "data.template": "chat_template",
-        "data.max_length": "cutoff_len max_seq_length",
-        "data.max_pixels": "image_max_pixels",
-        "data.eval_fraction": "val_size",
-        "loss.name": "pref_loss loss_type rlhf_type",
-        "loss.beta": "pref_beta",
-        "loss.gamma": "simpo_gamma",
-        "train.learning_rate": "lr",
-        "train.num_train_epochs": "epochs num_epochs",
-        "train.per_device_train_batch_size": "batch_size",
-        "train.global_batch_pairs": "global_batch_size total_batch_size",
-        "train.gradient_accumulation_steps": "grad_accum",
-        "train.lr_scheduler_type": "lr_scheduler",
-        "train.warmup_steps": "warmup_ratio",
-        "train.optim": "optimizer",
-        "train.max_grad_norm": "clip_grad_norm max_grad",
-        "output": "output_dir save_dir",
-    }.items()
-    for foreign in names.split()
+    "lora_rank": "lora.r",
+    "rank": "lora.r",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.target_modules",
+    "model_name_or_path": "model.name",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attention",
+    "flash_attn": "model.attention",
+    "quantization_bit": "model.quantize",
+    "load_in_4bit": "model.quantize",
+    "freeze_vision_tower": "model.freeze",
+    "ref_model": "reference",
+    "dataset": "data.path",
+    "media_dir": "data.images",
+    "image_folder": "data.images",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "image_max_pixels": "data.max_pixels",
+    "val_size": "data.eval_fraction",
+    "pref_loss": "loss.name",
+    "loss_type": "loss.name",
+    "pref_beta": "loss.beta",
+    "simpo_gamma": "loss.gamma",
+    "lr": "train.learning_rate",
+    "epochs": "train.num_train_epochs",
+    "batch_size": "train.per_device_train_batch_size",
+    "global_batch_size": "train.global_batch_pairs",
+    "warmup_ratio": "train.warmup_steps",
+    "optimizer": "train.optim",
+    "output_dir": "output",
 }
 """What other trainers call a key of ours."""
 
 
-def explained(detail: ErrorDetails) -> tuple[str, str, str]:
-    """Dotted key, kind and message of one validation error."""
-    names = [str(part) for part in detail["loc"]]
-    # Inside a union the path goes on with the alternative that was tried; a recipe's keys are two levels deep.
-    loss = names.pop(1) if len(names) > 1 and names[0] == "loss" else None
-    key = ".".join(names[:2])
-    if key == "data.path" and len(names) > 3:  # except for the sources of a mixture: data, path, several, 0, weight
-        key = ".".join([f"{key}[{names[3]}]", *names[4:5]])
-        names = ["data.path", *names[4:5]]
-    kind, context = detail["type"], detail.get("ctx", {})
+def explained(detail: ErrorDetails, model: type[BaseModel], values: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Dotted key, kind and message of one validation error of these values."""
+    key = _key(detail, values)
+    context: Mapping[str, Any] = detail.get("ctx", {})
     given = "null" if detail["input"] is None else shown(detail["input"], most=60)
-    match kind:
+    match detail["type"]:
         case "extra_forbidden":
-            return key, "unknown-key", _unknown(names, loss)
+            return key, "unknown-key", _unknown(key, model, values)
         case "missing":
             return key, "missing-key", "is required"
         case "union_tag_not_found":
             return f"{key}.name", "missing-key", f"is required: one of {', '.join(LOSSES)}"
         case "union_tag_invalid":
-            known = f"{', '.join(LOSSES)}, not {context['tag']!r}"
-            return f"{key}.name", "bad-value", f"must be one of {known}{did_you_mean(context['tag'], LOSSES)}"
+            return f"{key}.name", "bad-value", f"must be {_one_of(list(LOSSES), context['tag'])}"
         case "model_type" | "model_attributes_type":
             return key, "bad-value", f"is a section with keys of its own, not {given}"
-        case "too_short" if key == "data.path":
-            return key, "bad-value", "needs at least one source"
-        case "tuple_type" if key == "data.path":
-            return key, "bad-value", f"must be a path or a list of sources, not {given}"
         case "value_error":
             return key, "bad-value", str(context["error"])
         case "literal_error":
-            words = context["expected"].split("'")[1::2]
-            if len(words) > _MOST_WORDS:
-                close = ", ".join(nearest(str(detail["input"]), words, most=8))
-                return key, "bad-value", f"must be one of {len(words)} words, not {given}; the nearest are {close}"
-            hint = did_you_mean(str(detail["input"]), words)
-            return key, "bad-value", f"must be {context['expected']}, not {given}{hint}"
+            words = re.findall("'(.*?)'", context["expected"]) or [context["expected"]]
+            return key, "bad-value", f"must be {_one_of(words, detail['input'])}"
+        case "too_short" | "string_too_short":
+            return key, "bad-value", "must not be empty"
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return key, "bad-value", f"must be {_KINDS.get(expected, expected)}, not {given}"
 
 
-def _unknown(names: Sequence[str], loss: str | None) -> str:
+def _key(detail: ErrorDetails, values: Mapping[str, Any]) -> str:
+    """The dotted key of what is wrong. Parts that name an alternative of a union are no keys of the values."""
+    key = ""
+    inside: Any = values
+    for part in detail["loc"]:
+        if isinstance(inside, Mapping) and part in inside:
+            key, inside = f"{key}.{part}", inside[part]
+        elif isinstance(inside, list) and isinstance(part, int):
+            key, inside = f"{key}[{part}]", inside[part]
+    if detail["type"] == "missing":
+        key = f"{key}.{detail['loc'][-1]}"
+    return key.removeprefix(".")
+
+
+def _one_of(words: Sequence[str], value: object) -> str:
+    given = shown(value, most=60)
+    if len(words) > _MOST_WORDS:
+        close = difflib.get_close_matches(str(value), words, n=8, cutoff=0)
+        return f"one of {len(words)} words, not {given}; the nearest are {', '.join(close)}"
+    return f"one of {', '.join(words)}, not {given}{did_you_mean(str(value), words)}"
+
+
+def _unknown(key: str, model: type[BaseModel], values: Mapping[str, Any]) -> str:
     """What to say of a key that does not exist."""
-    word, section = names[-1], _SECTIONS.get(names[0], Recipe) if len(names) > 1 else Recipe
-    if section is TrainSection and word in OWNED_BY_RECIPE:
+    section, _, word = re.sub(r"\[\d+\]", "", key).rpartition(".")
+    if section == "train" and word in OWNED_BY_RECIPE:
         return OWNED_BY_RECIPE[word]
-    if loss is not None:
-        section = LOSSES[loss]
-        owners = [name for name, other in LOSSES.items() if word in other.model_fields]
-        if owners:
+    known = _SECTIONS.get(section, model).model_fields
+    if section == "loss":
+        loss = values["loss"]["name"]
+        known = LOSSES[loss].model_fields
+        if owners := [name for name, other in LOSSES.items() if word in other.model_fields]:
             return (
                 f"is a key of the loss {' and '.join(owners)}, not of {loss}; to change the loss, replace the whole "
                 f"section: loss={{name: {loss}}}"
             )
-    ours = FOREIGN.get(word, "")
-    known = [key for key in _dotted_keys() if key.rpartition(".")[2] == word]
-    if ours:
-        hint = f"; did you mean `{ours.removeprefix(f'{names[0]}.') if len(names) > 1 else ours}`?"
-    else:
-        hint = did_you_mean(word, section.model_fields) or (f"; did you mean `{known[0]}`?" if known else "")
-    return f"is not a key of {f'`{names[0]}`' if len(names) > 1 else 'a recipe'}{hint}"
+    elsewhere = [dotted for dotted in dotted_keys() if dotted.endswith(f".{word}")]
+    hint = did_you_mean(word, known)
+    if word in FOREIGN:
+        hint = f"; did you mean `{FOREIGN[word].removeprefix(f'{section}.')}`?"
+    elif elsewhere and not hint:
+        hint = f"; did you mean `{elsewhere[0]}`?"
+    return f"is not a key{f' of `{section}`' if section else ''}{hint}"
 
 
-def _dotted_keys() -> Iterator[str]:
+def dotted_keys() -> Iterator[str]:
+    """Every key of a recipe's sections."""
     for name, section in [*_SECTIONS.items(), *(("loss", loss) for loss in LOSSES.values())]:
         yield from (f"{name}.{key}" for key in section.model_fields)

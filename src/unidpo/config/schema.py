@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, Union, get_args
 
 from omegaconf import OmegaConf
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from unidpo.config.hf_arguments import MANY, RENAMED, model_of_arguments, words_of
-from unidpo.config.section import Section
-from unidpo.errors import shown
 from unidpo.losses import LOSSES, PreferenceLoss, UniDPO
 
 ModelPart: TypeAlias = Literal["vision", "projector", "language"]
 Attention: TypeAlias = Literal["auto", "sdpa", "varlen", "flex", "flash", "padded"]
-
-
-def _as_parts(value: Any) -> Any:
-    if value == "none":
-        return ()
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"must be `none` or a list of {', '.join(get_args(ModelPart))}, not {value!r}")
-    return tuple(value)
 
 
 def _as_path(value: Any) -> Any:
@@ -34,42 +24,37 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_reference(value: Any) -> Any:
-    if not isinstance(value, str) or value.lower() in _NO_REFERENCE:
-        raise ValueError(
-            f"must be `stored`, `live` or a model, not {shown(value)}; left out, it is the policy before its first "
-            "step, and whether one is needed follows from the loss (`simpo` needs none)"
-        )
-    return value
+def _as_parts(value: Any) -> Any:
+    return () if value == "none" else _as_tuple(value)
 
 
-_NO_REFERENCE = (
-    "none",
-    "null",
-    "no",
-    "off",
-    "false",
-    "policy",
-    "self",
-    "base",
-    "ref",
-    "model",
-    "copy",
-    "frozen",
-    "disk",
-)
+def _as_sources(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return tuple({"path": source} if isinstance(source, str) else source for source in value)
+
+
 FilePath: TypeAlias = Annotated[Path, BeforeValidator(_as_path)]
+T = TypeVar("T")
+Several: TypeAlias = Annotated[tuple[T, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, no unknown keys, no silent conversions, no infinities."""
+
+    # A section's validator is built within the recipe's; building each alone as well would only cost time.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
 
 class ModelSection(Section):
-    """The policy: what is loaded and which parts of it learn."""
+    """The policy: what is loaded and which parts of it are trained."""
 
     name: str = Field(min_length=1)
     """A folder written by `save_pretrained`, or a hub id."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the arithmetic. Losses are computed in float32 whatever it is."""
+    """Compute dtype. Losses are computed in float32 whatever it is."""
     freeze: Annotated[tuple[ModelPart, ...], BeforeValidator(_as_parts)] = ("vision", "projector")
-    """Parts that do not learn, or `none`."""
+    """Parts that are not trained, or `none`."""
     attention: Attention = "auto"
     """`padded` lays out one row per response; `auto` takes packs where the self-check agrees, by the fastest backend
     there is; `sdpa`, `varlen`, `flex` and `flash` demand packs by that backend."""
@@ -88,12 +73,6 @@ class SourceSection(Section):
     """How often each of its rows is met in an epoch: 0.5 for half of them, 2 for each twice."""
     images: FilePath | None = None
     """As `data.images`; null for that."""
-
-
-def _as_sources(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    return tuple({"path": source} if isinstance(source, str) else source for source in value)
 
 
 class DataSection(Section):
@@ -136,7 +115,7 @@ class DataSection(Section):
 
 
 class LoraSection(Section):
-    """A low-rank adapter (peft). It alone learns, whatever `model.freeze` says."""
+    """A low-rank adapter (peft). It alone is trained, whatever `model.freeze` says."""
 
     r: int = Field(16, gt=0, le=65536)
     """Rank."""
@@ -168,9 +147,9 @@ class TrainSection(HuggingFaceArguments):
     global_batch_pairs: int | None = Field(None, gt=0, le=MANY)
     """Pairs per optimizer step over all processes; derives `gradient_accumulation_steps`."""
     max_tokens_per_pack: int | None = Field(None, gt=0, le=MANY)
-    """Tokens that a forward pass is filled up to; takes the place of `per_device_train_batch_size` there."""
+    """Tokens that a micro-batch is filled up to; takes the place of `per_device_train_batch_size` there."""
     per_device_train_batch_size: int = Field(1, gt=0, le=MANY)
-    """Pairs per forward pass and process."""
+    """Pairs per micro-batch and process."""
     per_device_eval_batch_size: int = Field(1, gt=0, le=MANY)
     """The same during evaluation."""
     learning_rate: float = Field(1e-6, ge=0)
@@ -194,23 +173,7 @@ class TrainSection(HuggingFaceArguments):
     seed: int = Field(42, ge=0, lt=2**32)
     """Source of every random choice of the run."""
     fsdp: bool | None = None
-    """Whether weights are spread over the processes by FSDP2; `fsdp_config` tunes it."""
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.global_batch_pairs is not None and "gradient_accumulation_steps" in self.model_fields_set:
-            message = "is given beside `global_batch_pairs`, which derives it; give one of them, not both"
-            yield "gradient_accumulation_steps", message
-        elif self.global_batch_pairs is not None and self.global_batch_pairs % self.per_device_train_batch_size:
-            yield (
-                "global_batch_pairs",
-                (
-                    f"({self.global_batch_pairs}) must be a multiple of `per_device_train_batch_size` "
-                    f"({self.per_device_train_batch_size})"
-                ),
-            )
-        for old, new in RENAMED.items():
-            if {old, new} <= self.model_fields_set:
-                yield old, f"is another name of `{new}`, which is given too; give one of them, not both"
+    """Whether weights are sharded over the processes by FSDP2; `fsdp_config` tunes it."""
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments for `transformers.TrainingArguments`: what the recipe set, and our defaults."""
@@ -226,9 +189,7 @@ class TrainSection(HuggingFaceArguments):
 class EvalSection(Section):
     """Benchmarks that the model takes while it trains."""
 
-    benchmarks: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_tuple)] = Field(
-        min_length=1
-    )
+    benchmarks: Several[Annotated[str, Field(min_length=1)]]
     """Files of own benchmarks, or names of the paper's."""
     steps: int = Field(100, gt=0, le=MANY)
     """Optimizer steps between two times; `train.eval_strategy` and `train.eval_steps` take its place."""
@@ -252,7 +213,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection
     loss: _Loss = Field(default_factory=UniDPO)
-    reference: Annotated[str, BeforeValidator(_as_reference), Field(min_length=1)] = "stored"
+    reference: str = Field("stored", min_length=1)
     """`stored` (the policy before its first step, as numbers on disk), `live` (a frozen copy), or a model."""
     lora: LoraSection | None = None
     """An adapter, or null to train the weights themselves."""
@@ -261,27 +222,33 @@ class Recipe(Section):
     """Benchmarks while the model trains, or null."""
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        model, lora = self.model, self.lora
+        """Values that are right each by itself and do not go together: the key to change, and what is wrong."""
+        model, lora, train = self.model, self.lora, self.train
         if lora is None and set(model.freeze) == set(get_args(ModelPart)):
             yield "model.freeze", "names every part and there is no `lora`: nothing would be trained"
         if model.quantize is not None and lora is None:
-            yield "model.quantize", "holds weights that cannot learn: add a `lora` section, or leave it out"
+            yield "model.quantize", "holds weights that cannot be trained: add a `lora` section, or leave it out"
         if model.quantize == "int8" and lora is not None and lora.dora:
             # peft reads the lengths of the columns from bitsandbytes' 8-bit layers, which do not survive it.
             yield "lora.dora", "does not work over `model.quantize: int8`; use nf4, or plain LoRA"
         if self.data.cache_image_features and lora is None and not {"vision", "projector"} <= set(model.freeze):
-            yield (
-                "data.cache_image_features",
-                (
-                    "keeps what vision tower and projector make of an image, and here they learn: set "
-                    "`model.freeze: [vision, projector]`, or leave it out"
-                ),
+            needs = (
+                "needs a frozen vision tower and projector: set `model.freeze: [vision, projector]`, or leave it out"
             )
-        if self.train.given().get("eval_strategy", "no") != "no" and not self.data.eval_fraction and self.eval is None:
-            yield (
-                "train.eval_strategy",
-                ("needs something to evaluate on: set `data.eval_fraction` above 0, or `eval.benchmarks`"),
-            )
+            yield "data.cache_image_features", needs
+        if train.given().get("eval_strategy", "no") != "no" and not self.data.eval_fraction and self.eval is None:
+            needs = "needs something to evaluate on: set `data.eval_fraction` above 0, or `eval.benchmarks`"
+            yield "train.eval_strategy", needs
+        pairs, at_once = train.global_batch_pairs, train.per_device_train_batch_size
+        if pairs is not None and "gradient_accumulation_steps" in train.model_fields_set:
+            message = "is given beside `global_batch_pairs`, which derives it; give one of them, not both"
+            yield "train.gradient_accumulation_steps", message
+        elif pairs is not None and pairs % at_once:
+            message = f"({pairs}) must be a multiple of `per_device_train_batch_size` ({at_once})"
+            yield "train.global_batch_pairs", message
+        for old, new in RENAMED.items():
+            if {old, new} <= train.model_fields_set:
+                yield f"train.{old}", f"is another name of `{new}`, which is given too; give one of them, not both"
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default filled in, as plain JSON values; `recipe_from` reads it back."""
@@ -292,3 +259,27 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """`resolved()` as a recipe file."""
         return OmegaConf.to_yaml(OmegaConf.create(self.resolved()))
+
+
+class MethodSection(Section):
+    """One method of a sweep: a recipe and the values to try."""
+
+    recipe: FilePath
+    """Recipe file, relative to the working directory."""
+    name: str | None = Field(None, pattern=r"^\w[\w.-]*$")
+    """What its runs are called by; null for the recipe's file name."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted recipe keys that are the same in all its runs."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
+    """Dotted recipe keys, each with the values to try; every combination is a run."""
+
+
+class Sweep(Section):
+    """A sweep file: several recipes, each with a grid of values."""
+
+    output: FilePath
+    """Folder of the run folders and the summary."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted recipe keys that are the same in all runs; a method's own win over these, and its grid over both."""
+    methods: Several[MethodSection]
+    """The methods, in the order in which they run."""

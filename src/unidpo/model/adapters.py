@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from unidpo.config import LoraSection
-from unidpo.errors import ModelError
+from unidpo.errors import ModelError, did_you_mean
 from unidpo.model.load import keep_trainable_in_float32, language_linear_layers, quiet_peft
 
 # Ways to begin in which peft takes the adapter's share out of the weights beneath it.
@@ -16,12 +16,17 @@ _TAKES_FROM_THE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_config(lora: LoraSection, model: PreTrainedModel) -> Any:
-    """What peft is told of a recipe's `lora` section."""
+    """What peft is told of a recipe's `lora` section. Raises `ModelError` where a layer it names is not there."""
     from peft import LoraConfig
 
     targets = lora.target_modules
     if targets is None:
         targets = tuple(language_linear_layers(model))
+    elif isinstance(targets, tuple):  # peft looks for one of them alone
+        known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        if missing := [name for name in targets if name.rpartition(".")[2] not in known]:
+            hint = did_you_mean(missing[0], known)
+            raise ModelError(f"lora.target_modules: this model has no layer {missing[0]!r}{hint}")
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from unidpo.errors import TrainingError
 
@@ -40,14 +41,12 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         for rank, output in enumerate(outputs):
             sink = None if rank == 0 else files.enter_context(output.open("wb"))
             running.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "unidpo", *arguments],
+                start(
+                    arguments,
+                    when_parent_dies=signal.SIGKILL,
                     env=environment(rank, processes, port),
                     stdout=sink,
                     stderr=None if sink is None else subprocess.STDOUT,
-                    # Signals of the terminal come to this process alone, which hands them on once.
-                    start_new_session=True,
-                    preexec_fn=end_with_parent(signal.SIGKILL),
                 )
             )
         with signals_to(running) as handed_on:
@@ -60,6 +59,21 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         if blamed == 0 and code > 0:
             return code
         raise TrainingError(_what_happened(blamed, code, outputs[blamed]))
+
+
+def start(arguments: Sequence[str], *, when_parent_dies: signal.Signals, **options: Any) -> subprocess.Popen[bytes]:
+    """`unidpo` with these arguments in a process of its own, which gets a signal when this one dies.
+
+    Args:
+        options: of `Popen`.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "unidpo", *arguments],
+        # Signals of the terminal come to this process alone; with `signals_to` it hands them on once.
+        start_new_session=True,
+        preexec_fn=end_with_parent(when_parent_dies),
+        **options,
+    )
 
 
 def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int | None:
