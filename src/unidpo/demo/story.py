@@ -9,10 +9,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import transformers
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,6 +47,7 @@ HELD_OUT_QUESTIONS = 1200
 ASKED: tuple[Kind, ...] = ("read", "read", "yes_no", "choice")
 
 _NAMES: dict[Kind, str] = {"read": "read the number", "yes_no": "yes or no", "choice": "multiple choice"}
+_RECIPE = Path(__file__).with_name("recipe.yaml")
 _STEPS = 5
 # Written into a demo's folder, so that a later demo knows it may replace what is there.
 _MARK = ".unidpo-demo"
@@ -175,24 +176,11 @@ def _make_data(world: DigitsWorld, folder: Path, seed: int, console: Console) ->
 
 
 def _write_recipe(out: Path, data: RankedData, seed: int) -> Path:
-    recipe = {
-        "output": str(out / "run"),
-        "model": {"name": str(CHECKPOINT), "dtype": "float32", "freeze": ["vision", "projector"]},
-        "data": {"path": str(data.path)},
-        "loss": {"name": "uni_dpo", "beta": 2.0, "tau_good": 4.0},
-        "train": {
-            "learning_rate": 2.0e-4,
-            "global_batch_pairs": 32,
-            "per_device_train_batch_size": 32,
-            "num_train_epochs": 1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "seed": seed,
-        },
-    }
     path = out / "recipe.yaml"
-    text = yaml.safe_dump(recipe, sort_keys=False)
-    path.write_text(f"# unidpo train {path}\n{text}", encoding="utf-8")
+    template = Template(_RECIPE.read_text("utf-8"))
+    places = {"output": out / "run", "model": CHECKPOINT, "data": data.path}
+    quoted = {key: json.dumps(str(place)) for key, place in places.items()}
+    path.write_text(template.substitute(quoted, file=path, seed=seed), encoding="utf-8")
     return path
 
 

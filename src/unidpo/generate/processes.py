@@ -36,9 +36,11 @@ class Processes:
         for gpu in range(options.processes):
             gpus.put(gpu)
         self._options = options
+        self._interrupted = False
         self._pool = ProcessPoolExecutor(options.processes, context, _start, (name, options, gpus))
         try:
-            self._identity = self._pool.submit(_identity).result()
+            loading = [self._pool.submit(_identity) for _ in range(options.processes)]
+            self._identity, *_ = [future.result() for future in loading]
         except BaseException:
             self.close()
             raise
@@ -52,14 +54,18 @@ class Processes:
         size = max(1, min(most, len(questions) // self._options.processes))
         ordered = longest_first(questions, generation)
         shares = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        self._interrupted = True
         try:
             for _, answers in as_they_come(self._pool, functools.partial(_answer, generation=generation), shares):
                 yield answers
         except BrokenProcessPool as error:
             raise GenerationFailed(f"{error}; run the command again to go on") from error
+        self._interrupted = False
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; after an interruption nobody waits for what they are at."""
+        for process in list(self._pool._processes.values()) if self._interrupted else ():
+            process.terminate()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, as_completed
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+
+from pydantic import HttpUrl, ValidationError
 
 from unidpo.errors import ModelError
 from unidpo.generate.questions import Answer, GenerationFailed
@@ -36,13 +37,10 @@ class ChatServer:
         if any(mark in address for mark in "@?#"):  # what stands there may be secret, and is not repeated
             raise ModelError(f"{option}: an address without user, password and query is expected")
         try:
-            parts = urlsplit(address)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ModelError(f"{option} is an address such as http://localhost:8000, not {address!r}")
-        self.address = address.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+            path = HttpUrl(address).path or ""
+        except ValidationError:
+            raise ModelError(f"{option} is an address such as http://localhost:8000, not {address!r}") from None
+        self.address = address.rstrip("/") + ("" if path.strip("/") else "/v1")
         self._key = key
         self._client = _client(self.address, key or "EMPTY", seconds)
 
