@@ -114,12 +114,7 @@ class CheckReport:
             console.print()
         console.print(Text(printable(self.file), "bold"), soft_wrap=True)
         console.print(self._table(blocks=console.encoding.startswith("utf")))
-        if self.usable_rows:
-            console.print()
-            how = "estimated, without a model" if self.epoch_tokens.estimated else "counted"
-            console.print(f"tokens per epoch ({how})")
-            console.print(self._costs())
-            console.print()
+        console.print()
         console.print(Text(self.verdict, "red" if self.errors else "green"), soft_wrap=True)
 
     def _table(self, *, blocks: bool) -> Table:
@@ -147,22 +142,15 @@ class CheckReport:
         add("  score margin", self.score_margin)
         if self.chosen_score_median is not None:
             table.add_row("  chosen score", "", "", "", f"{self.chosen_score_median:,.6g}", "", "", "try as tau_good")
-        return table
-
-    def _costs(self) -> Table:
-        """A line per layout, with how many times fewer tokens it takes than padded pairs."""
         costs = self.epoch_tokens
-        table = Table(box=None, pad_edge=False, show_header=False)
-        for justify in ("left", "right", "left"):
-            table.add_column(justify=justify, no_wrap=True)
-        layouts = {
-            "padded pairs, with a reference": costs.padded_pairs,
-            "pair packs, reference stored": costs.pair_packs,
-            "prompt packs (group_by_prompt)": costs.prompt_packs,
-        }
-        for name, tokens in layouts.items():
-            fewer = "" if tokens == costs.padded_pairs else f"{costs.padded_pairs / max(tokens, 1):.1f} times fewer"
-            table.add_row(name, f"{tokens:,}", fewer)
+        table.add_row(f"{about}tokens per epoch")
+        for name, tokens in (
+            ("  padded pairs", costs.padded_pairs),
+            ("  pair packs", costs.pair_packs),
+            ("  prompt packs", costs.prompt_packs),
+        ):
+            fewer = f"{costs.padded_pairs / tokens:.1f} times fewer" if 0 < tokens < costs.padded_pairs else ""
+            table.add_row(name, f"{tokens:,}", "", "", "", "", "", fewer)
         return table
 
 

@@ -24,23 +24,13 @@ from unidpo.files.writing import write_json
 DataSet: TypeAlias = Literal["mm-rlhf", "uni-dpo"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Published:
-    """Where a data set lies, by hub, its subsets, and those fetched by default."""
-
-    repos: dict[Source, str]
-    subsets: tuple[str, ...]
-    default: tuple[str, ...]
-
-
-_PUBLISHED: dict[DataSet, _Published] = {
-    "mm-rlhf": _Published({"huggingface": "yifanzhang114/MM-RLHF"}, SUBSETS, DEFAULT_SUBSETS),
-    "uni-dpo": _Published(
-        {"huggingface": "psp-dada/Uni-DPO", "modelscope": "pspdada/Uni-DPO"},
-        ("multimodal", "textual", "math"),
-        ("multimodal",),
-    ),
+_REPOS: dict[tuple[DataSet, Source], str] = {
+    ("mm-rlhf", "huggingface"): "yifanzhang114/MM-RLHF",
+    ("uni-dpo", "huggingface"): "psp-dada/Uni-DPO",
+    ("uni-dpo", "modelscope"): "pspdada/Uni-DPO",
 }
+_SUBSETS: dict[DataSet, tuple[str, ...]] = {"mm-rlhf": SUBSETS, "uni-dpo": ("multimodal", "textual", "math")}
+_DEFAULT_SUBSETS: dict[DataSet, tuple[str, ...]] = {"mm-rlhf": DEFAULT_SUBSETS, "uni-dpo": ("multimodal",)}
 _MM_RLHF_ALWAYS = ("data.jsonl", "dpo_pairs.jsonl")
 _DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".zip")
 _RECORD = ".unidpo-fetch.json"
@@ -153,11 +143,10 @@ def plan_fetch(
         FetchError: the hub cannot be reached.
     """
     hub, to = open_hub(source, endpoint), Path(to)
-    require_known("data fetch", "data set", [dataset], _PUBLISHED)
-    published = _PUBLISHED[dataset]
-    wanted = tuple(dict.fromkeys(published.default if subsets is None else subsets))
-    require_known("--subsets", "subset", wanted, published.subsets)
-    repo = repo or published.repos.get(source)
+    require_known("data fetch", "data set", [dataset], _SUBSETS)
+    wanted = tuple(dict.fromkeys(_DEFAULT_SUBSETS[dataset] if subsets is None else subsets))
+    require_known("--subsets", "subset", wanted, _SUBSETS[dataset])
+    repo = repo or _REPOS.get((dataset, source))
     if repo is None:
         raise DataError(f"it is not known under which id {source} has {dataset}; give it with `--repo owner/name`")
     existing = next(folder for folder in [to.absolute(), *to.absolute().parents] if folder.exists())

@@ -125,9 +125,8 @@ def _rated_prompts(report: RatingsReport) -> list[RatedPrompt]:
 
 def _subset(values: Any, number: int, report: RatingsReport) -> str | None:
     """The row's subset, counted; ``None`` with a finding where there is none."""
-    problem = _row_problem(values)
-    subset = subset_of(values) if problem is None else None
-    if problem is None and subset is None:
+    problem, subset = _row_problem(values), None
+    if problem is None and (subset := subset_of(values)) is None:
         where = shown(values.get("image") or values.get("id"))
         problem = Finding("unknown-subset", f"{where} names none of {', '.join(SUBSETS)}", key="image")
     if problem is not None:
@@ -137,11 +136,10 @@ def _subset(values: Any, number: int, report: RatingsReport) -> str | None:
 
 
 def _row_problem(values: Any) -> Finding | None:
-    if isinstance(values, Finding):
-        return values
-    if not isinstance(values, dict):
-        return Finding("wrong-type", f"a row is an object with keys, not {json_type(values)}")
-    return None
+    if isinstance(values, dict):
+        return None
+    problem = f"a row is an object with keys, not {json_type(values)}"
+    return values if isinstance(values, Finding) else Finding("wrong-type", problem)
 
 
 def _rated_pairs(prompt: RatedPrompt, report: RatingsReport) -> list[Pair]:
