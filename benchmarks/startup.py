@@ -167,7 +167,7 @@ def measure(data: Path) -> dict[str, Any]:
     from unidpo.model.encode import Encoder, plain_positions
     from unidpo.model.load import load_processor
     from unidpo.progress import Stages
-    from unidpo.run.train import training_data
+    from unidpo.run.data import training_data
 
     try:
         from unidpo.model.lengths import fit_to_length
@@ -177,12 +177,11 @@ def measure(data: Path) -> dict[str, Any]:
     recipe = recipe_from(
         {"output": "unused", "model": {"name": str(MODEL)}, "data": {"path": str(data), "eval_fraction": 0.02}}
     )
-    loss = recipe.loss
     encoder = Encoder(load_processor(recipe.model.name), plain_positions, template="chatml")
     stages: dict[str, Any] = {}
     start = spent()
     with Stages(Console(file=io.StringIO())) as progress:
-        groups, held_out = staged(stages, "check and selection", lambda: training_data(recipe, loss, progress))
+        groups, held_out = staged(stages, "check and selection", lambda: training_data(recipe, progress))
         fitted = staged(
             stages, "lengths in tokens", lambda: [fit_to_length(side, encoder) for side in (groups, held_out)]
         )

@@ -18,6 +18,8 @@ from unidpo.data.pairs import PromptGroup
 from unidpo.losses import DPO
 from unidpo.model.encode import CHATML
 from unidpo.model.load import freeze, keep_trainable_in_float32, load_policy, load_processor
+from unidpo.training.callbacks import Hooks, PairsCallback
+from unidpo.training.metrics import Columns
 from unidpo.training.trainer import PreferenceTrainer
 
 
@@ -56,6 +58,16 @@ def pairs_of(setting: Setting) -> list[PromptGroup]:
     return as_pairs(prompts_of(setting), setting.per_prompt)
 
 
+class _Rows(PairsCallback):
+    """Keeps the pairs of each step."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def on_pairs(self, columns: Columns) -> None:
+        self._rows.append(dict(columns))
+
+
 def unidpo(
     setting: Setting, groups: Sequence[PromptGroup], *, reference: str, groups_per_pass: int, features: bool = False
 ) -> Taken:
@@ -65,6 +77,11 @@ def unidpo(
     clock = Clock(setting.watch)
     rows: list[dict[str, Any]] = []
     marks: list[Seconds] = []
+
+    def mark(stage: str, done: int, total: int) -> None:
+        if not stage.startswith("tokenizing"):
+            marks.append(Seconds.now())
+
     trainer = PreferenceTrainer(
         load_policy(setting.model, dtype=setting.shape.dtype),
         loss=DPO(beta=BETA),
@@ -78,10 +95,8 @@ def unidpo(
         shuffle=False,
         cache=setting.work / "cache",
         cache_image_features=features,
-        callbacks=[clock],
-        on_pairs=lambda columns: rows.append(dict(columns)),
-        on_reference_progress=lambda done, total: marks.append(Seconds.now()),
-        on_feature_progress=lambda done, total: marks.append(Seconds.now()),
+        callbacks=[clock, _Rows(rows)],
+        hooks=Hooks(on_progress=mark),
     )
     trainer.train()
     # Of each prompt the pairs that the other variants have, too.

@@ -215,11 +215,18 @@ def test_a_training_asked_to_stop_leaves_a_checkpoint_and_ends_as_the_uninterrup
     assert_ended_alike(resumed, whole)
 
 
+def test_where_there_is_no_checkpoint_nothing_is_resumed(make):
+    with pytest.raises(RunError, match="no whole checkpoint to resume from"):
+        make().train(resume_from_checkpoint=True)
+
+
 def test_a_reference_pass_asked_to_stop_keeps_what_it_has(make, out, monkeypatch, caplog):
     monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)
     caplog.set_level("INFO", "unidpo")
-    trainer = make(on_reference_progress=lambda done, total: trainer.request_stop() if done == 4 else None)
-    with pytest.raises(Interrupted, match="reference pass"):
+    trainer = make(
+        on_progress=lambda stage, *done: trainer.request_stop() if done == (4, 8) and "ref" in stage else None
+    )
+    with pytest.raises(Interrupted, match=r"before the first step \(reference, responses: \d/8\)"):
         trainer.train()
     assert not [record for record in trainer.state.log_history if "loss" in record]
     make().train()

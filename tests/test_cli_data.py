@@ -190,7 +190,7 @@ class TestScalesOfScores:
     def test_training_takes_the_values_of_the_recipe(self, tmp_path, capsys):
         from unidpo.config import recipe_from
         from unidpo.progress import Stages
-        from unidpo.run.train import training_data
+        from unidpo.run.data import training_data
         from unidpo.terminal import Terminal
 
         self.checked(tmp_path, [(90.0, 10.0), (70.0, 30.0)])
@@ -201,7 +201,7 @@ class TestScalesOfScores:
             ({"tau_good": 80.0, "quality_eta": 0.02}, set()),
         ):
             recipe = recipe_from({**values, "loss": {"name": "uni_dpo", **more}})
-            training_data(recipe, recipe.loss, Stages(Terminal()))
+            training_data(recipe, Stages(Terminal()))
             said = capsys.readouterr().out
             assert {kind for kind in ("unreached-tau-good", "saturated-weights") if kind in said} == expected
             assert "(of the recipe)" in said or not expected

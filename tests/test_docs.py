@@ -406,7 +406,7 @@ def kinds_in(node: ast.AST) -> Iterator[str]:
     [
         (
             "docs/check.md",
-            ["data/formats/**/*.py", "data/check/**/*.py", "data/images.py", "model/lengths.py", "model/batches.py"],
+            ["data/formats/**/*.py", "data/check/**/*.py", "data/images.py", "data/lost_rows.py", "model/lengths.py"],
         ),
         ("docs/mm-rlhf.md", ["data/mm_rlhf/*.py"]),
     ],

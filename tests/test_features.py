@@ -132,8 +132,8 @@ def test_a_run_with_features_from_disk_is_the_plain_run_and_the_next_one_sees_no
     towers.clear()
     said = []
     options = {"cache_image_features": True, "cache": tmp_path / "cache"}
-    assert_same(run("stored", on_feature_progress=lambda *done: said.append(done), **options), plain)
-    assert said == [(0, 3), (3, 3)]
+    assert_same(run("stored", on_progress=lambda *done: said.append(done), **options), plain)
+    assert [done[1:] for done in said if done[0] == "features of images, prompts"] == [(0, 3), (3, 3)]
     tried = 2 + 2 + 1  # the padded rows of a prompt with and without features, and the prompt for its size
     assert sum(towers) == tried + 3
     towers.clear()
@@ -354,11 +354,11 @@ def test_the_folder_depends_on_tower_projector_and_encoder_and_not_on_the_langua
 
 
 @pytest.mark.parametrize("options", [{"frozen": ("vision",)}, {"frozen": ()}, {"adapter": ["qkv", "q_proj"]}])
-def test_features_of_what_learns_are_not_kept(tmp_path, options):
+def test_features_of_trainable_parts_are_not_kept(tmp_path, options):
     if targets := options.pop("adapter", None):
         options["peft_config"] = lora()
         options["peft_config"].target_modules = set(targets)
-    with pytest.raises(RecipeError, match=r"data\.cache_image_features: .* learn.*model\.freeze"):
+    with pytest.raises(RecipeError, match=r"data\.cache_image_features: .* trained.*model\.freeze"):
         trainer_of(tmp_path, cache_image_features=True, **options)
 
 

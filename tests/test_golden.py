@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from trainers import OnPairs
 from unidpo.data.formats import load_pairs
 from unidpo.losses import DPO, SimPO, UniDPO
 from unidpo.training.trainer import PreferenceTrainer
@@ -39,7 +40,7 @@ LOGGED = {
 }
 
 
-def train(golden, folder, name, *, batch=(1, 4), on_gradients=None, **options):
+def train(golden, folder, name, *, batch=(1, 4), on_gradients=None, on_pairs=None, **options):
     args = TrainingArguments(
         str(folder),
         per_device_train_batch_size=batch[0],
@@ -60,6 +61,7 @@ def train(golden, folder, name, *, batch=(1, 4), on_gradients=None, **options):
         train_dataset=load_pairs(golden / "data" / "golden48.json"),
         shuffle=False,
         cache=folder / "cache",
+        callbacks=[] if on_pairs is None else [OnPairs(on_pairs)],
         **options,
     )
     if on_gradients is not None:

@@ -209,5 +209,5 @@ def test_progress_counts_groups(make, monkeypatch):
 
 def test_a_trainer_counts_groups_to_train_on_and_held_out_as_one_work(tmp_path):
     groups, seen = some_groups(5, images=lambda i: 0), []
-    trainer_of(tmp_path, groups[:3], eval_dataset=groups[3:], on_token_progress=lambda *done: seen.append(done))
-    assert seen == [(0, 5), (3, 5), (3, 5), (5, 5)]
+    trainer_of(tmp_path, groups[:3], eval_dataset=groups[3:], on_progress=lambda *done: seen.append(done))
+    assert seen == [("tokenizing, groups", done, 5) for done in (0, 3, 3, 5)]

@@ -31,14 +31,14 @@ ME = f"process {os.getpid()} on "
 def test_a_start_beside_a_live_run_is_refused_and_does_the_run_no_harm(tmp_path):
     train = {"global_batch_pairs": 2, "save_steps": 1}
     recipe = write_recipe(tmp_path, data=write_rows(tmp_path, rows_of(8)), train=train)
-    add_pairs, others = RunRecord.add_pairs, []
+    on_pairs, others = RunRecord.on_pairs, []
 
     def meanwhile(self, columns):
-        add_pairs(self, columns)
+        on_pairs(self, columns)
         if columns["step"][0] == 3:
             others.extend([unidpo("train", recipe), unidpo("train", recipe, "--resume")])
 
-    with mock.patch.object(RunRecord, "add_pairs", meanwhile):
+    with mock.patch.object(RunRecord, "on_pairs", meanwhile):
         code, printed = unidpo("train", recipe)
     assert code == 0, printed
     for code, printed in others:

@@ -14,14 +14,16 @@ from unidpo.cache.feature_store import FeatureStore
 from unidpo.cache.logps import LogpStore, is_logp
 from unidpo.cache.reference import ReferencePass, _Scored
 from unidpo.cache.store import content_keys
+from unidpo.data.lost_rows import LostRows
 from unidpo.data.pairs import Pair
 from unidpo.errors import DataError, Finding, ModelError, TrainingError
 from unidpo.losses import SimPO
 from unidpo.model.attention import PACK_ATTENTION, set_text_attention
-from unidpo.model.batches import LostRows, Step
 from unidpo.model.packs import pack
 from unidpo.model.policy import Policy
-from unidpo.training.trainer import PreferenceTrainer, _Report
+from unidpo.training.record import RunRecord
+from unidpo.training.running import StepReport
+from unidpo.training.steps import Step
 from worlds import GOLDEN, group, tiny_policy
 
 SKIP = {"on_bad_row": "skip", "max_lost_fraction": 1.0}
@@ -102,13 +104,13 @@ def after_the_first_step(monkeypatch):
     """Calls back after each step of a run."""
 
     def call(then):
-        record = PreferenceTrainer._record
+        on_pairs = RunRecord.on_pairs
 
         def recorded(self, columns):
-            record(self, columns)
+            on_pairs(self, columns)
             then()
 
-        monkeypatch.setattr(PreferenceTrainer, "_record", recorded)
+        monkeypatch.setattr(RunRecord, "on_pairs", recorded)
 
     return call
 
@@ -224,14 +226,14 @@ def test_features_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
 def test_held_out_pairs_whose_loss_is_no_number_stop_the_run(tmp_path, monkeypatch):
     held_out = [replace(group(seed=9), pairs=(Pair(0, 1, 77),))]
     trainer = trainer_of(tmp_path, eval_dataset=held_out, eval_strategy="steps", eval_steps=1, loss=SimPO())
-    measure = trainer._measure_held_out
+    measure = trainer._evaluate_held_out
 
     def without_numbers():
         with torch.no_grad():
             trainer.policy.plain.lm_head.weight[0] = torch.nan
         return measure()
 
-    monkeypatch.setattr(trainer, "_measure_held_out", without_numbers)
+    monkeypatch.setattr(trainer, "_evaluate_held_out", without_numbers)
     with pytest.raises(TrainingError, match="row 77: the loss of this pair is nan"):
         trainer.train()
     assert not any("eval_loss" in record for record in trainer.state.log_history)
@@ -247,31 +249,31 @@ def test_lost_pairs_count_once_and_among_those_they_belong_to():
 
     rows = LostRows({"training": groups(range(1, 11)), "held-out": groups([11, 12])}, stop=False, max_fraction=0.5)
     for _ in range(3):  # in every epoch, and by several processes
-        rows.see(lost(1, 2, 3, 4, 5) + lost(1))
-    rows.see(lost(11))
+        rows.add(lost(1, 2, 3, 4, 5) + lost(1))
+    rows.add(lost(11))
     with pytest.raises(DataError, match="2 of 2 held-out pairs") as raised:
-        rows.see(lost(12))
+        rows.add(lost(12))
     assert [finding.row for finding in raised.value.findings] == [1, 2, 3, 4, 5, 11, 12]
     with pytest.raises(DataError, match="6 of 10 training pairs"):
-        LostRows({"training": groups(range(1, 11))}, stop=False, max_fraction=0.5).see(lost(*range(1, 7)))
+        LostRows({"training": groups(range(1, 11))}, stop=False, max_fraction=0.5).add(lost(*range(1, 7)))
 
 
 def test_a_pair_of_a_row_that_is_not_lost_is_no_reason_to_stop():
     with pytest.raises(DataError, match="1 of 4 training pairs"):
-        LostRows({"training": some_groups(4)}, stop=False, max_fraction=0).see([Finding("lost-row", "gone", None, 2)])
-    LostRows({"training": some_groups(4)}, stop=False, max_fraction=0).see([])
+        LostRows({"training": some_groups(4)}, stop=False, max_fraction=0).add([Finding("lost-row", "gone", None, 2)])
+    LostRows({"training": some_groups(4)}, stop=False, max_fraction=0).add([])
 
 
 @pytest.mark.parametrize("theirs", [0, 3])
 def test_a_step_is_without_a_pair_only_where_no_process_has_one(tmp_path, monkeypatch, theirs):
     trainer = trainer_of(tmp_path, **SKIP)
-    monkeypatch.setattr(trainer, "_record", lambda columns: None)
+    monkeypatch.setattr(trainer, "_add_pairs", lambda columns: None)
     trainer.create_optimizer()
 
     def gather(values):
-        return [*values, _Report(theirs, [], False)] if isinstance(values[0], _Report) else values
+        return [*values, StepReport(theirs, [], False)] if isinstance(values[0], StepReport) else values
 
-    monkeypatch.setattr("unidpo.training.trainer.gather", gather)
+    monkeypatch.setattr("unidpo.training.running.gather", gather)
     if theirs:
         assert trainer.training_step(trainer.model, Step([], lost(1))) == 0
     else:

@@ -8,7 +8,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 from unidpo.data.pairs import Pair
 from unidpo.model.attention import PACK_ATTENTION, set_text_attention
-from unidpo.model.batches import Plan, PlannedBatches
+from unidpo.model.batches import BatchMaker
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import index_pairs, pack, pad, to_device
 from worlds import group, tiny_policy
@@ -184,9 +184,8 @@ def test_to_device_moves_tensors_and_keeps_the_rest():
 def test_to_device_moves_all_of_a_step():
     encoder = tiny_policy()[2]
     groups = [group(images=1), group(images=0, seed=1)]
-    batches = PlannedBatches(groups, encoder)
-    batches.ref_logps = [torch.zeros(len(one.responses)) for one in groups]
-    batch, _ = batches[Plan(((0, (0,)), (1, (0,))))]
+    stored = [torch.zeros(len(one.responses)) for one in groups]
+    batch, _ = BatchMaker(groups, encoder, ref_logps=stored).batch([(0, (0,)), (1, (0,))])
     moved = to_device(batch, torch.device("meta"))
     tensors = [
         *moved.responses.vision.values(),

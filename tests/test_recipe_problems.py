@@ -336,12 +336,12 @@ class TestNames:
 def test_what_transformers_says_of_a_file_gives_no_orders_to_the_terminal():
     import transformers
 
-    from unidpo.run.train import _log_to
+    from unidpo.run.logs import log_to
     from unidpo.terminal import Terminal
 
     before = logging.getLogger("transformers").handlers
     try:
-        _log_to(Terminal(file=(said := io.StringIO())))
+        log_to(Terminal(file=(said := io.StringIO())))
         transformers.logging.get_logger("transformers.models").error("unknown token \x1b]0;title")
         logging.getLogger("unidpo").warning("row \x1b[2J")
     finally:

@@ -76,12 +76,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_record_is_that_of_the_command(tmp_path: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unidpo.run import train
+    from unidpo.run import data
 
     def split(groups: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
         return groups[:8], groups[8:]
 
-    monkeypatch.setattr(train, "split_by_prompt", split)  # a trainer from Python is given the two parts
+    monkeypatch.setattr(data, "split_by_prompt", split)  # a trainer from Python is given the two parts
     recipe = {
         "output": str(tmp_path / "run"),
         "model": {"name": str(GOLDEN / "model"), "dtype": "float32"},

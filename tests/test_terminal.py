@@ -130,8 +130,8 @@ def test_the_commands_show_what_data_holds(tmp_path, monkeypatch, capfd):
 
 
 def test_what_training_logs_is_shown(monkeypatch):
-    from unidpo.run.train import _ConsoleLog
+    from unidpo.run.logs import ConsoleLog
 
     terminal = Terminal(file=io.StringIO(), width=80)
-    _ConsoleLog(terminal).emit(logging.LogRecord("unidpo", logging.WARNING, "", 0, "%s", (ORDERS,), None))
+    ConsoleLog(terminal).emit(logging.LogRecord("unidpo", logging.WARNING, "", 0, "%s", (ORDERS,), None))
     assert obeyed(terminal.file.getvalue()) == set()

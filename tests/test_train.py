@@ -367,14 +367,14 @@ def resumable(folder):
 @contextlib.contextmanager
 def interrupted_at(step):
     """Ctrl-C in the middle of a step, after its backward pass."""
-    add_pairs = RunRecord.add_pairs
+    on_pairs = RunRecord.on_pairs
 
     def interrupt(self, columns):
-        add_pairs(self, columns)
+        on_pairs(self, columns)
         if columns["step"][0] == step:
             raise KeyboardInterrupt
 
-    with mock.patch.object(RunRecord, "add_pairs", interrupt):
+    with mock.patch.object(RunRecord, "on_pairs", interrupt):
         yield
 
 

@@ -223,7 +223,7 @@ def test_weights_in_another_type_have_a_reference_of_their_own(make, tmp_path):
         model = load_policy(GOLDEN / "model", dtype=torch.bfloat16)
         trainer = make(model=model, bf16=True, max_steps=1, cache=tmp_path / cache, **options)
         trainer.train()
-        return [value for group_logps in trainer._batches.ref_logps for value in group_logps.tolist()]
+        return [value for group_logps in trainer.prepared.train.batches.ref_logps for value in group_logps.tolist()]
 
     full, adapted = stored("shared"), stored("shared", peft_config=lora())
     assert adapted == stored("own", peft_config=lora())
@@ -272,7 +272,11 @@ def test_a_text_model_packs(make, text_model):
     groups = some_groups(4, images=lambda i: 0)
     layouts = []
     trainer = make(
-        groups, model=text_model, attention="sdpa", max_steps=1, on_pairs=lambda _: layouts.append(trainer.layout)
+        groups,
+        model=text_model,
+        attention="sdpa",
+        max_steps=1,
+        on_pairs=lambda _: layouts.append(trainer.prepared.train.batches.layout),
     )
     packed = losses(trainer)
     batch = layouts[0]([trainer.encoder.encode(groups[0])])
@@ -308,7 +312,7 @@ def test_packs_that_disagree_are_not_used(make, monkeypatch, caplog):
     trainer = make(max_steps=1)
     trainer.train()
     assert "differ by" in caplog.text
-    assert not isinstance(trainer.layout([trainer.encoder.encode(some_groups()[0])]), Pack)
+    assert not isinstance(trainer.prepared.train.batches.layout([trainer.encoder.encode(some_groups()[0])]), Pack)
     trainer = make(attention="sdpa")
     with pytest.raises(ModelError, match="differ by"):
         trainer.train()
@@ -330,10 +334,10 @@ def test_the_model_keeps_its_own_attention(make, tmp_path, gemma2):
 
 
 @pytest.mark.parametrize("loss", [UniDPO(nll_weight=0.1), DPO(), SimPO()], ids=["uni_dpo", "dpo", "simpo"])
-def test_a_pass_without_pairs_gives_every_weight_that_learns_a_gradient_of_0(make, loss):
+def test_a_micro_batch_without_pairs_gives_every_trainable_weight_a_gradient_of_0(make, loss):
     """Wrappers wait for the gradient of each; an optimizer passes over weights that have none."""
     trainer = make(loss=loss)
-    trainer.policy.set_attention(PACK_ATTENTION)
+    trainer._prepare()
     batch = Batch(pack([trainer.encoder.encode(group(seed=9))]), index_pairs([]), None)
     pairs, terms = trainer.evaluate_pairs(batch)
     total = terms.loss.sum()
@@ -383,7 +387,7 @@ def test_a_live_reference_computes_in_the_precision_of_the_policy(make):
     trainer = make(model=load_policy(GOLDEN / "model"), bf16=True, reference="live")
     trainer._prepare()
     types = set()
-    layer = trainer._objective.live_reference.plain.model.language_model.layers[1]
+    layer = trainer.prepared.objective.live_reference.plain.model.language_model.layers[1]
     layer.mlp.down_proj.register_forward_hook(lambda module, inputs, out: types.add(out.dtype))
     trainer.train()
     assert types == {torch.bfloat16}

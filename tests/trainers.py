@@ -12,12 +12,14 @@ from transformers import TrainingArguments
 from unidpo.data.pairs import PromptGroup
 from unidpo.losses import PreferenceLoss, UniDPO
 from unidpo.training.arguments import spelled_for_transformers
+from unidpo.training.callbacks import Hooks, PairsCallback
+from unidpo.training.metrics import Columns
 from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group
 
 
 def arguments(folder: Path, batch: tuple[int, int] = (2, 2), **more: Any) -> TrainingArguments:
-    """Two steps on the CPU. `batch`: pairs in a pass, passes in a step."""
+    """Two steps on the CPU. `batch`: pairs in a micro-batch, micro-batches in a step."""
     plain = {
         "learning_rate": 1e-4,
         "max_steps": 2,
@@ -35,6 +37,16 @@ def some_groups(count: int = 4, *, images: Callable[[int], int] = lambda i: 1) -
     return [group(images=images(i), responses=(3, 5), seed=i, row=i + 1) for i in range(count)]
 
 
+class OnPairs(PairsCallback):
+    """Calls a function with the pairs of each step."""
+
+    def __init__(self, take: Callable[[Columns], None]) -> None:
+        self._take = take
+
+    def on_pairs(self, columns: Columns) -> None:
+        self._take(columns)
+
+
 def trainer_of(
     folder: Path,
     groups: Sequence[PromptGroup] | None = None,
@@ -42,9 +54,15 @@ def trainer_of(
     loss: PreferenceLoss | None = None,
     *,
     batch: tuple[int, int] = (2, 2),
+    on_pairs: Callable[[Columns], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> PreferenceTrainer:
     """A trainer that writes to `folder`; keywords that `TrainingArguments` knows go there."""
+    if on_pairs is not None:
+        options["callbacks"] = [*options.get("callbacks", []), OnPairs(on_pairs)]
+    if on_progress is not None:
+        options["hooks"] = Hooks(on_progress=on_progress)
     options = spelled_for_transformers(options)
     known = TrainingArguments.__dataclass_fields__.keys() & options.keys()
     args = arguments(folder, batch, **{name: options.pop(name) for name in known})

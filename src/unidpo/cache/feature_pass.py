@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from unidpo.cache.feature_store import FeatureEncoder, FeatureStore, record, require_seen
 from unidpo.cache.store import UNREADABLE, Keys, make_folder
+from unidpo.data.lost_rows import lost_rows
 from unidpo.data.pairs import Pair, PromptGroup
 from unidpo.distributed import gather, is_main, on_main, rank, world_size
 from unidpo.errors import Finding, ImageError, ModelError, UserError, from_findings
-from unidpo.model.batches import lost_rows
 from unidpo.model.encode import EncodedGroup, Encoder
 from unidpo.model.features import ImageFeatures, takes_features
 from unidpo.model.lengths import GroupTokens, TokenCounter

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from unidpo.cache.logps import LogpStore, is_logp
 from unidpo.cache.store import FLUSH_SECONDS, UNREADABLE
+from unidpo.data.lost_rows import lost_rows
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import gather, is_main, rank, world_size
 from unidpo.errors import Finding, ModelError, UserError, from_findings
-from unidpo.model.batches import lost_rows
 from unidpo.model.encode import EncodedGroup, GroupEncoder
 from unidpo.model.packs import Layout, to_device
 from unidpo.model.policy import Policy

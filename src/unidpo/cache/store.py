@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from unidpo.data.images import content_digest
+from unidpo.data.lost_rows import lost_rows
 from unidpo.data.pairs import ImageSource, PromptGroup
 from unidpo.distributed import whole
 from unidpo.errors import Finding, ImageError, UserError
 from unidpo.files.regular import open_regular
-from unidpo.model.batches import lost_rows
 from unidpo.model.encode import Encoder
 
 _LOG = logging.getLogger(__name__)

@@ -94,6 +94,15 @@ class Policy:
         """Switch the language model's attention; a vision tower keeps its own."""
         set_text_attention(self.plain, name)
 
+    @contextlib.contextmanager
+    def attention_restored(self) -> Iterator[None]:
+        """Afterwards the attention is what it was."""
+        before = self.attention
+        try:
+            yield
+        finally:
+            self.set_attention(before)
+
 
 @contextlib.contextmanager
 def _forward_of(module: torch.nn.Module, forward: Callable[[], Any]) -> Iterator[None]:

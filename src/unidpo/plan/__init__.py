@@ -17,11 +17,10 @@ from unidpo.plan.data import (
     Layout,
     count_tokens,
     distinct_images,
+    micro_batches,
     padded_pairs,
-    passes,
     prompt_packs,
     reference_passes,
-    sampler_of,
     vision_of,
 )
 from unidpo.plan.gpus import GPUS, UTILISATION, gpu_by_name
@@ -30,7 +29,7 @@ from unidpo.plan.report import Data, Features, Plan, Speed, Time, Way
 from unidpo.plan.shape import ModelShape, adapter_weights, build_model, shape_of
 from unidpo.plan.work import Load, Vision, Work, forward, in_chunks, training
 from unidpo.progress import Stages
-from unidpo.run.train import training_data
+from unidpo.run.data import training_data
 
 __all__ = ["GPUS", "UTILISATION", "Plan", "Speed", "gpu_by_name", "plan_recipe"]
 
@@ -65,7 +64,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     )
     loss = recipe.loss
     with Stages(console) as stages:
-        groups, _ = training_data(recipe, loss, stages, scan_images=False)
+        groups, _ = training_data(recipe, stages, scan_images=False)
         counted = count_tokens(
             groups, encoder, skip_unreadable=recipe.data.on_bad_row == "skip", on_progress=stages.update
         )
@@ -79,8 +78,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         )
     features = _features(shape, setting, distinct_images(counted, vision)) if stores else None
     layout = Layout(shape.packs and recipe.model.attention != "padded", replace(vision, stored=stores))
-    sampler = sampler_of(recipe, counted, packs=layout.packs, gpus=gpus)
-    steps = list(passes(sampler, counted, layout))
+    steps = list(micro_batches(recipe, counted, layout, gpus=gpus))
     epoch = sum((in_chunks(load, shape) for step in steps for load in step), Load())
     largest = max((load for step in steps for load in step), key=lambda load: load.tokens)
     passes_per_step = -(-max(map(len, steps)) // gpus)

@@ -14,11 +14,11 @@ from unidpo.cache.reference import PASS_TOKENS
 from unidpo.config import Recipe
 from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.errors import DataError, Finding, ImageError, UserError, from_findings
-from unidpo.model.batches import StepSampler
 from unidpo.model.encode import Encoder
 from unidpo.model.lengths import GroupTokens, TokenCounter
 from unidpo.model.packs import used_responses
 from unidpo.plan.work import Load, Vision, packed, padded
+from unidpo.training.steps import Dealer, StepSampler, share_tokens
 
 Progress = Callable[[str, int, int], None]
 
@@ -119,22 +119,18 @@ class Layout:
         return padded(rows, found)
 
 
-def sampler_of(recipe: Recipe, counted: Counted, *, packs: bool, gpus: int) -> StepSampler:
-    """The optimizer steps of a run, as one process would see them all."""
-
-    def size(index: int, places: Sequence[int]) -> int:
-        tokens, used = _share(counted, index, places)
-        return sum(tokens.responses[i] for i in used) + tokens.prompt * (1 if packs else len(used))
-
-    return StepSampler(
+def micro_batches(recipe: Recipe, counted: Counted, layout: Layout, *, gpus: int) -> Iterator[list[Load]]:
+    """The micro-batches of each step of an epoch, as one process would see them all."""
+    steps = StepSampler(
         [len(group.pairs) for group in counted.groups],
-        size,
         pairs_per_step=pairs_per_step(recipe, gpus=gpus),
-        pairs_per_pack=recipe.train.per_device_train_batch_size,
-        tokens_per_pack=recipe.train.max_tokens_per_pack,
         shuffle=recipe.data.shuffle,
         seed=recipe.train.seed,
     )
+    dealer = Dealer(recipe.train.per_device_train_batch_size, recipe.train.max_tokens_per_pack)
+    tokens = share_tokens(counted.groups, counted.tokens, packs=layout.packs)
+    for step in steps:
+        yield [layout.load([_share(counted, *share) for share in shares]) for shares in dealer.deal(step, tokens)]
 
 
 def pairs_per_step(recipe: Recipe, *, gpus: int) -> int:
@@ -142,12 +138,6 @@ def pairs_per_step(recipe: Recipe, *, gpus: int) -> int:
     train = recipe.train
     accumulation = train.given().get("gradient_accumulation_steps") or 1
     return train.global_batch_pairs or train.per_device_train_batch_size * accumulation * gpus
-
-
-def passes(sampler: StepSampler, counted: Counted, layout: Layout) -> Iterator[list[Load]]:
-    """The training passes of each step of an epoch."""
-    for step in sampler:
-        yield [layout.load([_share(counted, *share) for share in plan.shares]) for plan in step]
 
 
 def reference_passes(counted: Counted, layout: Layout) -> Iterator[Load]:

@@ -2,47 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float
 from torch import Tensor
 
-from unidpo.data.pairs import PromptGroup
-from unidpo.errors import DataError, Finding, from_findings
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.model.batches import Batch
 from unidpo.model.packs import with_features
 from unidpo.model.policy import Policy
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Objective:
     """The loss, and what it compares the policy with.
 
     Attributes:
         loss: from `unidpo.losses`, or another `PreferenceLoss`.
-        policy_is_reference: whether nothing has changed the policy yet, which is its own reference till then, see
-            docs/decisions/0005-nll-gate-at-equality.md.
-        live_reference: a model that runs along; where `None` and a batch has no stored log-probabilities, the policy
+        live_reference: a model beside the policy; where `None` and a batch has no stored log-probabilities, the policy
             without its adapter is the reference.
         shares_features: whether such a reference and the policy make the same of images.
     """
 
     loss: PreferenceLoss
-    policy_is_reference: bool
     live_reference: Policy | None = None
     shares_features: bool = False
 
-    def of_pairs(self, policy: Policy, batch: Batch, *, reward_shift: float) -> tuple[PairLogps, LossTerms]:
-        """Log-probabilities and loss terms of a batch that lies on the model's device."""
-        batch = self._with_shared_features(policy, batch)
-        pairs, tokens = batch.pairs, batch.responses.response_tokens
+    def of_pairs(
+        self, policy: Policy, batch: Batch, *, policy_is_reference: bool, reward_shift: float
+    ) -> tuple[PairLogps, LossTerms]:
+        """Log-probabilities and loss terms of a batch that lies on the model's device.
+
+        Args:
+            policy_is_reference: whether nothing has changed the policy yet, which is its own reference till then, see
+                docs/decisions/0005-nll-gate-at-equality.md.
+            reward_shift: see `metrics.RewardShift`.
+        """
+        needs_reference = self.loss.needs_reference and not policy_is_reference
+        if needs_reference and self.shares_features and batch.responses.vision:
+            # Computed once, where a live reference would compute the policy's own again.
+            features = (self.live_reference or policy).image_features(batch.responses.vision)
+            batch = replace(batch, responses=with_features(batch.responses, features))
         # Before the policy's own forward: wrappers do not expect another one between that and its backward.
-        ref_logps = self._reference_logps(policy, batch) if self.loss.needs_reference else None
+        ref_logps = self._reference_logps(policy, batch) if needs_reference else None
         logps = policy.response_logps(batch.responses)
-        if self.loss.needs_reference and self.policy_is_reference:
+        if self.loss.needs_reference and policy_is_reference:
             ref_logps = logps.detach()
+        pairs, tokens = batch.pairs, batch.responses.response_tokens
         if self.loss.length_normalized:
             logps = logps / tokens
             ref_logps = None if ref_logps is None else ref_logps / tokens
@@ -59,31 +65,9 @@ class Objective:
         )
         return seen, self.loss(seen)
 
-    def _with_shared_features(self, policy: Policy, batch: Batch) -> Batch:
-        """The features of the images computed once, where a live reference would compute the policy's own again."""
-        if not self.shares_features or self.policy_is_reference or not batch.responses.vision:
-            return batch
-        features = (self.live_reference or policy).image_features(batch.responses.vision)
-        return replace(batch, responses=with_features(batch.responses, features))
-
-    def _reference_logps(self, policy: Policy, batch: Batch) -> Float[Tensor, " responses"] | None:
-        """`None` while the policy is its own reference."""
-        if self.policy_is_reference:
-            return None
+    def _reference_logps(self, policy: Policy, batch: Batch) -> Float[Tensor, " responses"]:
         if batch.ref_logps is not None:
             return batch.ref_logps
         reference = self.live_reference or policy
         with policy.without_adapter(), reference.measuring():
             return reference.response_logps(batch.responses)
-
-
-def require_scores(groups: Iterable[PromptGroup], loss: PreferenceLoss) -> None:
-    """Raise `DataError`, which names the rows, where pairs lack the scores that a loss needs."""
-    findings = [
-        Finding("missing-score", f"{type(loss).__name__} needs a score for both responses", pair.file, pair.row)
-        for group in groups
-        for pair in group.pairs
-        if group.score_margin(pair) is None
-    ]
-    if findings:
-        raise from_findings(DataError, f"{len(findings)} pairs have no scores; add them, or use DPO or SimPO", findings)

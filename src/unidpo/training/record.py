@@ -1,13 +1,13 @@
-"""A training's metrics and ledger, written into a folder while it goes on."""
+"""A training's metrics and ledger, written into a folder while it trains."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from unidpo.distributed import on_main
@@ -15,15 +15,16 @@ from unidpo.errors import RunError
 from unidpo.run_folder.folder import RunFolder
 from unidpo.run_folder.manifest import cannot_resume
 from unidpo.run_folder.records import LEDGER_COLUMNS, Ledger, Metrics
+from unidpo.training.callbacks import PairsCallback
 from unidpo.training.metrics import Columns
 
 
-class RunRecord(TrainerCallback):  # type: ignore[misc]
+class RunRecord(PairsCallback):
     """Writes `metrics.jsonl` and `pairs.parquet/` of a training. Touches neither before it begins.
 
     Args:
         folder: where they go.
-        step: the optimizer step that the training goes on from; what is recorded of later ones is dropped.
+        step: the optimizer step that the training is resumed from; what is recorded of later ones is dropped.
         files: other names for data files in the ledger, see `Inputs.see_data`.
         on_begin: called when nothing forbids the training any more.
     """
@@ -46,12 +47,11 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
         self._metrics = Metrics(self._folder.metrics, resume_step=self._step)
         self._ledger = Ledger(self._folder.ledger, resume_step=self._step)
 
-    def add_pairs(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Take the pairs of one optimizer step into the ledger."""
+    def on_pairs(self, columns: Columns) -> None:
         files = [self._files.get(file, file) for file in columns["file"]]
         self._ledger.add({column.name: columns[column.name] for column in LEDGER_COLUMNS} | {"file": files})
 
-    # The ledger must not lag behind the checkpoint a resumed run goes on from. These are the moments after which
+    # The ledger must not lag behind the checkpoint that a run is resumed from. These are the moments after which
     # transformers may write one.
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_save:
@@ -64,28 +64,21 @@ class RunRecord(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ledger.flush()
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs and any(key == "loss" or key.startswith("eval_") for key in logs):
-            self._metrics.add({"step": state.global_step, **logs})
-
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ledger.flush()
 
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: Mapping[str, float] = kwargs.get("logs") or {}
+        if any(key == "loss" or key.startswith("eval_") for key in logs):
+            self._metrics.add({"step": state.global_step, **logs})
+
 
 @contextlib.contextmanager
-def recorded(trainer: Trainer, on_pairs: list[Callable[[Columns], None]], checkpoint: Path | None) -> Iterator[None]:
+def recorded(trainer: Trainer, checkpoint: Path | None) -> Iterator[None]:
     """Within it, a training of this trainer is recorded in `args.output_dir`, and no other process may write there.
 
     Args:
-        on_pairs: what the trainer calls with the pairs of each step; the ledger joins it in the main process.
-        checkpoint: what the training goes on from.
+        checkpoint: what the training is resumed from.
 
     Raises:
         RunError: the folder cannot be written, or holds the record of an earlier training that is not resumed.
@@ -109,8 +102,6 @@ def recorded(trainer: Trainer, on_pairs: list[Callable[[Columns], None]], checkp
             record = RunRecord(folder, step=0 if state is None else state.global_step)
             trainer.add_callback(record)
             stack.callback(trainer.remove_callback, record)
-            on_pairs.append(record.add_pairs)
-            stack.callback(on_pairs.remove, record.add_pairs)
 
         on_main(begin)
         yield

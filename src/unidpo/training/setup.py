@@ -1,17 +1,16 @@
-"""What a training needs before its first step: a layout, features of images, and a reference."""
+"""What comes before the first step, as one value: layout, attention, features of images, and the reference."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from unidpo.cache.feature_pass import FeaturePass, features_problem
 from unidpo.cache.feature_store import vision_fingerprint
@@ -19,163 +18,193 @@ from unidpo.cache.reference import ReferencePass
 from unidpo.cache.store import Keys, content_keys, numbers_folder, weights_fingerprint
 from unidpo.config.schema import Attention
 from unidpo.data.pairs import PromptGroup
-from unidpo.distributed import on_main, world_size
+from unidpo.distributed import on_main, rank, world_size
 from unidpo.errors import Finding
+from unidpo.losses import PreferenceLoss
+from unidpo.model.batches import BatchMaker, RefLogps
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
+from unidpo.model.lengths import Fitted
 from unidpo.model.load import load_policy
-from unidpo.model.pack_check import Choice, choose_layout, smallest
-from unidpo.model.packs import Layout, to_device
+from unidpo.model.pack_check import choose_layout, smallest
+from unidpo.model.packs import Layout, pack, to_device
 from unidpo.model.policy import Policy
+from unidpo.training.objective import Objective
+from unidpo.training.steps import Dealer, StepMaker, share_tokens
+from unidpo.training.trainable import Trainable
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a training goes on with.
+    """What a training needs from its first step on.
 
     Attributes:
-        encoder: what encodes its groups, with features of their images where these are kept.
-        stand_in: see `batches.PlannedBatches`.
-        choice: layout and attention. The model is left with this attention where there is a reference, else its own.
-        ref_logps: for each group, those held out last; `None` where no numbers are stored.
-        live_reference: a model beside the policy.
-        shares_features: whether the live reference and the policy make the same of images.
+        attention: of the language model, by the name transformers knows.
+        train, held_out: make the steps to train on and to measure on.
+        objective: the loss, with its reference.
     """
 
-    encoder: GroupEncoder
-    stand_in: EncodedGroup | None
-    choice: Choice
-    ref_logps: Sequence[Float[Tensor, " _"] | None] | None = None
-    live_reference: Policy | None = None
-    shares_features: bool = False
+    attention: str
+    train: StepMaker
+    held_out: StepMaker
+    objective: Objective
 
 
-@dataclass
-class Preparation:
-    """Chooses the layout, and sees to features and reference. Every process makes it.
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the preparation is made of.
 
     Attributes:
-        policy: in its wrapper, with the weights it came with.
+        loss: from `unidpo.losses`, or another `PreferenceLoss`.
+        trainable: the model that is trained.
         encoder: opens images.
-        groups, held_out: to train on and to measure on.
+        train, held_out: groups to train on and to measure on.
         reference: `"stored"`, `"live"` or a model, see `PreferenceTrainer`; `None` where the loss needs none.
         attention: as for `pack_check.choose_layout`.
-        arithmetic: what the model computes in.
-        fingerprint: of the policy's weights without an adapter, for a stored reference.
-        vision_fingerprint: of its tower and projector, where features of images are kept on disk.
-        images_are_frozen: whether neither of them learns.
-        complete: as for `ReferencePass.logps`, where the policy is the reference.
+        max_tokens_per_pack: see `PreferenceTrainer`.
+        args: of the training.
         cache: where numbers are stored.
-        workers: processes that read ahead.
-        on_lost: told of rows that cannot be read any more; may raise.
-        on_reference: told the fingerprint of another model that is the reference; may raise.
-        on_feature_progress, on_reference_progress: told what is done and what is to do, in every process.
+        on_lost: called with rows that cannot be read any more; may raise.
+        on_digests: called in every process with the digest of the weights of another reference; may raise.
+        on_progress: called in every process with a stage, what is done and what is to do.
     """
 
-    policy: Policy
+    loss: PreferenceLoss
+    trainable: Trainable
     encoder: Encoder
-    groups: Sequence[PromptGroup]
-    held_out: Sequence[PromptGroup]
+    train: Fitted
+    held_out: Fitted
     reference: str | None
     attention: Attention
-    arithmetic: torch.dtype
-    device: torch.device
-    fingerprint: str
-    vision_fingerprint: str | None
-    images_are_frozen: bool
-    complete: bool
+    max_tokens_per_pack: int | None
+    args: TrainingArguments
     cache: Path
-    workers: int
     on_lost: Callable[[list[Finding]], None]
-    on_reference: Callable[[str], None]
-    on_feature_progress: Callable[[int, int], None]
-    on_reference_progress: Callable[[int, int], None]
+    on_digests: Callable[[Mapping[str, str]], None]
+    on_progress: Callable[[str, int, int], None]
 
-    def run(self) -> Prepared:
-        """All of it. Raises `UserError` where something cannot be used, in every process."""
+    def prepare(self, policy: Policy, *, complete: bool = False) -> Prepared:
+        """Choose the layout; compute or find features and reference. Every process must call it.
+
+        The model is left with the attention of the layout where there is a reference, else with its own.
+
+        Args:
+            policy: in its wrapper, with the weights it came with.
+            complete: as for `ReferencePass.logps`, where the policy is the reference.
+
+        Raises:
+            UserError: something cannot be used; in every process.
+        """
         keys = self._keys()
         encoder: GroupEncoder = self.encoder
-        if keys is not None and self.vision_fingerprint is not None:
-            encoder = self._features(keys, self.vision_fingerprint)
-        stand_in = smallest(self.groups, encoder)
+        if keys is not None and self.trainable.vision_fingerprint is not None:
+            encoder = self._with_features(policy, keys, self.trainable.vision_fingerprint)
+        dummy_group = smallest(self.train.groups, encoder)
         choice = choose_layout(
-            self.policy,
+            policy,
             self.encoder,
-            stand_in,
+            dummy_group,
             attention=self.attention,
-            arithmetic=self.arithmetic,
-            device=self.device,
+            arithmetic=self._compute_dtype(policy),
+            device=self.args.device,
         )
-        joins = stand_in if world_size() > 1 else None
-        if self.reference is None:
-            return Prepared(encoder, joins, choice)
-        self.policy.set_attention(choice.attention)
-        if self.reference != "live":
+        ref_logps: RefLogps | None = None
+        live_reference, shares_features = None, False
+        if self.reference is not None:
+            policy.set_attention(choice.attention)
+        if self.reference == "live":
+            if not policy.has_adapter:
+                live_reference = self._beside(policy, copy.deepcopy(policy.plain))
+            shares_features = self._can_share_features(policy, dummy_group, choice.layout)
+        elif self.reference is not None:
             assert keys is not None
-            return Prepared(encoder, joins, choice, ref_logps=self._ref_logps(keys, encoder, choice.layout))
-        beside = None if self.policy.has_adapter else self._beside(copy.deepcopy(self.policy.plain))
-        shares = self._can_share_features(stand_in, choice.layout)
-        return Prepared(encoder, joins, choice, live_reference=beside, shares_features=shares)
+            ref_logps = self._ref_logps(policy, keys, encoder, choice.layout, complete=complete)
+        batches = BatchMaker(self._groups, encoder, choice.layout, ref_logps, dummy_group if world_size() > 1 else None)
+        own = len(self.train.groups)
+        return Prepared(
+            attention=choice.attention,
+            train=self._steps(batches.part(0, own), self.train, self.args.per_device_train_batch_size),
+            held_out=self._steps(batches.part(own, None), self.held_out, self.args.per_device_eval_batch_size),
+            objective=Objective(self.loss, live_reference, shares_features),
+        )
+
+    @property
+    def _groups(self) -> list[PromptGroup]:
+        """Those held out last."""
+        return [*self.train.groups, *self.held_out.groups]
+
+    def _steps(self, batches: BatchMaker, data: Fitted, max_pairs: int) -> StepMaker:
+        dealer = Dealer(max_pairs, self.max_tokens_per_pack, rank(), world_size())
+        return StepMaker(batches, dealer, share_tokens(data.groups, data.tokens, packs=batches.layout is pack))
+
+    def _compute_dtype(self, policy: Policy) -> torch.dtype:
+        compute_dtype = torch.float16 if self.args.fp16 else policy.plain.dtype
+        return torch.bfloat16 if self.args.bf16 else compute_dtype
+
+    def _folder(self, policy: Policy, kind: str, fingerprint: str) -> Path:
+        """Where numbers are stored."""
+        return numbers_folder(self.cache, kind, fingerprint, self.encoder, arithmetic=self._compute_dtype(policy))
 
     def _keys(self) -> Keys | None:
         """Of all groups; `None` where nothing is stored by them."""
-        if self.vision_fingerprint is None and self.reference in (None, "live"):
+        if self.trainable.vision_fingerprint is None and self.reference in (None, "live"):
             return None
-        keys = on_main(lambda: content_keys([*self.groups, *self.held_out]))
+        keys = on_main(lambda: content_keys(self._groups))
         self.on_lost(keys.lost)
         return keys
 
-    def _features(self, keys: Keys, fingerprint: str) -> GroupEncoder:
+    def _with_features(self, policy: Policy, keys: Keys, fingerprint: str) -> GroupEncoder:
         features = FeaturePass(
-            policy=self.policy,
-            encoder=self.encoder,
-            device=self.device,
-            workers=self.workers,
-            on_lost=self.on_lost,
-            on_progress=self.on_feature_progress,
-        )
-        folder = numbers_folder(self.cache, "features", fingerprint, self.encoder, arithmetic=self.arithmetic)
-        with self.policy.without_adapter():
-            return features.run([*self.groups, *self.held_out], keys, folder)
-
-    def _ref_logps(self, keys: Keys, encoder: GroupEncoder, layout: Layout) -> list[Float[Tensor, " _"] | None]:
-        assert self.reference is not None
-        policy, fingerprint, complete = self.policy, self.fingerprint, self.complete
-        if self.reference != "stored":
-            model = load_policy(self.reference, dtype=policy.plain.dtype)
-            fingerprint, complete = weights_fingerprint(model), False
-            self.on_reference(fingerprint)
-            policy = self._beside(model)
-            if self.vision_fingerprint is not None and vision_fingerprint(model) != self.vision_fingerprint:
-                encoder = self.encoder
-        reference = ReferencePass(
             policy=policy,
+            encoder=self.encoder,
+            device=self.args.device,
+            workers=self.args.dataloader_num_workers,
+            on_lost=self.on_lost,
+            on_progress=partial(self.on_progress, "features of images, prompts"),
+        )
+        with policy.without_adapter():
+            return features.run(self._groups, keys, self._folder(policy, "features", fingerprint))
+
+    def _ref_logps(
+        self, policy: Policy, keys: Keys, encoder: GroupEncoder, layout: Layout, *, complete: bool
+    ) -> RefLogps:
+        reference, fingerprint = policy, self.trainable.fingerprint
+        if self.reference != "stored":
+            model = load_policy(str(self.reference), dtype=policy.plain.dtype)
+            fingerprint, complete = weights_fingerprint(model), False
+            self.on_digests({"reference": fingerprint})
+            reference = self._beside(policy, model)
+            vision = self.trainable.vision_fingerprint
+            if vision is not None and vision_fingerprint(model) != vision:
+                encoder = self.encoder
+        reference_pass = ReferencePass(
+            policy=reference,
             encoder=encoder,
             layout=layout,
-            device=self.device,
-            stand_in=smallest(self.groups, encoder) if world_size() > 1 else None,
-            workers=self.workers,
+            device=self.args.device,
+            stand_in=smallest(self.train.groups, encoder) if world_size() > 1 else None,
+            workers=self.args.dataloader_num_workers,
             on_lost=self.on_lost,
-            on_progress=self.on_reference_progress,
+            on_progress=partial(self.on_progress, "reference, responses"),
         )
-        folder = numbers_folder(self.cache, "reference", fingerprint, self.encoder, arithmetic=self.arithmetic)
-        with self.policy.without_adapter():
-            return reference.logps([*self.groups, *self.held_out], keys.responses, folder, complete=complete)
+        folder = self._folder(policy, "reference", fingerprint)
+        with policy.without_adapter():
+            return reference_pass.logps(self._groups, keys.responses, folder, complete=complete)
 
-    def _can_share_features(self, stand_in: EncodedGroup, layout: Layout) -> bool:
+    def _can_share_features(self, policy: Policy, dummy_group: EncodedGroup, layout: Layout) -> bool:
         """Whether a live reference and the policy make the same of images and need not make it twice."""
-        known = stand_in.features is not None or not stand_in.has_images
-        if not self.images_are_frozen or known:
+        known = dummy_group.features is not None or not dummy_group.has_images
+        if not self.trainable.images_are_frozen or known:
             return False
-        problem = features_problem(self.policy, to_device(layout([stand_in]), self.device))
+        problem = features_problem(policy, to_device(layout([dummy_group]), self.args.device))
         if problem is not None:
             _LOG.info("policy and reference each compute the features of images: %s", problem)
         return problem is None
 
-    def _beside(self, model: PreTrainedModel) -> Policy:
+    def _beside(self, policy: Policy, model: PreTrainedModel) -> Policy:
         """A frozen model beside the policy, whole in every process."""
-        model = model.to(self.device).requires_grad_(False).eval()
-        beside = Policy(model, model, self.policy.autocast)
-        beside.set_attention(self.policy.attention)
+        model = model.to(self.args.device).requires_grad_(False).eval()
+        beside = Policy(model, model, policy.autocast)
+        beside.set_attention(policy.attention)
         return beside

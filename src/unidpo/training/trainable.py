@@ -1,4 +1,4 @@
-"""A loaded model → what learns: parts frozen or an adapter around it, and the names its stored numbers go by."""
+"""A loaded model → a trainable one: parts frozen or an adapter around it, and the names its stored numbers go by."""
 
 from __future__ import annotations
 
@@ -12,30 +12,32 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from unidpo.cache.feature_store import images_are_frozen, vision_fingerprint
 from unidpo.cache.store import weights_fingerprint
-from unidpo.errors import RecipeError
-from unidpo.model.adapters import with_adapter
+from unidpo.errors import ModelError, RecipeError
+from unidpo.model.adapters import adds_nothing_yet, with_adapter
 from unidpo.model.load import Part, freeze, keep_trainable_in_float32
 from unidpo.training.arguments import checkpoints_are_reentrant
 
 
 @dataclass(frozen=True, slots=True)
-class Learner:
-    """A model that is ready to learn.
+class Trainable:
+    """A model that is ready to be trained.
 
     Attributes:
         model: with its adapter, where it has one.
+        is_reference: whether its log-probabilities are the reference's until the first update.
         fingerprint: of its weights without an adapter, where it was asked for; else empty.
         vision_fingerprint: of its vision tower and projector, where features of images are stored.
-        images_are_frozen: whether these are known and neither learns; false too where nobody asks.
+        images_are_frozen: whether these are known and neither is trained; false too where nobody asks.
     """
 
     model: torch.nn.Module
+    is_reference: bool
     fingerprint: str
     vision_fingerprint: str | None
     images_are_frozen: bool
 
 
-def make_learner(
+def make_trainable(
     model: PreTrainedModel,
     args: TrainingArguments,
     *,
@@ -43,39 +45,46 @@ def make_learner(
     frozen: Iterable[Part],
     reference: str | None,
     cache_image_features: bool,
-    name_weights: bool,
-) -> Learner:
+    needs_fingerprint: bool,
+) -> Trainable:
     """Freeze parts of a model, or put an adapter around it.
 
     Args:
         reference: as `PreferenceTrainer` takes it; `None` where the loss needs none.
-        name_weights: see `Learner.fingerprint`.
+        needs_fingerprint: see `Trainable.fingerprint`.
         args, peft_config, frozen, cache_image_features: see `PreferenceTrainer`.
 
     Raises:
-        ModelError: the model or the adapter cannot be used for this.
-        RecipeError: features of images are to be kept, and vision tower or projector learn.
+        ModelError: the model, the adapter or the reference cannot be used for this.
+        RecipeError: features of images are to be kept, and vision tower or projector are trained.
     """
+    own_reference = reference in ("stored", "live")
+    needs_second_model = reference not in (None, "stored") and not (reference == "live" and peft_config is not None)
+    if needs_second_model and is_deepspeed_zero3_enabled():
+        raise ModelError(
+            f"reference: {reference}: beside a model that ZeRO-3 shards there is no place for a whole one; use "
+            "`reference: stored`, or FSDP2 (`train.fsdp=true`)"
+        )
     mixed_precision = args.bf16 or args.fp16
     if peft_config is None:
         freeze(model, frozen)
         if mixed_precision and not is_deepspeed_zero3_enabled():  # whose optimizer holds them so
             keep_trainable_in_float32(model)
-    # After a wider type for what learns, in which the numbers round otherwise; before an adapter, without which
-    # the reference is computed: runs with and without one share it where the weights' types are the same.
-    fingerprint = weights_fingerprint(model) if name_weights else ""
+    # After a wider dtype for trainable weights, in which the numbers round otherwise; before an adapter, without which
+    # the reference is computed: runs with and without one share it where the weights' dtypes are the same.
+    fingerprint = weights_fingerprint(model) if needs_fingerprint else ""
     vision = vision_fingerprint(model) if cache_image_features else None
-    learner: torch.nn.Module = model
+    trainable: torch.nn.Module = model
     if peft_config is not None:
-        own_reference = reference in ("stored", "live")
-        learner = with_adapter(model, peft_config, own_reference=own_reference, mixed_precision=mixed_precision)
+        trainable = with_adapter(model, peft_config, own_reference=own_reference, mixed_precision=mixed_precision)
         if checkpoints_are_reentrant(args):
             # Such a checkpoint passes no gradient on unless one of its inputs asks for it.
-            learner.enable_input_require_grads()  # type: ignore[operator]
+            trainable.enable_input_require_grads()  # type: ignore[operator]
     are_frozen = (cache_image_features or reference == "live") and images_are_frozen(model)
     if cache_image_features and not are_frozen:
         raise RecipeError(
-            "data.cache_image_features: features of images are kept only where vision tower and projector do not "
-            "learn; add both to model.freeze and leave them out of lora.target_modules, or set it to false"
+            "data.cache_image_features: features of images are kept only where vision tower and projector are not "
+            "trained; add both to model.freeze and leave them out of lora.target_modules, or set it to false"
         )
-    return Learner(learner, fingerprint, vision, are_frozen)
+    is_reference = own_reference and adds_nothing_yet(trainable)
+    return Trainable(trainable, is_reference, fingerprint, vision, are_frozen)
