@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import shlex
@@ -21,11 +20,11 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from omegaconf import OmegaConf
 
 from unidpo.run_folder.folder import RunFolder
-from unidpo.run_folder.inputs import DataFile, began_with, data_file
+from unidpo.run_folder.inputs import began_with
 
 TITLES = {"uni_dpo": "Uni-DPO", "dpo": "DPO", "simpo": "SimPO"}
 HELD_OUT_ROWS = 12
-"""Evaluations in the card; of more, evenly chosen ones."""
+"""Evaluations in the card, the last ones."""
 
 
 def write_card(folder: RunFolder, model: Path) -> None:
@@ -39,14 +38,20 @@ def write_card(folder: RunFolder, model: Path) -> None:
         model: where weights and processor lie.
     """
     config = json.loads(folder.config.read_text("utf-8"))
-    starts = json.loads(folder.environment.read_text("utf-8"))["starts"]
+    start = json.loads(folder.environment.read_text("utf-8"))["starts"][-1]
     records = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
-    evaluations = [record for record in records if "eval_loss" in record]
     trained = [record for record in records if "loss" in record]
-    ledger = pq.read_table(folder.ledger) if any(folder.ledger.glob("*.parquet")) else None
     loss, base = config["loss"]["name"], config["model"]["name"]
-    # As the run began with them: they may be others by now.
-    files = began_with(folder.path) or [data_file(**source) for source in _sources(config["data"])]
+    adapter = (model / "adapter_config.json").is_file()
+    sources = began_with(folder.path)
+    data_sets = dict.fromkeys(re.split("[:@]", source.path)[0] for source in sources)
+    metadata = ModelCardData(
+        base_model=base if _on_hub(base) else None,
+        datasets=[name for name in data_sets if _on_hub(name)] or None,
+        license=_license(base),
+        library_name="peft" if adapter else "transformers",
+        tags=["unidpo", "preference-optimization", loss],
+    )
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("unidpo", "."),
         undefined=jinja2.StrictUndefined,
@@ -54,39 +59,24 @@ def write_card(folder: RunFolder, model: Path) -> None:
         keep_trailing_newline=True,
     )
     environment.filters |= {"code": _code, "cell": _cell, "number": _number, "fenced": _fenced}
-    metadata = _metadata(base, loss, files, adapter=(model / "adapter_config.json").is_file())
     text = environment.get_template("card.md.j2").render(
         metadata=f"---\n{metadata.to_yaml()}\n---\n",
         title=f"{_plain(Path(base).name)}, {TITLES.get(loss, loss)}",
         base=_home(base),
         loss=loss,
-        adapter=(model / "adapter_config.json").is_file(),
+        adapter=adapter,
         best=_best(folder, config["train"]),
-        sources=[replace(file, path=_home(file.path)) for file in files],
-        visits=_visits(ledger),
-        held_out=_thinned(evaluations),
+        sources=[replace(source, path=_home(source.path)) for source in sources],
+        held_out=[record for record in records if "eval_loss" in record][-HELD_OUT_ROWS:],
         held_out_share=f"{config['data']['eval_fraction']:.0%}",
         last={name: value for name, value in trained[-1].items() if name != "epoch"} if trained else {},
-        weights=_weights(ledger),
-        gate_rates=_gate_rates(ledger),
-        command=_home(_command(starts[-1]["command"])),
+        command=_home(_command(start["command"])),
         recipe=_home(OmegaConf.to_yaml(OmegaConf.create(config))),
-        python=starts[-1]["python"],
-        packages={name: version for name, version in starts[-1]["packages"].items() if version},
+        python=start["python"],
+        packages={name: version for name, version in start["packages"].items() if version},
+        **_statistics(pq.read_table(folder.ledger)),
     )
     (model / "README.md").write_text(text, "utf-8")
-
-
-def _metadata(base: str, loss: str, files: Iterable[DataFile], *, adapter: bool) -> ModelCardData:
-    """What the hub reads: only names that it can know."""
-    sets = [re.split("[:@]", file.path)[0] for file in files]
-    return ModelCardData(
-        base_model=base if _on_hub(base) else None,
-        datasets=[name for name in dict.fromkeys(sets) if _on_hub(name)] or None,
-        license=_license(base),
-        library_name="peft" if adapter else "transformers",
-        tags=["unidpo", "preference-optimization", loss],
-    )
 
 
 def _on_hub(name: str) -> bool:
@@ -114,12 +104,6 @@ def _license(base: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _sources(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    path = data["path"]
-    several = [{"path": path, "weight": 1.0}] if isinstance(path, str) else path
-    return [{"path": source["path"], "weight": source["weight"]} for source in several]
-
-
 def _best(folder: RunFolder, train: Mapping[str, Any]) -> dict[str, Any] | None:
     """The step whose weights these are and by what it was chosen, where that is not the last."""
     state = folder.last_checkpoint
@@ -129,49 +113,26 @@ def _best(folder: RunFolder, train: Mapping[str, Any]) -> dict[str, Any] | None:
     return None if step is None else {"step": step, "metric": train.get("metric_for_best_model") or "loss"}
 
 
-def _visits(ledger: pa.Table | None) -> dict[str, int]:
-    if ledger is None:
-        return dict.fromkeys(("rows", "pairs", "visits", "steps"), 0)
+def _statistics(ledger: pa.Table) -> dict[str, Any]:
+    """How much was trained on, and what the pairs weighed: nothing of weights that are always 1."""
 
     def distinct(*columns: str) -> int:
         return int(ledger.group_by(list(columns)).aggregate([]).num_rows)
 
+    weights = []
+    for name in ("quality_weight", "performance_weight"):
+        quartiles = pc.quantile(ledger[name], q=[0, 0.25, 0.5, 0.75, 1]).to_pylist()
+        if (quartiles[0], quartiles[-1]) != (1, 1):
+            mean = pc.mean(ledger[name]).as_py()
+            weights.append({"name": name.replace("_", " "), "mean": mean, "quartiles": quartiles[1:4]})
     return {
         "rows": distinct("file", "row"),
         "pairs": distinct("file", "row", "chosen", "rejected"),
         "visits": ledger.num_rows,
         "steps": distinct("step"),
+        "weights": weights,
+        "gate_rate": pc.mean(ledger["nll_gate"]).as_py(),
     }
-
-
-def _weights(ledger: pa.Table | None) -> list[dict[str, Any]]:
-    """Mean and quartiles of each weight; none for losses that weigh nothing."""
-    if ledger is None:
-        return []
-    rows = []
-    for name in ("quality_weight", "performance_weight"):
-        values = ledger[name]
-        if pc.all(pc.equal(values, 1.0)).as_py():
-            continue
-        quartiles = pc.quantile(values, q=[0.25, 0.5, 0.75]).to_pylist()
-        rows.append({"name": name.replace("_", " "), "mean": pc.mean(values).as_py(), "quartiles": quartiles})
-    return rows
-
-
-def _gate_rates(ledger: pa.Table | None) -> list[float]:
-    """Share of pairs with the NLL term on in each third of the training."""
-    if ledger is None:
-        return []
-    gates = ledger.sort_by("step")["nll_gate"]
-    cuts = [len(gates) * i // 3 for i in range(4)]
-    thirds = (gates[a:b] for a, b in itertools.pairwise(cuts) if b > a)
-    return [pc.mean(third).as_py() for third in thirds]
-
-
-def _thinned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if len(records) <= HELD_OUT_ROWS:
-        return records
-    return [records[round(i * (len(records) - 1) / (HELD_OUT_ROWS - 1))] for i in range(HELD_OUT_ROWS)]
 
 
 def _command(argv: Iterable[str]) -> str:
