@@ -145,7 +145,7 @@ def test_processes_go_on_from_a_checkpoint(world, forked, one):
     codes = forked.wait(pids)
     if codes != [0, 0]:  # else it was told too late
         assert codes == [143, 143], log(world, "resumed")
-        assert "go on with" in log(world, "resumed")
+        assert "resume with" in log(world, "resumed")
         codes = forked.run(*run, "--resume", log=world / "resumed.log", ranks=2, env=cache(world))
         assert codes == [0, 0], log(world, "resumed")
     assert_same_steps(steps(world / "resumed"), one)
@@ -193,6 +193,6 @@ def test_a_process_that_is_killed_ends_all_in_a_message(world, one):
         assert launcher.wait(timeout=60) == 1
     said = (world / "one-killed.log").read_text()
     assert "process 1 was ended by SIGKILL" in said
-    assert "go on from the last checkpoint with: unidpo train" in said
+    assert "resume from the last checkpoint with: unidpo train" in said
     assert "Traceback" not in said
     assert "internal error" not in said

@@ -134,15 +134,6 @@ def shown(value: object, *, most: int = 120) -> str:
     return printable(text, most=most)
 
 
-def nearest(word: str, known: Iterable[str], *, most: int) -> list[str]:
-    """The known words that are most like one, those that begin alike first; always some."""
-
-    def likeness(other: str) -> tuple[bool, float]:
-        return other[:3] == word[:3], difflib.SequenceMatcher(None, word, other).ratio()
-
-    return sorted(known, key=likeness, reverse=True)[:most]
-
-
 def require_known(where: str, what: str, names: Iterable[str], known: Collection[str]) -> None:
     """Raise `DataError` for a name that is not among the known ones of its kind."""
     for name in names:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
 
@@ -28,14 +27,6 @@ PLAIN_SECONDS = 10.0
 """Where there is no terminal, a line per stage at most this often, and one when it is done."""
 
 
-@dataclass(slots=True)
-class _Stage:
-    started: float
-    first: int
-    printed: float
-    finished: bool = False
-
-
 class Stages:
     """Stages of one piece of work, each counted from 0 to a total. Used as a context manager.
 
@@ -55,8 +46,7 @@ class Stages:
             console=console,
             disable=not console.is_terminal,
         )
-        self._tasks: dict[str, TaskID] = {}
-        self._stages: dict[str, _Stage] = {}
+        self._stages: dict[str, TaskID] = {}
 
     def __enter__(self) -> Stages:
         self._bar.start()
@@ -78,23 +68,26 @@ class Stages:
         """
         now = time.monotonic()
         if stage not in self._stages:
-            self._stages[stage] = _Stage(started=now, first=done, printed=now)
-            self._tasks[stage] = self._bar.add_task(stage, total=total, completed=done, note=note)
-        self._bar.update(self._tasks[stage], completed=done, total=total, note=note)
+            self._stages[stage] = self._bar.add_task(
+                stage, total=total, completed=done, note=note, started=now, printed=now, first=done
+            )
+        self._bar.update(self._stages[stage], completed=done, total=total, note=note)
         if not self.console.is_terminal:
-            self._plain(stage, done, total, note, now)
+            self._plain(self._bar.tasks[self._stages[stage]], done, total, now)
 
-    def _plain(self, name: str, done: int, total: int, note: str, now: float) -> None:
-        stage = self._stages[name]
+    def _plain(self, task: Task, done: int, total: int, now: float) -> None:
+        times = task.fields
         ended = done >= total
-        if stage.finished or not (ended or now - stage.printed >= PLAIN_SECONDS):
+        if times["printed"] is None or not (ended or now - times["printed"] >= PLAIN_SECONDS):
             return
-        stage.printed, stage.finished = now, ended
-        rate = (done - stage.first) / max(now - stage.started, 1e-9)
+        times["printed"] = None if ended else now
+        seconds = now - times["started"]
+        rate = (done - times["first"]) / max(seconds, 1e-9)
         left = "" if ended or not rate else f", {_clock((total - done) / rate)} left"
-        end = f" in {_clock(now - stage.started)}" if ended else ""
-        speed = "" if ended and done == stage.first else f", {rate:,.1f}/s"  # done before it could be timed
-        line = f"{name}: {done:,}/{total:,}{end}{speed}{left}" + (f", {note}" if note else "")
+        end = f" in {_clock(seconds)}" if ended else ""
+        speed = "" if ended and done == times["first"] else f", {rate:,.1f}/s"  # done before it could be timed
+        note = f", {times['note']}" if times["note"] else ""
+        line = f"{task.description}: {done:,}/{total:,}{end}{speed}{left}{note}"
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

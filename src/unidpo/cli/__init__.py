@@ -17,7 +17,7 @@ from unidpo.cli.consoles import INPUT_WRONG, INTERRUPTED, WORK_FAILED, kept_open
 from unidpo.cli.data import data
 from unidpo.cli.evaluation import evaluation
 from unidpo.cli.planning import plan
-from unidpo.cli.training import Overrides, RecipeFile, train
+from unidpo.cli.training import Overrides, RecipeFile, WithOverrides, train
 from unidpo.errors import Interrupted, UserError, printable
 
 app = typer.Typer(
@@ -30,8 +30,8 @@ app = typer.Typer(
 recipe = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
-app.command()(train)
-app.command()(plan)
+app.command(cls=WithOverrides)(train)
+app.command(cls=WithOverrides)(plan)
 app.command("eval")(evaluation)
 
 
@@ -43,6 +43,10 @@ def main() -> None:
                 app(prog_name="unidpo", standalone_mode=True)
             finally:
                 print(end="", flush=True)  # noqa: T201 -- a full disk may show only here
+        except SystemExit as done:
+            if done.code == INTERRUPTED:
+                _complain("interrupted")
+            raise
         except UserError as error:
             _complain(str(error))
             sys.exit(WORK_FAILED if out_of_space(error) else error.exit_code)
@@ -60,13 +64,9 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
-    messages().print(_speaker() + message, style="bold red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _speaker() -> str:
-    """Which process speaks, where it is not the first of several."""
     rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"process {rank}: "
+    speaker = "" if rank == "0" else f"process {rank}: "
+    messages().print(speaker + message, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> bool:
@@ -111,7 +111,7 @@ def demo(
         raise Interrupted(reason, exit_code=code) from None
 
 
-@recipe.command("check")
+@recipe.command("check", cls=WithOverrides)
 def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Report every problem of a recipe, or of a sweep, and its overrides."""
     from unidpo.config import is_sweep, load_recipe, load_sweep
@@ -124,7 +124,7 @@ def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     typer.echo(printable(f"{recipe}: a valid recipe, {resolved.loss.name} on {resolved.model.name}"))
 
 
-@recipe.command("show")
+@recipe.command("show", cls=WithOverrides)
 def recipe_show(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Print a recipe with overrides applied and every default filled in."""
     from unidpo.config import load_recipe

@@ -8,12 +8,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from unidpo.errors import UserError
-
-if TYPE_CHECKING:
-    from unidpo.terminal import Terminal
+from unidpo.terminal import Terminal
 
 WORK_FAILED, INPUT_WRONG, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0: the work failed; the input was wrong; Ctrl-C."""
@@ -32,15 +30,11 @@ class OutputError(UserError):
 
 def results() -> Terminal:
     """Standard output: what was asked for."""
-    from unidpo.terminal import Terminal
-
     return Terminal()
 
 
 def messages() -> Terminal:
     """Standard error: progress, warnings and errors."""
-    from unidpo.terminal import Terminal
-
     return Terminal(stderr=True)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from unidpo.cli.consoles import INTERRUPTED, WORK_FAILED, messages, results
+from unidpo.errors import Interrupted
 
 
 def _batch_size(text: str) -> int | None:
@@ -107,8 +108,7 @@ def evaluation(
                 on_progress=stages.update,
             )
     except KeyboardInterrupt:
-        messages().print("interrupted; the same command goes on where it was", markup=False)
-        raise typer.Exit(INTERRUPTED) from None
+        raise Interrupted("interrupted; the same command goes on where it was", exit_code=INTERRUPTED) from None
     found.render(results())
     if found.failed:
         raise typer.Exit(WORK_FAILED)

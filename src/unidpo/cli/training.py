@@ -8,12 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from unidpo.cli.consoles import INTERRUPTED, messages
 from unidpo.errors import Interrupted, RecipeError, TrainingError
 
 if TYPE_CHECKING:
     from unidpo.run_folder.folder import RunFolder
+
+
+class WithOverrides(TyperCommand):
+    """A command that takes keys of a recipe, and says how where one is given like an option."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if hasattr(error, "possibilities"):  # there is no such option
+                error.message += "; keys of the recipe stand without dashes, such as output=FOLDER"  # type: ignore[attr-defined]
+            raise
+
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -25,7 +39,7 @@ Overrides = Annotated[
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the run's last checkpoint.")] = False,
     nproc: Annotated[
         int, typer.Option(min=1, metavar="N", help="Processes on this machine, one per GPU.", show_default=True)
     ] = 1,
@@ -71,28 +85,30 @@ def train(
         try:
             code = launch([*command, *push, *(["--resume"] if resume else [])], nproc)
         except TrainingError as error:
-            raise TrainingError(f"{error}\ngo on from the last checkpoint with: {again}") from error
+            raise TrainingError(f"{error}\nresume from the last checkpoint with: {again}") from error
         raise typer.Exit(code)
     from unidpo.run.train import run
 
     try:
         run(resolved, resume=resume, console=messages())
-    except Interrupted as stopped:
-        raise Interrupted(f"{stopped}; go on with: {again}", exit_code=stopped.exit_code) from None
-    except KeyboardInterrupt:
-        messages().print(f"interrupted; go on from the last checkpoint with: {again}", markup=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-    if push_to_hub is not None:
-        _push(RunFolder(resolved.output).model, push_to_hub)
-    _next_steps(RunFolder(resolved.output))
-
-
-def _next_steps(run: RunFolder) -> None:
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        code = stopped.exit_code if isinstance(stopped, Interrupted) else INTERRUPTED
+        raise Interrupted(f"{str(stopped) or 'interrupted'}; resume with: {again}", exit_code=code) from None
     from unidpo.distributed import is_main
+
+    if is_main():
+        _after(RunFolder(resolved.output), push_to_hub)
+
+
+def _after(run: RunFolder, push_to_hub: str | None) -> None:
+    """Push the model where that is asked for, and say what to do next."""
     from unidpo.terminal import print_to_copy
 
-    if not is_main():
-        return
+    if push_to_hub is not None:
+        from unidpo.run.hub import push
+
+        messages().print(f"pushing {run.model} to {push_to_hub}", markup=False, soft_wrap=True)
+        messages().print(f"pushed: {push(run.model, push_to_hub)}", markup=False, soft_wrap=True)
     messages().print("next:")
     evaluate = shlex.join(["unidpo", "eval", str(run.path), "--benchmarks", "paper"])
     steps = {
@@ -101,19 +117,3 @@ def _next_steps(run: RunFolder) -> None:
         str(run.ledger): "the ledger: each visit of each pair; metrics.jsonl lies beside it",
     }
     print_to_copy(messages(), steps)
-
-
-def _push(model: Path, repo_id: str) -> None:
-    from unidpo.distributed import is_main
-    from unidpo.run.hub import push, push_command
-
-    if not is_main():
-        return
-    messages().print(f"pushing {model} to {repo_id}", markup=False, soft_wrap=True)
-    try:
-        address = push(model, repo_id)
-    except KeyboardInterrupt:
-        command = push_command(model, repo_id)
-        messages().print(f"interrupted; the run is finished, push it with: {command}", markup=False, soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
-    messages().print(f"pushed: {address}", markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from unidpo.errors import RecipeError, TrainingError
+from unidpo.errors import Interrupted, RecipeError, TrainingError
 
 
 def check_hub_repository(repo_id: str) -> None:
@@ -31,20 +31,19 @@ def push(model: Path, repo_id: str) -> str:
 
     Raises:
         TrainingError: it could not be uploaded; says how to try again.
+        Interrupted: Ctrl-C; likewise.
     """
+    again = shlex.join(["hf", "upload", repo_id, str(model)])
     try:
         commit = HfApi().upload_folder(folder_path=model, repo_id=repo_id, commit_message="Trained with unidpo")
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; the run is finished, push it with: {again}", exit_code=130) from None
     except Exception as error:  # the run is finished, and whatever went wrong must not hide it
         raise TrainingError(
             f"the run is finished, {model} holds the model, but it could not be pushed ({_reason(error)}); "
-            f"try again with: {push_command(model, repo_id)}"
+            f"try again with: {again}"
         ) from error
     return str(commit.repo_url)
-
-
-def push_command(model: Path, repo_id: str) -> str:
-    """What to type to upload a model's folder."""
-    return shlex.join(["hf", "upload", repo_id, str(model)])
 
 
 def _nobody(error: Exception) -> bool:
