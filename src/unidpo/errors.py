@@ -86,7 +86,7 @@ class TrainingError(UserError):
 
 
 class Interrupted(UserError):
-    """The work was asked to stop by a signal, did so in good order, and can go on later.
+    """The work was asked to stop by a signal, did so in good order, and can be resumed.
 
     Args:
         exit_code: 128 and the signal's number; SIGTERM's where it is not given.

@@ -62,7 +62,7 @@ class Stages:
 
         Args:
             stage: what is counted, e.g. ``reference, responses``.
-            done: how many are done, 0 at the start (or where a resumed stage goes on).
+            done: how many are done, 0 at the start (or where a resumed stage begins).
             total: how many there are.
             note: something to show beside, e.g. the loss.
         """

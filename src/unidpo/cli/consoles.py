@@ -40,7 +40,7 @@ def messages() -> Terminal:
 
 @contextlib.contextmanager
 def kept_open() -> Iterator[None]:
-    """Within it the work goes on when nobody reads its standard output or standard error any more.
+    """Within it the work continues when nobody reads its standard output or standard error any more.
 
     Raises:
         OutputError: standard output cannot be written for another reason, such as a full disk.

@@ -82,20 +82,18 @@ def _wait(running: Sequence[subprocess.Popen[bytes]]) -> int | None:
     That is one that was killed, or else the first of those that failed: these fail together, with one message.
     """
     deadline = float("inf")
-    failed: list[int] = []
-    while any(process.poll() is None for process in running):
-        failed = [rank for rank, process in enumerate(running) if process.returncode]
-        if failed and deadline == float("inf"):
-            deadline = time.monotonic() + GRACE_SECONDS
+    while True:
+        failed = [rank for rank, process in enumerate(running) if process.poll()]
+        if all(process.returncode is not None for process in running):
+            break
+        if failed:
+            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
             for process in running:
                 process.kill()
+                process.wait()
             break
         time.sleep(0.05)
-    else:
-        failed = [rank for rank, process in enumerate(running) if process.returncode]
-    for process in running:
-        process.wait()
     killed = [rank for rank in failed if running[rank].returncode < 0]
     return next(iter(killed or failed), None)
 
@@ -111,19 +109,16 @@ def _what_happened(rank: int, code: int, output: Path) -> str:
 
 def environment(rank: int, processes: int, port: str) -> dict[str, str]:
     """The environment here, and what torch.distributed reads of a process's place, as torchrun sets it."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    return (
-        {"OMP_NUM_THREADS": str(threads)}
-        | dict(os.environ)
-        | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-    )
+    return {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
 
 
 def free_port() -> int:
