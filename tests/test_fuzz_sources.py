@@ -19,11 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unidpo.data.formats.convert import check_writable
 from unidpo.data.formats.dataset_info import PLAIN, Columns
+from unidpo.data.formats.detection import extra_columns, read_row
 from unidpo.data.formats.files import rows_in
-from unidpo.data.formats.layouts import LAYOUTS, check_writable, extra_columns, form_of, read_row
-from unidpo.data.formats.relocate import RelocateReport, moved
-from unidpo.data.formats.rows import Row
+from unidpo.data.formats.layouts import LAYOUTS
+from unidpo.data.formats.relocate import RelocateReport, move_images
+from unidpo.data.formats.row import Row
 from unidpo.errors import Finding, UserError
 
 BATCHES, IN_A_BATCH = 100, 50  # of each of the four kinds of damage below
@@ -75,12 +77,12 @@ def check_row(value: Any, number: int = 1, columns: Columns = PLAIN, **options: 
     read_row(row)
     assert (row.group is None) == row.is_bad
     assert all(str(finding).isprintable() for finding in row.findings)
-    moved(value, ("images", "image"), lambda old, key: f"new/{old}", RelocateReport(Path(), Path()))
+    move_images(copy.deepcopy(value), ("images", "image"), lambda old: f"new/{old}", RelocateReport(Path(), Path()))
     extra_columns(row)
     if row.group is not None:
         for layout in LAYOUTS:
             try:
-                check_writable(row.group, layout, form_of(row.group, layout))
+                check_writable(row.group, layout)
             except UserError:
                 assert layout != "ranked"
 

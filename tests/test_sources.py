@@ -411,8 +411,8 @@ def test_all_bad_rows_stand_in_one_error(tmp_path: Path) -> None:
     assert str(caught.value).splitlines() == [
         f"{path}: 2 of 3 rows cannot be used",
         f"  {path}, row 2, `chosen`: the response is empty; give its text or remove the row",
-        f"  {path}, row 3, `score_chosen`: 'x' is a string; a score is a finite number, higher is better, "
-        "written without quotes",
+        f"  {path}, row 3, `score_chosen`: 'x' is no score; a score is a finite number, higher is better, "
+        "without quotes",
     ]
     assert [finding.row for finding in caught.value.findings] == [2, 3]
 

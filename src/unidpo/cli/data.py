@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 data = typer.Typer(help="Check, convert, move and fetch preference data.", no_args_is_help=True)
 
-# The names of `unidpo.data.formats.LAYOUTS`, written out so that `--help` does not import it; a test compares them.
-Layout = Literal["alpaca", "sharegpt", "trl", "ranked"]
+# Names of `unidpo.data.formats.LAYOUTS`, which is not imported for `--help`. A test compares the two.
+LAYOUT = "alpaca|sharegpt|trl|ranked"
 DataFile = Annotated[
     str,
     typer.Argument(metavar="FILE", help="JSON, JSONL or Parquet file, or a hub data set.", show_default=False),
@@ -69,9 +69,10 @@ def check(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="What to convert.", show_default=False)],
     to: To,
-    layout: Annotated[Layout, typer.Option(help="Layout of the new file.")] = "ranked",
+    layout: Annotated[str, typer.Option(metavar=LAYOUT, help="Layout of the new file.")] = "ranked",
     from_layout: Annotated[
-        Layout | None, typer.Option("--from", help="Layout of SRC.", show_default="what each row says by its keys")
+        str | None,
+        typer.Option("--from", metavar=LAYOUT, help="Layout of SRC.", show_default="what each row says by its keys"),
     ] = None,
     images: Images = None,
     skip_bad_rows: Annotated[bool, typer.Option(help="Leave out rows that cannot be used.")] = False,
@@ -168,7 +169,9 @@ def from_mm_rlhf(
     join_pairs: Annotated[
         bool, typer.Option("--join-pairs", help="Score the pairs of dpo_pairs.jsonl instead of making all pairs.")
     ] = False,
-    layout: Annotated[Layout | None, typer.Option(help="Layout of the new file.", show_default="ranked")] = None,
+    layout: Annotated[
+        str | None, typer.Option(metavar=LAYOUT, help="Layout of the new file.", show_default="ranked")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the new file if it is there.")] = False,
 ) -> None:
     """Make scored pairs of MM-RLHF's human ratings."""

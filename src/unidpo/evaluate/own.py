@@ -21,8 +21,7 @@ from typing import Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from unidpo.data.formats import json_text
-from unidpo.data.formats.files import rows_of
+from unidpo.data.formats.files import loads, rows_of
 from unidpo.errors import DataError, Finding, did_you_mean, from_findings, shown
 from unidpo.evaluate import scorers
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, Judged, Score, Statistic
@@ -252,7 +251,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json_text.loads(line, parse_int=str, parse_float=str, parse_constant=str)
+                yield number, loads(line, parse_int=str, parse_float=str, parse_constant=str)
             except (ValueError, RecursionError) as error:
                 yield number, Finding("broken-json", f"the line is not valid JSON ({error})")
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from unidpo.data.formats import json_text
-from unidpo.data.formats.json_text import RepeatedKey
+from unidpo.data.formats.files import RepeatedKey, loads
 from unidpo.errors import DataError, did_you_mean, shown
 from unidpo.files.regular import read_regular
 
@@ -24,12 +23,11 @@ TAGS: Mapping[str, str] = MappingProxyType(
         "system_tag": "system",
     }
 )
+_SHARED = ("system", "tools", "images", "videos", "audios", "chosen", "rejected", "score_chosen", "score_rejected")
 # What LLaMA-Factory calls a column -> what the layout calls it.
-_SHARED = {name: name for name in ("system", "tools", "images", "videos", "audios", "chosen", "rejected")}
-_SCORES = {name: name for name in ("score_chosen", "score_rejected")}
-_COLUMNS = {
-    "alpaca": {"prompt": "instruction", "query": "input", "history": "history", **_SHARED, **_SCORES},
-    "sharegpt": {"messages": "conversations", **_SHARED, **_SCORES},
+_COLUMNS: dict[Any, dict[str, str]] = {
+    "alpaca": {"prompt": "instruction", "query": "input", "history": "history"} | {name: name for name in _SHARED},
+    "sharegpt": {"messages": "conversations"} | {name: name for name in _SHARED},
 }
 # Columns LLaMA-Factory has for other kinds of data; naming them is no mistake.
 _UNUSED = {"response", "kto_tag", "messages", "prompt", "query", "history"}
@@ -63,7 +61,7 @@ def columns_of(file: Path) -> Columns:
     """
     info = file.parent / "dataset_info.json"
     try:
-        data = json_text.loads(read_regular(info).decode("utf-8-sig"))
+        data = loads(read_regular(info).decode("utf-8-sig"))
     except FileNotFoundError:
         return PLAIN
     except RepeatedKey as error:
@@ -87,21 +85,22 @@ def _names(entry: dict[str, Any], file: Path) -> bool:
 
 def _columns(entry: dict[str, Any], where: str) -> Columns:
     layout = entry.get("formatting", "alpaca")
-    if layout != "alpaca" and layout != "sharegpt":
+    if layout not in ("alpaca", "sharegpt"):
         raise DataError(f"{where}: `formatting` is alpaca or sharegpt, not {shown(layout)}")
-    columns, tags = (_strings(entry, key, where) for key in ("columns", "tags"))
     known = _COLUMNS[layout]
-    for name in columns.keys() - known.keys() - _UNUSED:
-        raise DataError(f"{where}: there is no column {shown(name)}{did_you_mean(name, known)}")
-    for name in tags.keys() - TAGS.keys():
-        raise DataError(f"{where}: there is no tag {shown(name)}{did_you_mean(name, TAGS)}")
+    columns = _names_of(entry, "columns", known, _UNUSED, where)
+    tags = _names_of(entry, "tags", TAGS, set(), where)
     if "formatting" not in entry and not columns:
         return PLAIN  # nothing is said about the columns: the rows speak for themselves
     return Columns(layout, {known[ours]: theirs for ours, theirs in columns.items() if ours in known}, {**TAGS, **tags})
 
 
-def _strings(entry: dict[str, Any], key: str, where: str) -> dict[str, str]:
-    value = entry.get(key) or {}
-    if not isinstance(value, dict) or not all(isinstance(inner, str | None) for inner in value.values()):
+def _names_of(
+    entry: dict[str, Any], key: str, known: Mapping[str, str], unused: set[str], where: str
+) -> dict[str, str]:
+    names = entry.get(key) or {}
+    if not isinstance(names, dict) or not all(isinstance(name, str | None) for name in names.values()):
         raise DataError(f"{where}: `{key}` maps names to names")
-    return {name: inner for name, inner in value.items() if inner is not None}
+    for name in names.keys() - known.keys() - unused:
+        raise DataError(f"{where}: there is no {key[:-1]} {shown(name)}{did_you_mean(name, known)}")
+    return {ours: theirs for ours, theirs in names.items() if theirs is not None}

@@ -1,4 +1,4 @@
-"""From a data file, folder or hub data set to its rows, and from rows to a file."""
+"""From a JSON, JSONL or Parquet file to its rows, and from rows to a JSON file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import contextlib
 import io
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from unidpo.data.formats import json_text, tables
-from unidpo.data.formats.json_text import RepeatedKey
-from unidpo.data.formats.other_kinds import refuse_other_kinds
+from unidpo.data.formats import tables
 from unidpo.errors import DataError, Finding, shown
 from unidpo.files.places import missing_here
 from unidpo.files.regular import open_regular
@@ -21,6 +20,26 @@ from unidpo.files.regular import open_regular
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 _PARQUET = b"PAR1"
 _BOMS = (b"\xff\xfe", b"\xfe\xff")
+_PACKED = {b"\x1f\x8b": "gunzip", b"PK\x03\x04": "unzip", b"\x28\xb5\x2f\xfd": "unzstd"}
+_GIT_LFS = b"version https://git-lfs"
+
+
+class RepeatedKey(ValueError):
+    """An object has a key twice. Readers of JSON take the last one, silently, and which was meant nobody knows.
+
+    Attributes:
+        path: where it stands below the value that was read, ``responses[0].text``.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"the key {shown(path)} stands twice in one object, so it is unknown which is meant; keep one")
+        self.path = path
+
+
+class _WithRepeat(dict[str, Any]):
+    """An object in which a key stood twice, and that key."""
+
+    repeated_key = ""
 
 
 def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
@@ -36,8 +55,7 @@ def rows_of(path: Path) -> Iterator[tuple[int, Any]]:
         with open_regular(path) as file:
             yield from rows_in(file, path)
     except FileNotFoundError as error:
-        problem = missing_here(path, "file") or "there is no such file"
-        raise DataError(f"{path}: {problem}") from error
+        raise DataError(f"{path}: {missing_here(path, 'file') or 'there is no such file'}") from error
     except IsADirectoryError as error:
         raise DataError(f"{path}: this is a folder; give the data file in it") from error
     except (OSError, ValueError) as error:
@@ -49,16 +67,13 @@ def rows_in(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
     head = file.read(32)
     file.seek(0)
     if not head.startswith(_PARQUET):
-        refuse_other_kinds(path, head)
+        _refuse_other_kinds(path, head)
     if head.startswith(_PARQUET) or path.suffix == ".parquet":
         yield from enumerate(tables.parquet_rows(file, path), start=1)
-        return
-    if head.startswith(_BOMS):
-        raise DataError(f"{path}, line 1: the file is not UTF-8 text but UTF-16 or UTF-32; save it as UTF-8")
-    if path.suffix in LINE_SUFFIXES and _first_letter(file) != b"[":
-        yield from _json_lines(file)
+    elif path.suffix in LINE_SUFFIXES and _first_letter(file) != b"[":
+        yield from _rows_of_lines(file)
     else:
-        yield from _json(file, path)
+        yield from _rows_of_json(file, path)
 
 
 def is_parquet(path: Path) -> bool:
@@ -75,6 +90,20 @@ def is_same(one: Path, other: Path) -> bool:
         return False
 
 
+def loads(text: str, **options: Any) -> Any:
+    """A JSON value; the options are those of `json.loads`.
+
+    Raises:
+        RepeatedKey: an object in it has a key twice.
+        ValueError: it is no JSON, or a number has too many digits.
+        RecursionError: it is nested too deeply.
+    """
+    value, has_repeats = _loads_marked(text, **options)
+    if has_repeats and (path := _path_of_repeat(value)) is not None:
+        raise RepeatedKey(path)
+    return value
+
+
 def write_json(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write rows as a JSON list, or a row per line if the path ends in ``.jsonl``; bytes as ``{"bytes": base64}``.
 
@@ -83,17 +112,12 @@ def write_json(rows: Iterable[dict[str, Any]], path: Path) -> None:
     Raises:
         DataError: a row holds a value JSON has no word for, or the file cannot be written.
     """
-    lines = path.suffix in LINE_SUFFIXES
+    before, between, after = (b"", b"\n", b"\n") if path.suffix in LINE_SUFFIXES else (b"[\n", b",\n", b"\n]\n")
     with replacing(path) as file:
-        count = 0
-        for count, row in enumerate(rows, start=1):
-            if not lines:
-                file.write(b"[\n" if count == 1 else b",\n")
-            file.write(json_bytes(row, path))
-            if lines:
-                file.write(b"\n")
-        if not lines:
-            file.write(b"\n]\n" if count else b"[]\n")
+        file.write(before)
+        for number, row in enumerate(rows):
+            file.write((between if number else b"") + json_bytes(row, path))
+        file.write(after)
 
 
 def json_bytes(value: Any, path: Path, *, indent: int | None = None, ascii_only: bool = False) -> bytes:
@@ -119,8 +143,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         path = path.resolve()  # of a link, the file behind it is replaced
         if path.exists() and not path.is_file():
-            what = "a folder" if path.is_dir() else "a device or a pipe"
-            raise DataError(f"{path}: this is {what}, which no file can replace; give another name")
+            raise DataError(f"{path}: there is something of this name that is no file; give another name")
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -142,22 +165,34 @@ def json_type(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _json(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
+def _refuse_other_kinds(path: Path, head: bytes) -> None:
+    """Raise `DataError` for a file that by its suffix, or by how it begins, is of a kind that is not read."""
+    if head.startswith(_BOMS):
+        raise DataError(f"{path}, line 1: the file is not UTF-8 text but UTF-16 or UTF-32; save it as UTF-8")
+    if head.startswith(_GIT_LFS):
+        raise DataError(f"{path}: this is a pointer of Git LFS, not the data; fetch what it points to: git lfs pull")
+    if command := next((command for magic, command in _PACKED.items() if head.startswith(magic)), None):
+        raise DataError(f"{path}: packed files are not read; unpack it first, with {command}")
+    if path.suffix.lower() in tables.OTHER_SUFFIXES:
+        reader = tables.PANDAS_READERS.get(path.suffix.lower())
+        new = str(path.with_suffix(".jsonl"))
+        code = f"import pandas; pandas.{reader}({str(path)!r}).to_json({new!r}, orient='records', lines=True)"
+        how = f": python -c {shlex.quote(code)}" if reader else "; unpack it, or convert it with what wrote it"
+        raise DataError(f"{path}: {path.suffix} files are not read; write JSONL, JSON or Parquet{how}")
+
+
+def _rows_of_json(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
     text = _text(file.read(), path)
     start = text.lstrip()[:1]
     if not start:
         return
-    has_repeats = False
     try:
-        try:
-            value = json_text.loads(text)
-        except RepeatedKey:
-            value, has_repeats = json_text.loads_with_repeats(text), True
+        value, has_repeats = _loads_marked(text)
     except (ValueError, RecursionError) as error:
         # A second value after the first one: rows by line, whatever the file is called.
         by_line = start == "{" or path.suffix in LINE_SUFFIXES
         if by_line and isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            yield from _json_lines(io.BytesIO(text.encode()))
+            yield from _rows_of_lines(io.BytesIO(text.encode()))
             return
         raise DataError(f"{path}: {_json_problem(error)}") from error
     del text
@@ -169,19 +204,19 @@ def _json(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: the file holds {json_type(value)}, but a list of rows is expected")
     for i, row in enumerate(value):
         value[i] = None  # what has been read can go
-        repeated = json_text.repeated_key(row) if has_repeats else None
-        yield i + 1, row if repeated is None else _finding(RepeatedKey(repeated))
+        repeat = _path_of_repeat(row) if has_repeats else None
+        yield i + 1, row if repeat is None else _repeat_finding(RepeatedKey(repeat))
 
 
-def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _rows_of_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     # Not text mode: U+2028 and its like may stand inside a JSON string.
     for number, line in enumerate(file, start=1):
         try:
             text = line.rstrip(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
             if text.strip():
-                yield number, json_text.loads(text)
+                yield number, loads(text)
         except RepeatedKey as error:
-            yield number, _finding(error)
+            yield number, _repeat_finding(error)
         except UnicodeDecodeError as error:
             problem = f"byte {error.start + 1} of the line is not UTF-8 text; save the file as UTF-8"
             yield number, Finding("wrong-encoding", problem)
@@ -189,8 +224,38 @@ def _json_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield number, Finding("broken-json", f"the line is {_json_problem(error, line=False)}")
 
 
-def _finding(error: RepeatedKey) -> Finding:
+def _repeat_finding(error: RepeatedKey) -> Finding:
     return Finding("repeated-key", str(error), key=error.path)
+
+
+def _loads_marked(text: str, **options: Any) -> tuple[Any, bool]:
+    """A JSON value, and whether an object in it has a key twice. Such an object is a `_WithRepeat`."""
+    has_repeats = False
+
+    def to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal has_repeats
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            has_repeats, values = True, _WithRepeat(values)
+            keys = [key for key, _ in pairs]
+            values.repeated_key = next(key for i, key in enumerate(keys) if key in keys[:i])
+        return values
+
+    return json.loads(text, object_pairs_hook=to_object, **options), has_repeats
+
+
+def _path_of_repeat(value: Any) -> str | None:
+    """Where in a value of `_loads_marked` a key stands for the second time."""
+    left = [("", value)]
+    while left:
+        path, value = left.pop()
+        if isinstance(value, _WithRepeat):
+            return f"{path}.{value.repeated_key}".removeprefix(".")
+        if isinstance(value, dict):
+            left += [(f"{path}.{key}", inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            left += [(f"{path}[{i}]", inner) for i, inner in enumerate(value)]
+    return None
 
 
 def _first_letter(file: BinaryIO) -> bytes:

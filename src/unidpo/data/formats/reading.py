@@ -1,4 +1,4 @@
-"""From a data set, whatever it is kept in, to prompt groups and findings."""
+"""From a data set, in a file or in memory, to prompt groups and findings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from unidpo.data.formats import tables
 from unidpo.data.formats.dataset_info import PLAIN, columns_of
+from unidpo.data.formats.detection import read_row
 from unidpo.data.formats.files import rows_of
-from unidpo.data.formats.layouts import read_row
-from unidpo.data.formats.rows import LayoutName, Row
+from unidpo.data.formats.row import Row
 from unidpo.data.pairs import ImageSource, PromptGroup
-from unidpo.errors import DataError, Finding, from_findings
+from unidpo.errors import DataError, Finding, from_findings, shown
 
 _LOG = logging.getLogger(__name__)
 
@@ -64,19 +64,39 @@ def read_groups(path: str | Path, *, images: str | Path | None = None, require_s
     Raises:
         DataError: there is no such file, data set or image folder, it cannot be read as a whole, or has no rows.
     """
-    return collected(path, read_rows(path, images=images, require_scores=require_scores, shared={}))
+    return _collected(path, read_rows(path, images=images, require_scores=require_scores))
 
 
-def collected(name: str | Path, rows: Iterable[Row]) -> Read:
-    """The rows of one data set together."""
-    count, groups, findings, uses = 0, [], [], []
-    for row in rows:
-        count += 1
-        if row.group is not None:
-            groups.append(row.group)
-        findings += row.findings
-        uses += [ImageUse(row.number, key, source) for key, source in row.sources]
-    return Read(Path(name), count, groups, findings, uses)
+def groups_of(
+    dataset: Any, *, name: str, require_scores: bool = False, on_bad_row: Literal["error", "skip"] = "error"
+) -> list[PromptGroup]:
+    """The prompt groups of what a user gives as a data set in memory. Images are not opened.
+
+    Args:
+        dataset: prompt groups, which are taken as they are; or a `datasets.Dataset` or a sequence of rows, in any
+            layout that is read from files. Images may be decoded; relative paths start from the working directory.
+        name: what findings call it.
+        require_scores: a pair without scores is a bad row.
+        on_bad_row: ``error`` raises if any row cannot be used, ``skip`` names them in a warning and goes on.
+
+    Raises:
+        DataError: this is no data set in memory, or a row cannot be used (all are listed).
+    """
+    if isinstance(dataset, (str, Path)):
+        raise DataError(f"{name}: this is a path; give what `load_pairs({shown(dataset)})` reads")
+    if hasattr(dataset, "keys"):
+        splits = ", ".join(map(str, list(dataset.keys())[:8]))
+        raise DataError(f"{name}: a list of rows is expected, not one object with {splits}; give one of its splits")
+    if not hasattr(dataset, "__len__"):
+        raise DataError(f"{name}: this has no length; load a streamed data set without `streaming=True`")
+    if isinstance(dataset, Sequence) and all(isinstance(group, PromptGroup) for group in dataset):
+        return list(dataset)
+    # The table of a `datasets.Dataset` holds images undecoded; with a format "custom" the user's function makes rows.
+    is_table = hasattr(dataset, "with_format") and dataset.format["type"] != "custom"
+    values = enumerate(tables.rows_of_dataset(dataset) if is_table else dataset, start=1)
+    read = _collected(name, (_read(Row(value, number, name, Path(), require_scores)) for number, value in values))
+    report_rows([read], name, on_bad_row=on_bad_row)
+    return read.groups
 
 
 def report_rows(reads: Sequence[Read], name: str, *, on_bad_row: Literal["error", "skip"]) -> None:
@@ -102,21 +122,15 @@ def report_rows(reads: Sequence[Read], name: str, *, on_bad_row: Literal["error"
 
 
 def read_rows(
-    path: str | Path,
-    *,
-    images: str | Path | None = None,
-    require_scores: bool = False,
-    layout: LayoutName | None = None,
-    shared: dict[bytes, bytes] | None = None,
+    path: str | Path, *, images: str | Path | None = None, require_scores: bool = False, layout: str | None = None
 ) -> Iterator[Row]:
-    """The same, row by row, for what need not be in memory at once.
+    """The same as `read_groups`, row by row.
 
     Args:
         path: see `read_groups`.
         images: see `read_groups`.
         require_scores: see `read_groups`.
         layout: read every row as of this layout, instead of by its keys.
-        shared: where embedded images are kept while equal ones become one object.
 
     Raises:
         DataError: as `read_groups`, while iterating.
@@ -131,17 +145,30 @@ def read_rows(
     else:
         values, columns, folder = rows_of(Path(path)), columns_of(Path(path)), Path(path).parent
     root, empty = folder if images is None else Path(images), True
+    shared: dict[bytes, bytes] = {}
     for number, value in values:
         empty = False
-        yield read_value(Row(value, number, path, root, require_scores, columns, shared), layout)
+        yield _read(Row(value, number, path, root, require_scores, columns, shared), layout)
     if empty:
         raise DataError(f"{path}: the file holds no rows")
 
 
-def read_value(row: Row, layout: LayoutName | None = None) -> Row:
+def _read(row: Row, layout: str | None = None) -> Row:
     """Read what a row was given; a `Finding` in its place is its error."""
     if isinstance(row.given, Finding):
         row.error(row.given.kind, row.given.key, row.given.message)
     else:
         read_row(row, layout)
     return row
+
+
+def _collected(name: str | Path, rows: Iterable[Row]) -> Read:
+    """The rows of one data set together."""
+    count, groups, findings, uses = 0, [], [], []
+    for row in rows:
+        count += 1
+        if row.group is not None:
+            groups.append(row.group)
+        findings += row.findings
+        uses += [ImageUse(row.number, key, source) for key, source in row.sources]
+    return Read(Path(name), count, groups, findings, uses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,12 +13,10 @@ from typing import Any, BinaryIO
 from unidpo.data.formats import tables
 from unidpo.data.formats.dataset_info import columns_of
 from unidpo.data.formats.files import is_parquet, is_same, json_bytes, replacing, rows_of
-from unidpo.data.formats.rows import ADDRESS
+from unidpo.data.formats.row import ADDRESS, IMAGE_COLUMNS, IMAGE_KEYS
 from unidpo.errors import DataError, Finding, from_findings, shown
 from unidpo.files.regular import is_regular, open_regular
 
-Mover = Callable[[str, str], str]
-"""From a path and its key to the path in its place."""
 _PROMPTS = ("prompt", "chosen", "rejected")
 
 
@@ -80,23 +79,18 @@ def relocate(
     if not root.is_dir():
         raise DataError(f"{root}: there is no such image folder")
     report = RelocateReport(source, target)
-    finder = _Finder(root, target.parent.absolute(), strip)
+    find = _Finder(root, target.parent.absolute(), strip).find
     names = columns_of(source).names
-    columns = tuple(names.get(name, name) for name in ("images", "image"))
+    columns = tuple(names.get(name, name) for name in IMAGE_COLUMNS)
 
     def move(row: Any, number: int) -> Any:
         report.rows += 1
-
-        def mover(old: str, key: str) -> str:
-            new = finder.find(old)
-            if new is None:
-                problem = f"{shown(old)} is not under {shown(root)}"
-                report.not_found.append(Finding("missing-image", problem, source, number, key))
-                return old
-            report.found += 1
-            return new
-
-        return moved(row, columns, mover, report)
+        not_found = move_images(row, columns, find, report)
+        problem = f"is not under {shown(root)}"
+        report.not_found += [
+            Finding("missing-image", f"{shown(old)} {problem}", source, number, key) for key, old in not_found.items()
+        ]
+        return row
 
     with replacing(target) as file:
         if is_parquet(source):
@@ -152,46 +146,46 @@ def _tree(root: Path) -> Iterator[str]:
                 linked.add(real)
 
 
-def moved(row: Any, columns: tuple[str, ...], mover: Mover, report: RelocateReport) -> Any:
-    """A row with its image paths moved: those of the image columns, and of image parts inside messages."""
-    if not isinstance(row, dict):
-        return row
-    new = dict(row)
+def move_images(
+    row: Any, columns: tuple[str, ...], find: Callable[[str], str | None], report: RelocateReport
+) -> dict[str, str]:
+    """Put new image paths into a row, and count them; gives those for which there is none, by key."""
+    not_found = {}
+    for holder, at, key in _image_places(row, columns) if isinstance(row, dict) else ():
+        value = holder[at]
+        if isinstance(value, bytes) or (isinstance(value, dict) and value.get("bytes") is not None):
+            report.embedded += 1
+            continue
+        if isinstance(value, dict):
+            holder, at, value = value, "path", value.get("path")
+        elif isinstance(value, str) and ADDRESS.match(value):
+            report.embedded += value[:5].lower() == "data:"
+            continue
+        if not isinstance(value, str):
+            continue
+        new = find(value)
+        if new is None:
+            not_found[key] = value
+        else:
+            report.found += 1
+            holder[at] = new
+    return not_found
+
+
+def _image_places(row: dict[str, Any], columns: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:
+    """Where a row names images: what holds the value, under which key, and the key as findings call it."""
     for name in columns:
-        if isinstance(new.get(name), list):
-            new[name] = [_image(value, f"{name}[{i}]", mover, report) for i, value in enumerate(new[name])]
-        elif name in new:
-            new[name] = _image(new[name], name, mover, report)
+        if isinstance(row.get(name), list):
+            yield from ((row[name], i, f"{name}[{i}]") for i in range(len(row[name])))
+        elif name in row:
+            yield row, name, name
     for name in _PROMPTS:
-        if isinstance(new.get(name), list):
-            new[name] = [_message(value, f"{name}[{i}]", mover, report) for i, value in enumerate(new[name])]
-    return new
-
-
-def _message(message: Any, key: str, mover: Mover, report: RelocateReport) -> Any:
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    return message | {"content": [_part(p, f"{key}.content[{i}]", mover, report) for i, p in enumerate(content)]}
-
-
-def _part(part: Any, key: str, mover: Mover, report: RelocateReport) -> Any:
-    if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
-        return part
-    names = [name for name in ("image", "path", "url", "image_url") if part.get(name) is not None]
-    return part | {name: _image(part[name], f"{key}.{name}", mover, report) for name in names[:1]}
-
-
-def _image(value: Any, key: str, mover: Mover, report: RelocateReport) -> Any:
-    if isinstance(value, bytes) or (isinstance(value, dict) and value.get("bytes") is not None):
-        report.embedded += 1
-    elif isinstance(value, str) and ADDRESS.match(value):
-        report.embedded += value[:5].lower() == "data:"
-    elif isinstance(value, str):
-        return mover(value, key)
-    elif isinstance(value, dict) and isinstance(value.get("path"), str):
-        return value | {"path": mover(value["path"], key)}
-    return value
+        for i, message in enumerate(row[name] if isinstance(row.get(name), list) else ()):
+            content = message.get("content") if isinstance(message, dict) else None
+            for j, part in enumerate(content if isinstance(content, list) else ()):
+                if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+                    keys = [key for key in IMAGE_KEYS if part.get(key) is not None]
+                    yield from ((part, key, f"{name}[{i}].content[{j}].{key}") for key in keys[:1])
 
 
 def _move_json(source: Path, file: BinaryIO, move: Callable[[Any, int], Any]) -> None:
@@ -225,16 +219,15 @@ def _move_table(source: Path, file: BinaryIO, columns: tuple[str, ...], move: Ca
     import pyarrow.parquet as pq
 
     number = 0
-    with open_regular(source) as raw, tables.damaged(source):
-        parquet = pq.ParquetFile(raw, pre_buffer=False)
+    with open_regular(source) as raw, tables.refusing_damage(source):
+        parquet = tables.open_parquet(raw, source)
         schema = parquet.schema_arrow
-        tables.refuse_repeated_columns(schema.names, source)
         names = [name for name in (*columns, *_PROMPTS) if name in schema.names]
         with pq.ParquetWriter(file, schema) as writer:
             for batch in parquet.iter_batches(batch_size=1024):
                 table = pa.Table.from_batches([batch], schema)
                 old = batch.select(names).to_pylist()
-                new = [move(row, number + i) for i, row in enumerate(old, start=1)]
+                new = [move(copy.deepcopy(row), number + i) for i, row in enumerate(old, start=1)]
                 number += len(old)
                 for name in names:
                     if any(row[name] != before[name] for row, before in zip(new, old, strict=True)):

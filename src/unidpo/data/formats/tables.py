@@ -12,19 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from unidpo.data.formats.other_kinds import SUFFIXES
 from unidpo.errors import DataError, Finding, shown
 from unidpo.files.places import missing_here
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+PANDAS_READERS = {".csv": "read_csv", ".tsv": "read_table", ".xlsx": "read_excel", ".feather": "read_feather"}
+"""Kinds of tables that are not read, and what of pandas reads them."""
+_SPECIAL = ".arrow .xls .yaml .yml .gz .bz2 .xz .zst .zip .tar .tgz .pkl .pickle .pt .pth .joblib"
+OTHER_SUFFIXES = (*PANDAS_READERS, *_SPECIAL.split())
+"""Suffixes of files that hold data and are not read."""
 _BATCH = 64
 """Rows read at a time: their images may be inside."""
 _WRITTEN_ROWS, _WRITTEN_BYTES = 1024, 1 << 26
 """A row group of a written file is no larger; the bytes are those of images."""
 _NAME = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<split>[^:@]+))?")
-_FILE = re.compile(rf".*(\.jsonl?|\.ndjson|\.parquet|\.txt|{'|'.join(map(re.escape, SUFFIXES))})", re.IGNORECASE)
+_FILE = re.compile(rf".*(\.jsonl?|\.ndjson|\.parquet|\.txt|{'|'.join(map(re.escape, OTHER_SUFFIXES))})", re.IGNORECASE)
 
 
 def parquet_rows(file: BinaryIO, path: Path) -> Iterator[Any]:
@@ -33,23 +37,24 @@ def parquet_rows(file: BinaryIO, path: Path) -> Iterator[Any]:
     Raises:
         DataError: the file is no Parquet file, or is damaged.
     """
-    import pyarrow.parquet as pq
-
-    with damaged(path):
-        parquet = pq.ParquetFile(file, pre_buffer=False)
-        refuse_repeated_columns(parquet.schema_arrow.names, path)
-        for batch in parquet.iter_batches(batch_size=_BATCH):
+    with refusing_damage(path):
+        for batch in open_parquet(file, path).iter_batches(batch_size=_BATCH):
             yield from _values(batch)
 
 
-def refuse_repeated_columns(names: Sequence[str], path: Path) -> None:
-    """Raise `DataError` where a table has two columns of one name, of which readers take the last."""
+def open_parquet(file: BinaryIO, path: Path) -> Any:
+    """A Parquet file. Raises `DataError` where it has two columns of one name, of which readers take the last."""
+    import pyarrow.parquet as pq
+
+    parquet = pq.ParquetFile(file, pre_buffer=False)
+    names = parquet.schema_arrow.names
     if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
         raise DataError(f"{path}: the table has the column {shown(repeated[0])} twice; remove or rename one of them")
+    return parquet
 
 
 @contextlib.contextmanager
-def damaged(path: Path) -> Iterator[None]:
+def refusing_damage(path: Path) -> Iterator[None]:
     """Whatever pyarrow says of a damaged file becomes a `DataError`."""
     import pyarrow as pa
 
@@ -59,13 +64,12 @@ def damaged(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not a whole Parquet file ({_first_line(error)}); write it again") from error
 
 
-def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path, known: dict[str, pa.DataType]) -> None:
-    """Write rows as Parquet; the file appears complete or not at all.
+def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path) -> None:
+    """Write rows as Parquet; the file appears complete or not at all. Types are inferred over all rows.
 
     Args:
         rows: gives the rows, each time it is called; it is called once to learn the types and once to write.
         path: the file.
-        known: the columns whose types are known. Others are inferred over all rows.
 
     Raises:
         DataError: a column holds values of types that do not go together, or the file cannot be written.
@@ -76,7 +80,9 @@ def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path, know
     from unidpo.data.formats.files import replacing
 
     try:
-        schema = _schema(rows(), known)
+        schema = pa.schema({})
+        for batch in _batches(rows()):
+            schema = pa.unify_schemas([schema, _schema(batch)], promote_options="permissive")
         with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
             for batch in _batches(rows()):
                 writer.write_table(pa.Table.from_pylist(batch, schema=schema))
@@ -86,29 +92,25 @@ def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path, know
 
 def is_dataset(path: str | Path) -> bool:
     """Whether a path means a folder or hub data set rather than a file: ``name[:config][@split]``."""
-    match = _NAME.fullmatch(str(path))
-    with contextlib.suppress(OSError):  # a name too long for a file is none
-        if Path(path).exists():
-            return Path(path).is_dir()
-        if match is not None and Path(match["name"]).is_dir():
-            return True
-    if match is None or _FILE.fullmatch(match["name"]):
+    name, *_ = _named(path)
+    if _exists(name):
+        return Path(name).is_dir()
+    if not _NAME.fullmatch(str(path)) or _FILE.fullmatch(name):
         return False
-    return missing_here(match["name"]) is None
+    return missing_here(name) is None
 
 
 def dataset_folder(path: str | Path) -> Path:
     """Where relative image paths of a data set start: in its folder, or for one of the hub in the current one."""
-    match = None if Path(path).is_dir() else _NAME.fullmatch(str(path))
-    folder = Path(path) if match is None else Path(match["name"])
-    return folder if folder.is_dir() else Path()
+    folder = Path(_named(path)[0])
+    return folder if _exists(folder) else Path()
 
 
 def dataset_rows(path: str | Path) -> Iterator[Any]:
     """The rows of a local folder, as `datasets` saves or reads it, or of a hub data set.
 
     A folder is read where it lies. What comes from the hub is downloaded once into the cache of `datasets`, since the
-    check, every run and both passes of a conversion read it again. Scripts of a data set are never run.
+    check and every run read it again. Scripts of a data set are never run.
 
     Args:
         path: ``name[:config][@split]``; without a split, ``train`` or the only one.
@@ -116,12 +118,9 @@ def dataset_rows(path: str | Path) -> Iterator[Any]:
     Raises:
         DataError: there is no such data set, configuration or split, or it cannot be read.
     """
-    import datasets
-
-    match = None if Path(path).is_dir() else _NAME.fullmatch(str(path))
-    name, config, split = (str(path), None, None) if match is None else match.group("name", "config", "split")
+    name, config, split = _named(path)
     try:
-        loaded = _load(datasets, name, config)
+        loaded = _load(name, config)
         if hasattr(loaded, "keys"):  # one data set per split
             splits = list(loaded.keys())
             chosen = split or ("train" if "train" in splits or len(splits) != 1 else splits[0])
@@ -147,7 +146,21 @@ def rows_of_dataset(dataset: Any) -> Iterator[Any]:
         yield from _values(table)
 
 
-def _load(datasets: Any, name: str, config: str | None) -> Any:
+def _named(path: str | Path) -> tuple[str, str | None, str | None]:
+    """Name, configuration and split."""
+    match = None if _exists(path) else _NAME.fullmatch(str(path))
+    return (str(path), None, None) if match is None else (match["name"], match["config"], match["split"])
+
+
+def _exists(path: str | Path) -> bool:
+    with contextlib.suppress(OSError):  # a name too long for a file
+        return Path(path).exists()
+    return False
+
+
+def _load(name: str, config: str | None) -> Any:
+    import datasets
+
     folder = Path(name)
     if not folder.is_dir():
         return datasets.load_dataset(name, config)
@@ -178,24 +191,17 @@ def _values(table: Any) -> Iterator[Any]:
                 yield Finding("wrong-encoding", f"the row cannot be decoded: {_first_line(error)}")
 
 
-def _schema(rows: Iterator[dict[str, Any]], known: dict[str, pa.DataType]) -> pa.Schema:
+def _schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
     import pyarrow as pa
 
-    schema = pa.schema({})
-    for batch in _batches(rows):
-        names = dict.fromkeys(name for row in batch for name in row)
-        columns = {name: known.get(name) or _type([row.get(name) for row in batch], name) for name in names}
-        schema = pa.unify_schemas([schema, pa.schema(columns)], promote_options="permissive")
-    return schema
-
-
-def _type(values: Sequence[Any], name: str) -> pa.DataType:
-    import pyarrow as pa
-
-    try:
-        return pa.array(values).type
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-        raise pa.ArrowInvalid(f"column {shown(name)}: {_first_line(error)}") from error
+    types = {"images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name not in types:
+            try:
+                types[name] = pa.array([row.get(name) for row in rows]).type
+            except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+                raise pa.ArrowInvalid(f"column {shown(name)}: {_first_line(error)}") from error
+    return pa.schema({name: kind for name, kind in types.items() if any(name in row for row in rows)})
 
 
 def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

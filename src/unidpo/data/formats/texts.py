@@ -1,15 +1,18 @@
-"""Texts of a row: image marks in them, and what of them can be seen and written."""
+"""Texts of a row and what they mean: image marks in them, what of them can be seen, how prompts are written."""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from unidpo.data.pairs import IMAGE, ImageMark, Message
 
 Content: TypeAlias = tuple[str | ImageMark, ...]
+Form: TypeAlias = Literal["text", "messages", "parts"]
+"""What a prompt is in a file: a string, messages of strings, or messages of typed parts. One for all of its rows, or
+tools that infer a column's type could not load it."""
 _VISIBLE = re.compile(
     r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -19,6 +22,15 @@ _VISIBLE = re.compile(
 def is_visible(text: str) -> bool:
     """Whether a text has a character that can be seen: no white space, control character or mark of width zero."""
     return _VISIBLE.search(text) is not None
+
+
+def encodable(value: str) -> bool:
+    """Whether a string can be written as UTF-8, which one with a lone surrogate cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def marked(text: str) -> Content:
@@ -44,15 +56,26 @@ def joined(parts: Sequence[str | ImageMark]) -> Content:
     return tuple(result)
 
 
-def texts_of(messages: Sequence[Message]) -> list[str]:
-    """The texts of messages in which, were they strings, ``<image>`` would be a mark."""
-    return [part for m in messages if m.role != "system" for part in joined(m.content) if isinstance(part, str)]
+def spells_mark(messages: Sequence[Message]) -> bool:
+    """Whether a text of the prompt says ``<image>`` without meaning one. In a system text it never means one."""
+    spoken = [message for message in messages if message.role != "system"]
+    return any(isinstance(part, str) and IMAGE.value in part for m in spoken for part in joined(m.content))
 
 
-def encodable(value: str) -> bool:
-    """Whether a string can be written as UTF-8, which one with a lone surrogate cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def plainest_form(messages: Sequence[Message]) -> Form:
+    """The plainest form that can hold a prompt."""
+    if spells_mark(messages) or any(m.role == "system" and IMAGE in m.content for m in messages):
+        return "parts"
+    return "text" if [message.role for message in messages] == ["user"] else "messages"
+
+
+def written(messages: Sequence[Message], form: Form) -> Any:
+    """Messages as they stand in a file."""
+    if form == "text":
+        return messages[0].text
+    return [{"role": m.role, "content": m.text if form == "messages" else _parts(m)} for m in messages]
+
+
+def _parts(message: Message) -> list[dict[str, str]]:
+    parts = joined(message.content)
+    return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]

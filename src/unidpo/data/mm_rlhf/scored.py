@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unidpo.data.formats import LayoutName, write_pairs
+from unidpo.data.formats import write_pairs
 from unidpo.data.formats.files import json_type, rows_of
 from unidpo.data.mm_rlhf.ratings import SUBSETS, RatedPrompt, RatedRow, plain, subset_of
 from unidpo.data.mm_rlhf.scoring import PAIRS_FILE, RATINGS_FILE, RatingsReport, Scoring
@@ -34,7 +34,7 @@ def from_mm_rlhf(
     to: str | Path,
     scoring: Scoring | None = None,
     *,
-    layout: LayoutName | None = None,
+    layout: str | None = None,
     force: bool = False,
 ) -> RatingsReport:
     """Write MM-RLHF's human ratings as scored preference data, see `scored_groups`.

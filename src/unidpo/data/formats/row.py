@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import PIL.Image
 
@@ -17,11 +16,14 @@ from unidpo.data.formats.texts import Content, encodable, is_visible, joined, ma
 from unidpo.data.pairs import IMAGE, ImageMark, ImageSource, Message, Pair, PromptGroup, Response
 from unidpo.errors import Finding, shown
 
-LayoutName: TypeAlias = Literal["alpaca", "sharegpt", "trl", "ranked"]
 _MAX_SCORE = 1e38
 """Beyond it a margin is infinite in the float32 the losses are computed in."""
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 """How what is no path begins."""
+IMAGE_COLUMNS = ("images", "image")
+IMAGE_KEYS = ("image", "path", "url", "image_url")
+"""Where an image part of a message may name its image."""
+PAIR_COLUMNS = ("chosen", "rejected", "score_chosen", "score_rejected", *IMAGE_COLUMNS)
 _TURNS: tuple[Literal["user", "assistant"], ...] = ("user", "assistant")
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
@@ -62,9 +64,9 @@ class Row:
         self.findings: list[Finding] = []
         self.sources: list[tuple[str, ImageSource]] = []
         self.lost: list[str] = []
-        self.layout: LayoutName | None = None
+        self.layout: str | None = None
         self.group: PromptGroup | None = None
-        self._shared = shared
+        self._shared = {} if shared is None else shared  # equal images of a file become one object
         self._inline: list[tuple[str, Any]] = []
 
     @property
@@ -74,11 +76,11 @@ class Row:
 
     def error(self, kind: str, key: str | None, problem: str) -> None:
         """Note something for which the row cannot be used."""
-        self.findings.append(Finding(kind, problem, self.file, self.number, self._user_key(key), "error"))
+        self.findings.append(Finding(kind, problem, self.file, self.number, self._key_in_file(key), "error"))
 
     def warn(self, kind: str, key: str | None, problem: str) -> None:
         """Note something worth knowing about a row that can be used."""
-        self.findings.append(Finding(kind, problem, self.file, self.number, self._user_key(key), "warning"))
+        self.findings.append(Finding(kind, problem, self.file, self.number, self._key_in_file(key), "warning"))
 
     def text(self, value: Any, key: str) -> str:
         """A string that can be tokenised, or "" with an error."""
@@ -96,50 +98,39 @@ class Row:
         """The string under a key, "" where there is none."""
         return "" if self.values.get(key) is None else self.text(self.values[key], key)
 
-    def response(self, value: Any, key: str) -> str:
-        """The text of a response: a string, one assistant message, or in `sharegpt` a turn."""
+    def score(self, value: Any, key: str) -> float | None:
+        """A finite number, or ``None``: where there is none, and with an error where there is something else."""
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and abs(value) <= _MAX_SCORE:
+            return float(value)
+        if value is not None:
+            problem = f"{shown(value)} is no score; a score is a finite number, higher is better, without quotes"
+            self.error("bad-score", key, problem)
+        return None
+
+    def response(self, value: Any, key: str, read: Callable[[Any, str], str] | None = None) -> str:
+        """The text of a response: a string, or a list of one assistant message, or what a layout's own ``read`` finds.
+
+        An empty one is an error.
+        """
         before = len(self.findings)
-        if isinstance(value, list):
-            if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
-                problem = "a response is a string or one assistant message; what comes before it is the prompt"
-                if value and all(isinstance(text, str) for text in value):
-                    problem = "a list of texts is no response; give a row for each, or `responses` with their scores"
-                self.error("wrong-type", key, problem)
-                return ""
-            self.others(value[0], f"{key}[0]", "role", "content")
-            content = self.content(value[0].get("content"), f"{key}[0].content", marks=False)
-            if IMAGE in content:
-                self.error("wrong-type", key, "a response holds text only, no image")
-            text = "".join(part for part in content if isinstance(part, str))
-        elif isinstance(value, dict) and self.layout == "sharegpt":
-            tag, text = self.tagged(value, key)
-            tags = self.columns.tags
-            if tag not in (None, tags["assistant_tag"], tags["function_tag"]):
-                self.error("bad-role", key, f"a response is a turn of {tags['assistant_tag']}, not {shown(tag)}")
-        else:
-            text = self.text(value, key)
+        text = (read or self._plain_response)(value, key)
         if all(finding.severity == "warning" for finding in self.findings[before:]) and not is_visible(text):
             self.error("empty-response", key, "the response is empty; give its text or remove the row")
         return text
 
-    def score(self, value: Any, key: str) -> float | None:
-        """A finite number, or ``None``: where there is none, and with an error where there is something else."""
-        remedy = "a score is a finite number, higher is better"
-        if value is None:
-            return None
-        if isinstance(value, str):
-            self.error("bad-score", key, f"{shown(value)} is a string; {remedy}, written without quotes")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            self.error("bad-score", key, f"{shown(value)} is no number; {remedy}")
-        else:
-            try:
-                number = float(value)
-            except OverflowError:
-                number = math.inf
-            if abs(number) <= _MAX_SCORE:
-                return number
-            self.error("bad-score", key, f"{number} cannot be used; {remedy}")
-        return None
+    def _plain_response(self, value: Any, key: str) -> str:
+        if not isinstance(value, list):
+            return self.text(value, key)
+        if len(value) != 1 or not isinstance(value[0], dict) or value[0].get("role") != "assistant":
+            problem = "a response is a string or one assistant message; several answers go under `responses`"
+            self.error("wrong-type", key, problem)
+            return ""
+        self.note_lost(value[0], f"{key}[0]", "role", "content")
+        content = self.content(value[0].get("content"), f"{key}[0].content", marks=False)
+        if IMAGE in content:
+            self.error("wrong-type", key, "a response holds text only, no image")
+        return "".join(part for part in content if isinstance(part, str))
 
     def content(self, value: Any, key: str, *, marks: bool = True) -> Content:
         """A message's content. In a string ``<image>`` marks an image, in a list of parts the image parts do."""
@@ -152,12 +143,12 @@ class Row:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "image" or kind == "image_url":
                 parts.append(IMAGE)
-                self.others(part, at, "type", "image", "path", "url", "image_url")
-                given = [name for name in ("image", "path", "url", "image_url") if part.get(name) is not None]
+                self.note_lost(part, at, "type", *IMAGE_KEYS)
+                given = [name for name in IMAGE_KEYS if part.get(name) is not None]
                 self._inline += [(f"{at}.{name}", part[name]) for name in given[:1]]
             elif kind == "text":
                 parts.append(self.text(part.get("text"), f"{at}.text"))
-                self.others(part, at, "type", "text")
+                self.note_lost(part, at, "type", "text")
             else:
                 problem = 'a part is {"type": "text", "text": ...} or {"type": "image"}'
                 self.error("wrong-type", at, f"{problem}, not {shown(part)}")
@@ -173,29 +164,16 @@ class Row:
             if role == "system" or role == "user" or role == "assistant":
                 content = self.content(item.get("content"), f"{key}[{i}].content", marks=role != "system")
                 messages.append(Message(role, content))
-                self.others(item, f"{key}[{i}]", "role", "content")
+                self.note_lost(item, f"{key}[{i}]", "role", "content")
             elif not isinstance(item, dict):
                 self.error("wrong-type", f"{key}[{i}]", f"a message has `role` and `content`, not {json_type(item)}")
             else:
                 problem = f"the role is system, user or assistant, not {shown(role)}"
                 self.error("bad-role", f"{key}[{i}].role", problem)
-        self.ends_with_user(messages, value, key)
+        self.require_user_last(messages, value, key)
         return messages
 
-    def tagged(self, item: Any, key: str) -> tuple[str | None, str]:
-        """Role tag and text of a `sharegpt` turn; no tag with an error."""
-        tags = self.columns.tags
-        role, content = tags["role_tag"], tags["content_tag"]
-        if not isinstance(item, dict) or not isinstance(item.get(role), str):
-            self.error("wrong-type", key, f"a turn has `{role}` and `{content}`, both strings")
-            return None, ""
-        self.others(item, key, role, content)
-        if item[role] in (tags["observation_tag"], tags["function_tag"]):
-            self.lost.append(f"{key}.{role}")
-            self.warn("tool-turn", key, f"{shown(item[role])} is read as plain text, without the marks of a tool")
-        return item[role], self.text(item.get(content), f"{key}.{content}")
-
-    def ends_with_user(self, messages: Sequence[Message], given: Sequence[Any], key: str) -> None:
+    def require_user_last(self, messages: Sequence[Message], given: Sequence[Any], key: str) -> None:
         """What holds of every prompt in messages."""
         if not given:
             self.error("empty-prompt", key, "the prompt has no message")
@@ -221,31 +199,29 @@ class Row:
         if not any(part is IMAGE or is_visible(str(part)) for m in messages for part in m.content):
             self.error("empty-prompt", key, "the prompt is empty; give its text")
         elif len(messages) > 1:
-            self._in_order(messages, key)
+            self._warn_of_odd_turns(messages, key)
         return messages
 
-    def _in_order(self, messages: Sequence[Message], key: str) -> None:
+    def _warn_of_odd_turns(self, messages: Sequence[Message], key: str) -> None:
         """Note turns that most models were never trained on, and some templates refuse."""
         roles = [message.role for message in messages]
         turns = roles[1:] if roles[0] == "system" else roles
         if any(role != _TURNS[i % 2] for i, role in enumerate(turns)):
-            said = ", ".join(roles[:9]) + (", ..." if len(roles) > 9 else "")
             expected = "after at most one system message, user and assistant take turns"
-            self.warn("role-order", key, f"the roles are out of order ({said}); {expected}")
+            self.warn("role-order", key, f"the roles are out of order ({', '.join(roles[:9])}); {expected}")
         for i, message in enumerate(messages):
             if not message.content and message.role != "system":
                 self.warn("empty-message", key, f"message {i + 1} of the prompt, of the {message.role}, is empty")
 
-    def together(self, messages: Sequence[Message], responses: Sequence[Response], pairs: Sequence[Pair]) -> None:
+    def make_group(self, messages: Sequence[Message], responses: Sequence[Response], pairs: Sequence[Pair]) -> None:
         """Make the group, unless anything was wrong."""
         if not self.is_bad:
             images = tuple(source for _, source in self.sources)
             self.group = PromptGroup(tuple(messages), images, tuple(responses), tuple(pairs))
 
-    def pair(self, messages: Sequence[Message], chosen: Any, rejected: Any) -> None:
+    def make_pair(self, messages: Sequence[Message], chosen: str, rejected: str) -> None:
         """Make the group of an ordinary pair, whose scores stand beside it."""
-        texts = self.response(chosen, "chosen"), self.response(rejected, "rejected")
-        if texts[0] == texts[1] != "":
+        if chosen == rejected != "":
             self.error("equal-responses", "rejected", "chosen and rejected are the same text; remove the row")
         keys = "score_chosen", "score_rejected"
         missing = [key for key in keys if self.values.get(key) is None]
@@ -254,42 +230,39 @@ class Row:
             self.error("missing-score", missing[0], problem)
         scores = [self.score(self.values.get(key), key) for key in keys]
         self.compare(scores[0], scores[1], "score_chosen")
-        responses = [Response(text, score) for text, score in zip(texts, scores, strict=True)]
-        self.together(messages, responses, [Pair(0, 1, self.number, self.file)])
+        responses = Response(chosen, scores[0]), Response(rejected, scores[1])
+        self.make_group(messages, responses, [Pair(0, 1, self.number, self.file)])
 
     def compare(self, chosen: float | None, rejected: float | None, key: str) -> None:
         """Note scores that do not prefer the chosen response."""
-        if chosen is not None and rejected is not None:
-            if chosen == rejected:
-                self.warn("tied-scores", key, f"both responses have the score {chosen:g}")
-            elif chosen < rejected:
-                problem = f"the chosen response scores {chosen:g}, the rejected one {rejected:g}"
-                self.warn("reversed-scores", key, problem)
+        if chosen is None or rejected is None or chosen > rejected:
+            return
+        if chosen == rejected:
+            self.warn("tied-scores", key, f"both responses have the score {chosen:g}")
+        else:
+            self.warn("reversed-scores", key, f"the chosen response scores {chosen:g}, the rejected one {rejected:g}")
 
-    def others(self, value: dict[Any, Any], key: str, *known: str) -> None:
+    def note_lost(self, value: dict[Any, Any], key: str, *known: str) -> None:
         """Remember what an object holds besides the keys that are read."""
         if len(value) > len(known) or not value.keys() <= set(known):
-            self.lost += [f"{self._user_key(key)}.{k}" for k, v in value.items() if k not in known and v is not None]
+            self.lost += [f"{self._key_in_file(key)}.{k}" for k, v in value.items() if k not in known and v is not None]
 
     def _images(self) -> int:
         """Read the row's images into ``sources``, with their keys, and say how many it names."""
-        given = [key for key in ("images", "image") if self.values.get(key) is not None]
+        given = [key for key in IMAGE_COLUMNS if self.values.get(key) is not None]
         if len(given) > 1:
             self.error("wrong-type", "image", "both `images` and `image` are given; keep one of them")
-        entries = self._inline
-        if given:
-            value = self.values[given[0]]
+        entries: list[tuple[str, Any]] = []
+        for column in given[:1]:
+            value = self.values[column]
             listed = isinstance(value, list)
-            entries = [(f"{given[0]}[{i}]", entry) for i, entry in enumerate(value)] if listed else [(given[0], value)]
-        if given and entries:
-            for key, _ in self._inline:
-                problem = f"the row names images under `{given[0]}` too; keep one of them"
+            entries = [(f"{column}[{i}]", entry) for i, entry in enumerate(value)] if listed else [(column, value)]
+            for key, _ in self._inline if entries else ():
+                problem = f"the row names images under `{column}` too; keep one of them"
                 self.error("inline-image", key.rpartition(".")[0], problem)
-        elif given:
-            entries = self._inline
-        read = [(key, self._image(entry, key)) for key, entry in entries]
+        read = [(key, self._image(entry, key)) for key, entry in entries or self._inline]
         self.sources = [(key, source) for key, source in read if source is not None]
-        return len(entries)
+        return len(read)
 
     def _image(self, value: Any, key: str) -> ImageSource | None:
         """A path joined to the image folder, encoded bytes, or a decoded image. The disk is not touched."""
@@ -304,7 +277,7 @@ class Row:
         elif isinstance(value, dict):
             value = value.get("path") if value.get("path") is not None else value.get("url")
         if isinstance(value, bytes):
-            return value if self._shared is None else self._shared.setdefault(value, value)
+            return self._shared.setdefault(value, value)
         if not isinstance(value, str) or not value.strip():
             self.error("wrong-type", key, f'an image is a path or {{"bytes": base64}}, not {shown(value)}')
         elif match := _DATA_URI.match(value):
@@ -324,9 +297,9 @@ class Row:
         except ValueError:
             self.error("broken-image", key, "the image is not valid base64; encode the file again")
             return None
-        return data if self._shared is None else self._shared.setdefault(data, data)
+        return self._shared.setdefault(data, data)
 
-    def _user_key(self, key: str | None) -> str | None:
+    def _key_in_file(self, key: str | None) -> str | None:
         """A key as the file spells it, where its columns have other names."""
         if key is None or not self.columns.names:
             return key
