@@ -12,11 +12,11 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from unidpo.data.formats import tables
 from unidpo.data.formats.detection import detect, extra_columns, read_row
-from unidpo.data.formats.files import LINE_SUFFIXES, is_same, json_bytes, write_json
+from unidpo.data.formats.files import LINE_SUFFIXES, is_same, write_json
 from unidpo.data.formats.layouts import LAYOUTS
 from unidpo.data.formats.reading import read_rows
 from unidpo.data.formats.row import ADDRESS, Row
-from unidpo.data.formats.texts import Form, encodable, joined
+from unidpo.data.formats.texts import Form, joined
 from unidpo.data.images import open_image
 from unidpo.data.pairs import ImageSource, Message, PromptGroup, merge_by_prompt
 from unidpo.errors import DataError, Finding, did_you_mean, from_findings, shown
@@ -141,10 +141,10 @@ def check_writable(group: PromptGroup, layout: str) -> list[dict[str, Any]]:
         DataError: the layout cannot hold the group, or its rows could not be read again.
     """
     messages = tuple(Message(m.role, joined(m.content)) for m in group.messages)
+    images = [image.absolute() if isinstance(image, Path) else b"" for image in group.images]
     pairs = []
     rows = _rows(group, layout, LAYOUTS[layout].form(group))
     for values in rows:
-        images = [{"bytes": b""}] * len(group.images)
         again = Row({**values, "images": images}, group.pairs[0].row, group.pairs[0].file, Path())
         read_row(again, layout)
         if again.group is None:
@@ -174,11 +174,6 @@ def _check_row(row: Row, extra: dict[str, Any] | None, report: ConvertReport) ->
             problems.append((key, f"the {report.layout} layout has a column of this name for something else"))
         if detect({key: 1, **columns}) != report.layout:
             problems.append((key, f"beside it the row would not be read as of the {report.layout} layout"))
-    if extra and report.to.suffix != ".parquet":
-        try:
-            json_bytes(extra, report.to)
-        except DataError as error:
-            problems.append((min(extra), str(error)))
     for key, problem in problems:
         remedy = "rename or remove it, or leave out what is extra (`--drop-extra`, `keep_extra=False`)"
         row.findings.append(Finding("lost-value", f"{problem}; {remedy}", row.file, row.number, key))
@@ -227,7 +222,7 @@ def _write(items: Sequence[Item], path: Path, layout: str) -> int:
         nonlocal written
         written = 0
         for group, extra in items:
-            images = [_image(image, path, group) for image in group.images]
+            images = [_image(image, path) for image in group.images]
             for columns in _rows(group, layout, form):
                 written += 1
                 yield {**columns, **({"images": images} if images else {}), **extra}
@@ -239,17 +234,13 @@ def _write(items: Sequence[Item], path: Path, layout: str) -> int:
     return written
 
 
-def _image(image: ImageSource, file: Path, group: PromptGroup) -> Any:
+def _image(image: ImageSource, file: Path) -> Any:
     """An image as a row of a file names it: a path, or its encoded bytes."""
     binary = file.suffix == ".parquet"
     if isinstance(image, Path):
         folder, path = file.parent.absolute(), image.absolute()
         text = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.as_posix()
         text = f"./{text}" if ADDRESS.match(text) or not text.strip() else text
-        if not encodable(text):
-            problem = f"{shown(text)} is no UTF-8; rename the file"
-            finding = Finding("bad-text", problem, None, group.pairs[0].row, "images")
-            raise DataError(str(finding), findings=[finding])
         return {"bytes": None, "path": text} if binary else text
     if not isinstance(image, bytes):
         buffer = io.BytesIO()

@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from unidpo.data.formats.files import RepeatedKey, loads
 from unidpo.errors import DataError, did_you_mean, shown
 from unidpo.files.regular import read_regular
 
-TAGS: Mapping[str, str] = MappingProxyType(
-    {
-        "role_tag": "from",
-        "content_tag": "value",
-        "user_tag": "human",
-        "assistant_tag": "gpt",
-        "observation_tag": "observation",
-        "function_tag": "function_call",
-        "system_tag": "system",
-    }
-)
+TAGS: Mapping[str, str] = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
 _SHARED = ("system", "tools", "images", "videos", "audios", "chosen", "rejected", "score_chosen", "score_rejected")
 # What LLaMA-Factory calls a column -> what the layout calls it.
 _COLUMNS: dict[Any, dict[str, str]] = {

@@ -79,44 +79,26 @@ def _is_declared(row: Row, layout: str | None) -> bool:
 
 
 def _warn_of_unread_columns(row: Row, columns: tuple[str, ...]) -> None:
+    """Note columns that look misspelled, or as if something of the row were left out."""
     names = row.columns.names
     known = {names.get(name, name) for name in (*columns, *_UNSUPPORTED)}
-    unread = frozenset(key for key, value in row.given.items() if key not in known and value is not None)
-    if not unread:
-        return
-    absent = frozenset(name for name in columns if row.values.get(name) is None)
-    # Where columns are declared, those of other layouts are meant to be left.
-    others = frozenset() if names else frozenset(name for layout in LAYOUTS.values() for name in layout.columns)
-    for key, problem in _unread_columns(unread, absent, others):
-        row.findings.append(Finding("unread-column", problem, row.file, row.number, key, "warning"))
-
-
-@functools.lru_cache(maxsize=1024)  # most rows of a file have the same columns
-def _unread_columns(
-    unread: frozenset[Any], absent: frozenset[str], others: frozenset[str]
-) -> tuple[tuple[str, str], ...]:
-    """Columns that look misspelled, or as if something of the row were left out, each with what to do.
-
-    Args:
-        unread: columns that the row fills and its layout does not read.
-        absent: columns of its layout that the row leaves out or empty.
-        others: columns that other layouts read.
-    """
-    problems = []
+    unread = [key for key, value in row.given.items() if key not in known and value is not None]
+    absent = frozenset(name for name in columns if row.values.get(name) is None) if unread else frozenset()
     for key in sorted(key for key in unread if isinstance(key, str)):
         if (meant := _meant(key, absent)) is not None:
             problem = f"this column is not read; if it is `{meant}`, name it so, or declare it in dataset_info.json"
-        elif key in others:
+        elif not names and any(key in layout.columns for layout in LAYOUTS.values()):
             problem = "this column is of another layout and is not read in this row; remove it, or mend the others"
         elif absent.issuperset(IMAGE_COLUMNS) and _MEDIA.fullmatch(key.strip()):
             problem = "this column is not read, and the row has no image; if it names one, call it `images`"
         else:
             continue
-        problems.append((key, problem))
-    return tuple(problems)
+        row.findings.append(Finding("unread-column", problem, row.file, row.number, key, "warning"))
 
 
+@functools.lru_cache(maxsize=1024)  # most rows of a file have the same columns
 def _meant(key: str, absent: frozenset[str]) -> str | None:
+    """Which of the columns that a row leaves out is probably meant by a name."""
     words = _words(key)
     if absent >= _SCORES and words in (["score"], ["margin"]):
         return "score_chosen` and `score_rejected"

@@ -99,8 +99,8 @@ def loads(text: str, **options: Any) -> Any:
         RecursionError: it is nested too deeply.
     """
     value, has_repeats = _loads_marked(text, **options)
-    if has_repeats and (path := _path_of_repeat(value)) is not None:
-        raise RepeatedKey(path)
+    if has_repeats and (repeat := _repeated_key(value)) is not None:
+        raise repeat
     return value
 
 
@@ -204,8 +204,8 @@ def _rows_of_json(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: the file holds {json_type(value)}, but a list of rows is expected")
     for i, row in enumerate(value):
         value[i] = None  # what has been read can go
-        repeat = _path_of_repeat(row) if has_repeats else None
-        yield i + 1, row if repeat is None else _repeat_finding(RepeatedKey(repeat))
+        repeat = _repeated_key(row) if has_repeats else None
+        yield i + 1, row if repeat is None else Finding("repeated-key", str(repeat), key=repeat.path)
 
 
 def _rows_of_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -216,16 +216,12 @@ def _rows_of_lines(file: BinaryIO) -> Iterator[tuple[int, Any]]:
             if text.strip():
                 yield number, loads(text)
         except RepeatedKey as error:
-            yield number, _repeat_finding(error)
+            yield number, Finding("repeated-key", str(error), key=error.path)
         except UnicodeDecodeError as error:
             problem = f"byte {error.start + 1} of the line is not UTF-8 text; save the file as UTF-8"
             yield number, Finding("wrong-encoding", problem)
         except (ValueError, RecursionError) as error:
             yield number, Finding("broken-json", f"the line is {_json_problem(error, line=False)}")
-
-
-def _repeat_finding(error: RepeatedKey) -> Finding:
-    return Finding("repeated-key", str(error), key=error.path)
 
 
 def _loads_marked(text: str, **options: Any) -> tuple[Any, bool]:
@@ -244,13 +240,13 @@ def _loads_marked(text: str, **options: Any) -> tuple[Any, bool]:
     return json.loads(text, object_pairs_hook=to_object, **options), has_repeats
 
 
-def _path_of_repeat(value: Any) -> str | None:
-    """Where in a value of `_loads_marked` a key stands for the second time."""
+def _repeated_key(value: Any) -> RepeatedKey | None:
+    """The error of a value of `_loads_marked` in which a key stands twice."""
     left = [("", value)]
     while left:
         path, value = left.pop()
         if isinstance(value, _WithRepeat):
-            return f"{path}.{value.repeated_key}".removeprefix(".")
+            return RepeatedKey(f"{path}.{value.repeated_key}".removeprefix("."))
         if isinstance(value, dict):
             left += [(f"{path}.{key}", inner) for key, inner in value.items()]
         elif isinstance(value, list):

@@ -79,7 +79,7 @@ def relocate(
     if not root.is_dir():
         raise DataError(f"{root}: there is no such image folder")
     report = RelocateReport(source, target)
-    find = _Finder(root, target.parent.absolute(), strip).find
+    find = _finder(root, target.parent.absolute(), strip)
     names = columns_of(source).names
     columns = tuple(names.get(name, name) for name in IMAGE_COLUMNS)
 
@@ -103,32 +103,27 @@ def relocate(
     return report
 
 
-class _Finder:
-    """Finds paths under a root by what they end in."""
+def _finder(root: Path, folder: Path, strip: str | None) -> Callable[[str], str | None]:
+    """What finds a path under a root by what it ends in, as seen from a folder. It never leads outside of the root."""
+    files = set(_tree(root))
+    prefix = None if strip is None else strip.replace("\\", "/").rstrip("/")
 
-    def __init__(self, root: Path, folder: Path, strip: str | None) -> None:
-        self._files = set(_tree(root))
-        self._root = root.absolute()
-        self._folder = folder
-        self._strip = None if strip is None else strip.replace("\\", "/").rstrip("/")
+    def inside(old: str) -> str | None:
+        if prefix is None:
+            parts = [part for part in old.split("/") if part not in ("", ".")]
+            endings = ["/".join(parts[i:]) for i in range(len(parts))]
+        else:
+            endings = [old[len(prefix) :].lstrip("/")] if not prefix or f"{old}/".startswith(f"{prefix}/") else []
+        return next((ending for ending in endings if ending in files), None)
 
-    def find(self, old: str) -> str | None:
-        """The new path, or ``None`` if nothing under the root is meant. It never leads outside of the root."""
-        inside = self._inside(old) or ("\\" in old and self._inside(old.replace("\\", "/"))) or None
-        if inside is None:
+    def find(old: str) -> str | None:
+        found = inside(old) or inside(old.replace("\\", "/"))
+        if found is None:
             return None
-        path = self._root / inside
-        return (path.relative_to(self._folder) if path.is_relative_to(self._folder) else path).as_posix()
+        path = root.absolute() / found
+        return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
-    def _inside(self, old: str) -> str | None:
-        if self._strip is not None:
-            if self._strip and not f"{old}/".startswith(f"{self._strip}/"):
-                return None
-            rest = old[len(self._strip) :].lstrip("/")
-            return rest if rest in self._files else None
-        parts = [part for part in old.split("/") if part not in ("", ".")]
-        endings = ("/".join(parts[i:]) for i in range(len(parts)))
-        return next((ending for ending in endings if ending in self._files), None)
+    return find
 
 
 def _tree(root: Path) -> Iterator[str]:
@@ -191,18 +186,16 @@ def _image_places(row: dict[str, Any], columns: tuple[str, ...]) -> Iterator[tup
 def _move_json(source: Path, file: BinaryIO, move: Callable[[Any, int], Any]) -> None:
     """Write the rows as the file had them: a list or lines, as far indented, escaped or not."""
     as_list, indent, ascii_only = _style(source)
-    rows = []
-    for number, value in rows_of(source):
-        if isinstance(value, Finding):
-            finding = replace(value, file=source, row=number)
-            raise DataError(str(finding), findings=[finding])
-        row = move(value, number)
-        if as_list:
-            rows.append(row)
-        else:
-            file.write(json_bytes(row, source, ascii_only=ascii_only) + b"\n")
-    if as_list:
-        file.write(json_bytes(rows, source, indent=indent, ascii_only=ascii_only) + b"\n")
+    rows = (move(_usable(value, source, number), number) for number, value in rows_of(source))
+    for value in [list(rows)] if as_list else rows:
+        file.write(json_bytes(value, source, indent=indent, ascii_only=ascii_only) + b"\n")
+
+
+def _usable(value: Any, source: Path, number: int) -> Any:
+    if isinstance(value, Finding):
+        finding = replace(value, file=source, row=number)
+        raise DataError(str(finding), findings=[finding])
+    return value
 
 
 def _style(source: Path) -> tuple[bool, int | None, bool]:
@@ -230,8 +223,8 @@ def _move_table(source: Path, file: BinaryIO, columns: tuple[str, ...], move: Ca
                 new = [move(copy.deepcopy(row), number + i) for i, row in enumerate(old, start=1)]
                 number += len(old)
                 for name in names:
-                    if any(row[name] != before[name] for row, before in zip(new, old, strict=True)):
+                    values = [row[name] for row in new]
+                    if values != [row[name] for row in old]:
                         column = schema.field(name)
-                        values = pa.array([row[name] for row in new], column.type)
-                        table = table.set_column(schema.get_field_index(name), column, values)
+                        table = table.set_column(schema.get_field_index(name), column, pa.array(values, column.type))
                 writer.write_table(table)

@@ -98,6 +98,11 @@ class Row:
         """The string under a key, "" where there is none."""
         return "" if self.values.get(key) is None else self.text(self.values[key], key)
 
+    def system(self) -> list[Message]:
+        """The message of the `system` column; none where that is empty."""
+        text = self.optional_text("system")
+        return [Message("system", (text,))] if text else []
+
     def score(self, value: Any, key: str) -> float | None:
         """A finite number, or ``None``: where there is none, and with an error where there is something else."""
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -305,3 +310,17 @@ class Row:
             return key
         head = re.split(r"[.\[]", key, maxsplit=1)[0]
         return self.columns.names.get(head, head) + key[len(head) :]
+
+
+def pair_rows(group: PromptGroup, prompt: dict[str, Any], respond: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """A row for each pair of a group: the prompt's columns, both responses as ``respond`` gives them, their scores."""
+    rows = []
+    for pair in group.pairs:
+        row = dict(prompt)
+        for name, index in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            response = group.responses[index]
+            row[name] = respond(response.text)
+            if response.score is not None:
+                row[f"score_{name}"] = response.score
+        rows.append(row)
+    return rows

@@ -79,3 +79,20 @@ def written(messages: Sequence[Message], form: Form) -> Any:
 def _parts(message: Message) -> list[dict[str, str]]:
     parts = joined(message.content)
     return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+
+
+def system_and_turns(messages: Sequence[Message]) -> tuple[str | None, list[str]]:
+    """System text, if any, and the turns that follow as strings, the user's first and last.
+
+    Raises:
+        ValueError: the messages are in another order, or a text would be read as an image mark.
+    """
+    has_system = messages[0].role == "system"
+    rest = messages[1:] if has_system else messages
+    if [m.role for m in rest] != ["user", "assistant"] * (len(rest) // 2) + ["user"]:
+        raise ValueError("a prompt in which user and assistant do not take turns")
+    if has_system and IMAGE in messages[0].content:
+        raise ValueError("an image in the system message")
+    if spells_mark(rest):
+        raise ValueError("the text `<image>`, which it reads as an image")
+    return messages[0].text if has_system else None, [message.text for message in rest]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from unidpo.data.formats.files import json_type
-from unidpo.data.formats.layouts.turns import pair_rows, system_and_turns
-from unidpo.data.formats.row import PAIR_COLUMNS, Row
-from unidpo.data.formats.texts import Form, marked
+from unidpo.data.formats.row import PAIR_COLUMNS, Row, pair_rows
+from unidpo.data.formats.texts import Form, marked, system_and_turns
 from unidpo.data.pairs import Message, PromptGroup
 from unidpo.errors import shown
 
@@ -25,9 +24,7 @@ def fits(given: dict[str, Any]) -> bool:
 
 def read(row: Row) -> None:
     """`instruction`, `input`, `system`, `history`, `chosen`, `rejected`."""
-    messages = []
-    if system := row.optional_text("system"):
-        messages.append(Message("system", (system,)))
+    messages = row.system()
     history = row.values.get("history") or []
     if not isinstance(history, list):
         row.error("wrong-type", "history", f"a list of turns is expected, not {json_type(history)}")

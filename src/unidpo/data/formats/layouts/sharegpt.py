@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from unidpo.data.formats.files import json_type
-from unidpo.data.formats.layouts.turns import pair_rows, system_and_turns
-from unidpo.data.formats.row import PAIR_COLUMNS, Row
-from unidpo.data.formats.texts import Form, joined, marked
+from unidpo.data.formats.row import PAIR_COLUMNS, Row, pair_rows
+from unidpo.data.formats.texts import Form, joined, marked, system_and_turns
 from unidpo.data.pairs import Message, PromptGroup
 from unidpo.errors import shown
 
@@ -29,16 +28,15 @@ def read(row: Row) -> None:
         tags["assistant_tag"]: "assistant",
         tags["function_tag"]: "assistant",
     }
-    messages = []
-    if system := row.optional_text("system"):
-        messages.append(Message("system", (system,)))
+    messages = row.system()
+    has_system = bool(messages)
     items = row.values.get("conversations")
     if isinstance(items, list):
         for i, item in enumerate(items):
             key = f"conversations[{i}]"
             tag, text = _turn(row, item, key)
             role = roles.get(tag)
-            if role == "system" and system:
+            if role == "system" and has_system:
                 row.error("bad-role", key, "the row has a `system` column too; keep one of them")
             elif role is not None:
                 messages.append(Message(role, marked(text) if role != "system" else joined([text])))

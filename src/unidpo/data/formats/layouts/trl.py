@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from unidpo.data.formats.layouts.turns import pair_rows
-from unidpo.data.formats.row import PAIR_COLUMNS, Row
+from unidpo.data.formats.row import PAIR_COLUMNS, Row, pair_rows
 from unidpo.data.formats.texts import Form, plainest_form, written
 from unidpo.data.pairs import Message, PromptGroup
 
