@@ -181,7 +181,7 @@ def test_what_the_data_says_is_printed_as_it_is(tmp_path: Path) -> None:
     folder.mkdir()
     text = printed(check_data(save(folder, rows)), width=400)
     assert "[blink]/[red]a[/red].png'" in text
-    assert r"'[/bold]\x1b[31m\ud800' is a string" in text
+    assert r"'[/bold]\x1b[31m\ud800' is no score" in text
     assert "the keys ['[bold]'] are of no known layout" in text
     assert f"{folder}/pairs.json\n" in text
     assert "\x1b" not in text
