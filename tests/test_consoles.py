@@ -103,5 +103,5 @@ def test_a_device_is_never_replaced(command, capsys, tmp_path):
     target = tmp_path / "pipe.jsonl"
     os.mkfifo(target)
     assert command("data", "convert", DATA, "--to", target) == 2
-    assert "a device or a pipe, which no file can replace" in capsys.readouterr().err
+    assert "a device or a pipe, and is not replaced" in capsys.readouterr().err
     assert target.is_fifo()

@@ -315,7 +315,7 @@ ASK = Message("user", ("?",))
         ),
         (one((ASK,), responses=(Response("a", 1.0), Response("b"))), "not written: row 12, `score_rejected`"),
         (one((Message("user", ("\ud800",)),)), "not written: row 12, `instruction`: the text holds half"),
-        (one((Message("user", (IMAGE,)),), images=(Path("\udcff.png"),)), "not written: row 12, `images.0.`: the path holds half"),
+        (one((Message("user", (IMAGE,)),), images=(Path("\udcff.png"),)), "row 12, `images.0.`: the path holds half"),
     ],
 )
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -113,12 +114,8 @@ def ranked_pairs(responses: Sequence[Response], row: int) -> tuple[Pair, ...]:
     scores = [response.score for response in responses]
     if any(score is None or math.isnan(score) for score in scores):
         raise ValueError("ranked responses need a score each")
-    return tuple(
-        Pair(i, j, row)
-        for i in range(len(scores))
-        for j in range(len(scores))
-        if scores[i] > scores[j]  # type: ignore[operator]
-    )
+    every = itertools.permutations(range(len(scores)), 2)
+    return tuple(Pair(i, j, row) for i, j in every if scores[i] > scores[j])  # type: ignore[operator]
 
 
 def merge_by_prompt(groups: Iterable[PromptGroup]) -> list[PromptGroup]:

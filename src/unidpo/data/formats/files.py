@@ -143,7 +143,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         path = path.resolve()  # of a link, the file behind it is replaced
         if path.exists() and not path.is_file():
-            raise DataError(f"{path}: this is a folder, a device or a pipe, which no file can replace; give another name")
+            raise DataError(f"{path}: this is a folder, a device or a pipe, and is not replaced; give another name")
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

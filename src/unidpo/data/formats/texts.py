@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from unidpo.data.pairs import IMAGE, ImageMark, Message
@@ -13,6 +12,7 @@ Content: TypeAlias = tuple[str | ImageMark, ...]
 Form: TypeAlias = Literal["text", "messages", "parts"]
 """What a prompt is in a file: a string, messages of strings, or messages of typed parts. One for all of its rows, or
 tools that infer a column's type could not load it."""
+_MARK = re.compile(f"({IMAGE.value})")
 _VISIBLE = re.compile(
     r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
     r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -35,24 +35,17 @@ def encodable(value: str) -> bool:
 
 def marked(text: str) -> Content:
     """Text in which ``<image>`` marks an image."""
-    if IMAGE.value not in text:
-        return (text,) if text else ()
-    parts: list[str | ImageMark] = []
-    for i, piece in enumerate(text.split(IMAGE.value)):
-        parts += [IMAGE, piece] if i else [piece]
-    return joined(parts)
+    return tuple(IMAGE if part == IMAGE.value else part for part in _MARK.split(text) if part)
 
 
-def joined(parts: Sequence[str | ImageMark]) -> Content:
+def joined(parts: Iterable[str | ImageMark]) -> Content:
     """The same content with neighbouring texts joined and empty ones gone: equal prompts compare equal."""
-    if len(parts) < 2:
-        return tuple(part for part in parts if part != "")
     result: list[str | ImageMark] = []
-    for is_text, run in itertools.groupby(parts, key=lambda part: isinstance(part, str)):
-        if not is_text:
-            result += run
-        elif text := "".join(map(str, run)):
-            result.append(text)
+    for part in parts:
+        if isinstance(part, str) and result and isinstance(result[-1], str):
+            result[-1] = f"{result[-1]}{part}"
+        elif part != "":
+            result.append(part)
     return tuple(result)
 
 
