@@ -385,7 +385,7 @@ def test_a_file_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 
 
 def test_an_unknown_layout_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="one of ranked, alpaca, sharegpt, trl; did you mean `ranked`"):
+    with pytest.raises(DataError, match="there are ranked, alpaca, sharegpt, trl; did you mean `ranked`"):
         convert(GOLDEN, tmp_path / "to.json", to_layout="ranking")
 
 

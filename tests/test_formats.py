@@ -196,7 +196,7 @@ def test_a_declaration_about_something_else_changes_nothing(tmp_path: Path, info
     ("entry", "message"),
     [
         ({"formatting": "openai"}, "`formatting` is alpaca or sharegpt"),
-        ({"columns": {"choosen": "a"}}, "no column 'choosen'; did you mean `chosen`"),
+        ({"columns": {"choosen": "a"}}, "no column 'choosen'; there are .* did you mean `chosen`"),
         ({"columns": ["a"]}, "`columns` maps names to names"),
         ({"columns": {"chosen": 7}}, "`columns` maps names to names"),
         ({"tags": {"user": "x"}}, "no tag 'user'"),

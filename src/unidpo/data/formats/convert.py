@@ -19,7 +19,7 @@ from unidpo.data.formats.row import ADDRESS, Row
 from unidpo.data.formats.texts import Form, joined
 from unidpo.data.images import open_image
 from unidpo.data.pairs import ImageSource, Message, PromptGroup, merge_by_prompt
-from unidpo.errors import DataError, Finding, did_you_mean, from_findings, shown
+from unidpo.errors import DataError, Finding, from_findings, require_known
 from unidpo.files.regular import is_regular
 
 Item: TypeAlias = tuple[PromptGroup, dict[str, Any]]
@@ -203,10 +203,7 @@ def _join(items: Sequence[Item]) -> list[Item]:
 
 
 def _target(to: str | Path, *layouts: str) -> Path:
-    for layout in layouts:
-        if layout not in LAYOUTS:
-            hint = did_you_mean(layout, LAYOUTS)
-            raise DataError(f"there is no layout {shown(layout)}; a layout is one of {', '.join(LAYOUTS)}{hint}")
+    require_known(str(to), "layout", layouts, LAYOUTS)
     if Path(to).suffix not in _SUFFIXES:
         raise DataError(f"{to}: the suffix says how to write a file; give one of {', '.join(_SUFFIXES)}")
     return Path(to)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unidpo.data.formats.files import RepeatedKey, loads
-from unidpo.errors import DataError, did_you_mean, shown
+from unidpo.errors import DataError, require_known, shown
 from unidpo.files.regular import read_regular
 
 TAGS: Mapping[str, str] = {
@@ -98,6 +98,5 @@ def _names_of(
     names = entry.get(key) or {}
     if not isinstance(names, dict) or not all(isinstance(name, str | None) for name in names.values()):
         raise DataError(f"{where}: `{key}` maps names to names")
-    for name in names.keys() - known.keys() - unused:
-        raise DataError(f"{where}: there is no {key[:-1]} {shown(name)}{did_you_mean(name, known)}")
+    require_known(where, key[:-1], names.keys() - unused, known)
     return {ours: theirs for ours, theirs in names.items() if theirs is not None}
