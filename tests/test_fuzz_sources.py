@@ -77,7 +77,8 @@ def check_row(value: Any, number: int = 1, columns: Columns = PLAIN, **options: 
     read_row(row)
     assert (row.group is None) == row.is_bad
     assert all(str(finding).isprintable() for finding in row.findings)
-    move_images(copy.deepcopy(value), ("images", "image"), lambda old: f"new/{old}", RelocateReport(Path(), Path()))
+    report = RelocateReport(Path(), Path())
+    move_images(copy.deepcopy(value), number, ("images", "image"), lambda old: f"new/{old}", report)
     extra_columns(row)
     if row.group is not None:
         for layout in LAYOUTS:

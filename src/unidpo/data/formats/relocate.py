@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -83,15 +84,7 @@ def relocate(
     names = columns_of(source).names
     columns = tuple(names.get(name, name) for name in IMAGE_COLUMNS)
 
-    def move(row: Any, number: int) -> Any:
-        report.rows += 1
-        not_found = move_images(row, columns, find, report)
-        problem = f"is not under {shown(root)}"
-        report.not_found += [
-            Finding("missing-image", f"{shown(old)} {problem}", source, number, key) for key, old in not_found.items()
-        ]
-        return row
-
+    move = functools.partial(move_images, columns=columns, find=find, report=report)
     with replacing(target) as file:
         if is_parquet(source):
             _move_table(source, file, columns, move)
@@ -142,10 +135,10 @@ def _tree(root: Path) -> Iterator[str]:
 
 
 def move_images(
-    row: Any, columns: tuple[str, ...], find: Callable[[str], str | None], report: RelocateReport
-) -> dict[str, str]:
-    """Put new image paths into a row, and count them; gives those for which there is none, by key."""
-    not_found = {}
+    row: Any, number: int, columns: tuple[str, ...], find: Callable[[str], str | None], report: RelocateReport
+) -> Any:
+    """Put new image paths into a row, as far as they are found; gives the row."""
+    report.rows += 1
     for holder, at, key in _image_places(row, columns) if isinstance(row, dict) else ():
         value = holder[at]
         if isinstance(value, bytes) or (isinstance(value, dict) and value.get("bytes") is not None):
@@ -160,11 +153,12 @@ def move_images(
             continue
         new = find(value)
         if new is None:
-            not_found[key] = value
+            problem = f"no file under the image folder ends like {shown(value)}"
+            report.not_found.append(Finding("missing-image", problem, report.file, number, key))
         else:
             report.found += 1
             holder[at] = new
-    return not_found
+    return row
 
 
 def _image_places(row: dict[str, Any], columns: tuple[str, ...]) -> Iterator[tuple[Any, Any, str]]:

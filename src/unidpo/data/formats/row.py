@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ _TURNS: tuple[Literal["user", "assistant"], ...] = ("user", "assistant")
 _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
+@dataclass(slots=True)
 class Row:
     """One row while it is read: hands out checked values, and writes down everything that is wrong with them.
 
@@ -35,8 +37,13 @@ class Row:
 
     Attributes:
         given: the row as it stands in the file.
-        values: its columns under the layout's own names, once the layout is known.
         number: from 1.
+        file: what it stands in.
+        root: the folder relative image paths start from.
+        require_scores: whether a pair without scores is an error.
+        columns: how the file names its columns.
+        shared: images embedded in the file; equal ones become one object.
+        values: its columns under the layout's own names, once the layout is known.
         findings: what is wrong with it, or worth knowing.
         sources: the images it names, with their keys.
         lost: keys that hold something a prompt group has no place for, below the columns of the layout.
@@ -44,30 +51,20 @@ class Row:
         group: what was read, or ``None`` with at least one error among the findings.
     """
 
-    def __init__(
-        self,
-        given: Any,
-        number: int,
-        file: str | Path | None,
-        root: Path,
-        require_scores: bool = False,
-        columns: Columns = PLAIN,
-        shared: dict[bytes, bytes] | None = None,
-    ) -> None:
-        self.given = given
-        self.values: dict[str, Any] = {}
-        self.number = number
-        self.file = file
-        self.root = root
-        self.require_scores = require_scores
-        self.columns = columns
-        self.findings: list[Finding] = []
-        self.sources: list[tuple[str, ImageSource]] = []
-        self.lost: list[str] = []
-        self.layout: str | None = None
-        self.group: PromptGroup | None = None
-        self._shared = {} if shared is None else shared  # equal images of a file become one object
-        self._inline: list[tuple[str, Any]] = []
+    given: Any
+    number: int
+    file: str | Path | None
+    root: Path
+    require_scores: bool = False
+    columns: Columns = PLAIN
+    shared: dict[bytes, bytes] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict, init=False)
+    findings: list[Finding] = field(default_factory=list, init=False)
+    sources: list[tuple[str, ImageSource]] = field(default_factory=list, init=False)
+    lost: list[str] = field(default_factory=list, init=False)
+    layout: str | None = field(default=None, init=False)
+    group: PromptGroup | None = field(default=None, init=False)
+    _inline: list[tuple[str, Any]] = field(default_factory=list, init=False)
 
     @property
     def is_bad(self) -> bool:
@@ -282,7 +279,7 @@ class Row:
         elif isinstance(value, dict):
             value = value.get("path") if value.get("path") is not None else value.get("url")
         if isinstance(value, bytes):
-            return self._shared.setdefault(value, value)
+            return self.shared.setdefault(value, value)
         if not isinstance(value, str) or not value.strip():
             self.error("wrong-type", key, f'an image is a path or {{"bytes": base64}}, not {shown(value)}')
         elif match := _DATA_URI.match(value):
@@ -302,7 +299,7 @@ class Row:
         except ValueError:
             self.error("broken-image", key, "the image is not valid base64; encode the file again")
             return None
-        return self._shared.setdefault(data, data)
+        return self.shared.setdefault(data, data)
 
     def _key_in_file(self, key: str | None) -> str | None:
         """A key as the file spells it, where its columns have other names."""

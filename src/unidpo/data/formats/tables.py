@@ -194,14 +194,14 @@ def _values(table: Any) -> Iterator[Any]:
 def _schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
     import pyarrow as pa
 
-    types = {"images": pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))}
+    images = pa.list_(pa.struct({"bytes": pa.binary(), "path": pa.string()}))  # the type of `bytes` where all are paths
+    types = {}
     for name in dict.fromkeys(name for row in rows for name in row):
-        if name not in types:
-            try:
-                types[name] = pa.array([row.get(name) for row in rows]).type
-            except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-                raise pa.ArrowInvalid(f"column {shown(name)}: {_first_line(error)}") from error
-    return pa.schema({name: kind for name, kind in types.items() if any(name in row for row in rows)})
+        try:
+            types[name] = pa.array([row.get(name) for row in rows]).type if name != "images" else images
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+            raise pa.ArrowInvalid(f"column {shown(name)}: {_first_line(error)}") from error
+    return pa.schema(types)
 
 
 def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

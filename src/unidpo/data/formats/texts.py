@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
-from unidpo.data.pairs import IMAGE, ImageMark, Message
+from unidpo.data.pairs import IMAGE, ImageMark, Message, PromptGroup
 
 Content: TypeAlias = tuple[str | ImageMark, ...]
 Form: TypeAlias = Literal["text", "messages", "parts"]
@@ -55,11 +55,11 @@ def spells_mark(messages: Sequence[Message]) -> bool:
     return any(isinstance(part, str) and IMAGE.value in part for m in spoken for part in joined(m.content))
 
 
-def plainest_form(messages: Sequence[Message]) -> Form:
-    """The plainest form that can hold a prompt."""
-    if spells_mark(messages) or any(m.role == "system" and IMAGE in m.content for m in messages):
+def plainest_form(group: PromptGroup) -> Form:
+    """The plainest form that can hold the prompt of a group."""
+    if spells_mark(group.messages) or any(m.role == "system" and IMAGE in m.content for m in group.messages):
         return "parts"
-    return "text" if [message.role for message in messages] == ["user"] else "messages"
+    return "text" if [message.role for message in group.messages] == ["user"] else "messages"
 
 
 def written(messages: Sequence[Message], form: Form) -> Any:

@@ -12,10 +12,6 @@ from unidpo.data.formats.texts import Form, plainest_form
 from unidpo.data.pairs import PromptGroup
 
 
-def _plainest(group: PromptGroup) -> Form:
-    return plainest_form(group.messages)
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One way to keep prompt groups in rows.
@@ -35,7 +31,7 @@ class Layout:
     fits: Callable[[dict[str, Any]], bool]
     read: Callable[[Row], None]
     write: Callable[[PromptGroup, Form], list[dict[str, Any]]]
-    form: Callable[[PromptGroup], Form] = _plainest
+    form: Callable[[PromptGroup], Form] = plainest_form
 
 
 LAYOUTS: dict[str, Layout] = {

@@ -42,7 +42,7 @@ def _shared_start(first: list[Any], second: list[Any]) -> int:
 
 def form(group: PromptGroup) -> Form:
     """The form of its prompt: always messages, and for images always parts."""
-    return "parts" if group.images or plainest_form(group.messages) == "parts" else "messages"
+    return "parts" if group.images or plainest_form(group) == "parts" else "messages"
 
 
 def write(group: PromptGroup, form: Form) -> list[dict[str, Any]]:
