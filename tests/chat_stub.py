@@ -45,6 +45,7 @@ def stubbed() -> Iterator[Stub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            stub.headers.append({name.title(): value for name, value in self.headers.items()})
             self.reply({"data": [{"id": name} for name in stub.models]})
 
         def do_POST(self) -> None:

@@ -147,6 +147,8 @@ def test_what_is_meant_for_another_server_is_not_sent(stub: Stub, monkeypatch: p
     judge = read_judge(f"{stub.address}+m")
     assert judge is not None
     judge.rule("hello")
+    judge.server.models()
+    assert len(stub.headers) == 2
     assert "theirs" not in str(stub.headers)
 
 

@@ -81,7 +81,7 @@ class HuggingFace:
     ) -> dict[str, list[Answer]]:
         """Several answers to each question, by index. The caller's random state is left as it was."""
         answers: dict[str, list[Answer]] = {}
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
             torch.manual_seed(sampling.seed)
             for batch in self._batches(questions, generation, sampling):
                 answers |= batch

@@ -42,14 +42,15 @@ class ChatServer:
             raise ModelError(f"{option} is an address such as http://localhost:8000, not {address!r}") from None
         self.address = address.rstrip("/") + ("" if path.strip("/") else "/v1")
         self._key = key
-        self._client = _client(self.address, key or "EMPTY", seconds)
+        self._seconds = seconds
+        self._client = self._make_client(_RETRIES)
 
     def models(self) -> list[str]:
         """Names of the models it has. Raises `ModelError`; asks once."""
         try:
-            return [model.id for model in self._client.with_options(max_retries=0).models.list().data]
+            return [model.id for model in self._make_client(retries=0).models.list().data]
         except Exception as error:  # whatever may listen there
-            raise ModelError(f"{self.address}: no server answers there ({self._redacted(str(error))})") from error
+            raise ModelError(f"{self.address}: no server answers there ({self._said(error)})") from error
 
     def complete(self, messages: Sequence[Any], **request: Any) -> Answer:
         """Have a conversation answered, in several tries where the server is busy or cannot be reached.
@@ -68,24 +69,27 @@ class ChatServer:
             said = self._redacted(f"{error.status_code}: {error.response.text[:_MOST_SAID]}")
             raise GenerationFailed(f"{self.address}: the server refuses ({said})") from None
         except openai.APIConnectionError as error:
-            said = self._redacted(f"{error} ({error.__cause__})")
-            raise GenerationFailed(f"{self.address}: {said}") from None
+            raise GenerationFailed(f"{self.address}: {self._said(error)}") from None
         except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError) as error:
-            said = self._redacted(f"the server's answer is not what was expected ({error})")
-            raise GenerationFailed(f"{self.address}: {said}") from None
+            problem = f"the server's answer is not what was expected ({self._said(error)})"
+            raise GenerationFailed(f"{self.address}: {problem}") from None
+
+    def _make_client(self, retries: int) -> openai.OpenAI:
+        """A client that reads nothing from `OPENAI_*`: what stands there is for another server."""
+        import openai
+
+        client = openai.OpenAI(
+            base_url=self.address, api_key=self._key or "EMPTY", timeout=self._seconds, max_retries=retries
+        )
+        client.organization = client.project = None
+        client._custom_headers = {}
+        return client
+
+    def _said(self, error: Exception) -> str:
+        return self._redacted(f"{error}" if error.__cause__ is None else f"{error} {error.__cause__}")
 
     def _redacted(self, text: str) -> str:
         return text if self._key is None else text.replace(self._key, "***")
-
-
-def _client(address: str, key: str, seconds: float) -> openai.OpenAI:
-    """A client that reads nothing from `OPENAI_*`: what stands there is for another server."""
-    import openai
-
-    client = openai.OpenAI(base_url=address, api_key=key, timeout=seconds, max_retries=_RETRIES)
-    client.organization = client.project = None
-    client._custom_headers = {}
-    return client
 
 
 def as_they_come(pool: Executor, work: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[T, R]]:
