@@ -12,8 +12,7 @@ import time
 
 import torch
 
-from unidpo.model.attention import BACKENDS, SegmentTable, missing
-from unidpo.model.attention.backends import Attend, masked_sdpa
+from unidpo.model.attention import BACKENDS, Attend, SegmentTable, missing
 from unidpo.model.packs import Segment
 
 PROMPT, RESPONSES = 560, (110, 140, 170, 200)
@@ -28,13 +27,13 @@ def main() -> None:
     groups, heads, kv_heads, dim = (8, 12, 2, 128) if gpu else (1, 8, 8, 64)
     length = PROMPT + sum(RESPONSES)
     segments = [Segment(number * length, PROMPT, RESPONSES) for number in range(groups)]
-    kernels: dict[str, Attend] = {"one masked call per response": masked_sdpa}
-    for name, attend in BACKENDS.items():
+    kernels: dict[str, Attend] = {}
+    for name, backend in BACKENDS.items():
         reason = missing(name, device=device, dtype=dtype)
         if reason is None:
-            kernels[name] = attend
+            kernels[name] = backend.attend
         else:
-            print(f"{name:30} not measured: {reason}")
+            print(f"{name:10} not measured: {reason}")
 
     table = SegmentTable(segments, device)
     inputs = [
@@ -50,7 +49,7 @@ def main() -> None:
             if run >= 3:
                 times[name].append(1000 * (_now(device) - seconds))
     for name, taken in times.items():
-        print(f"{name:30} median {statistics.median(taken):7.2f}   fastest {min(taken):7.2f}")
+        print(f"{name:10} median {statistics.median(taken):7.2f}   fastest {min(taken):7.2f}")
 
 
 def _now(device: torch.device) -> float:

@@ -4,7 +4,9 @@ import functools
 import inspect
 import logging
 import math
+import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import get_args
 
@@ -22,12 +24,13 @@ from unidpo.model.attention import (
     PACK_ATTENTION,
     PackAttentionError,
     SegmentTable,
+    backend,
     missing,
     pack_attention,
     set_text_attention,
 )
 from unidpo.model.attention import backends as kernels
-from unidpo.model.attention.backends import masked_sdpa, sdpa
+from unidpo.model.attention.backends import sdpa
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import Pack, Segment, pack
 from worlds import group, tiny_policy
@@ -111,60 +114,17 @@ def assert_equals_the_definition(attend, segments, *, scale=None, tolerance=1e-9
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
-@pytest.mark.parametrize("attend", [sdpa, masked_sdpa], ids=["sdpa", "masked"])
-def test_output_and_gradients_equal_the_definition_to_1e_9(attend, segments, kv_heads):
-    assert_equals_the_definition(attend, segments, kv_heads=kv_heads)
+def test_output_and_gradients_equal_the_definition_to_1e_9(segments, kv_heads):
+    assert_equals_the_definition(sdpa, segments, kv_heads=kv_heads)
 
 
-@pytest.mark.parametrize("attend", [sdpa, masked_sdpa], ids=["sdpa", "masked"])
-def test_a_scale_of_the_model_s_own(attend):
-    assert_equals_the_definition(attend, PACKS["several prompts"], scale=0.7)
+def test_a_scale_of_the_model_s_own():
+    assert_equals_the_definition(sdpa, PACKS["several prompts"], scale=0.7)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 def test_narrower_types_differ_by_their_rounding(dtype, tolerance):
     assert_equals_the_definition(sdpa, PACKS["longer than a block"], dtype=dtype, tolerance=tolerance)
-
-
-def test_scores_far_apart_do_not_overflow():
-    """A response whose own tokens weigh nothing against its prompt, and one whose prompt weighs nothing."""
-    segments = laid_out((3, 2, 2))
-    (query, key, value), gradient = inputs(segments, kv_heads=4, dtype=torch.float32)
-    with torch.no_grad():
-        key[:, :, :3] += 60 * query[:, :, 3:4]
-        query[:, :, 5:] = -query[:, :, 3:4]
-        query[:, :, 3:] *= 20
-    table = SegmentTable(segments, CPU)
-    found, expected = (
-        with_gradients(lambda *qkv, a=attend: a(*qkv, table, None, 0.0), (query, key, value), gradient)
-        for attend in (sdpa, masked_sdpa)
-    )
-    for ours, theirs in zip(found, expected, strict=True):
-        assert theirs.isfinite().all()
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_queries_whose_last_axis_is_not_dense():
-    (query, key, value), gradient = inputs(PACKS["a pair"])
-    strided = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in (query, key, value)]
-    table = SegmentTable(PACKS["a pair"], CPU)
-    found, expected = (
-        with_gradients(lambda *qkv: sdpa(*qkv, table, None, 0.0), arguments, gradient)
-        for arguments in (strided, (query, key, value))
-    )
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_dropout_is_drawn_as_torch_draws_it():
-    (query, key, value), _ = inputs(PACKS["a pair"])
-    table = SegmentTable(PACKS["a pair"], CPU)
-    results = []
-    for attend in (sdpa, masked_sdpa):
-        torch.manual_seed(3)
-        results.append(attend(query, key, value, table, None, 0.5))
-    assert torch.equal(*results)
-    assert not torch.allclose(results[0], sdpa(query, key, value, table, None, 0.0))
 
 
 # --- the tables of kernels that run on a GPU, tried with plain functions in the kernels' place ---
@@ -213,9 +173,9 @@ def plain_kernels(monkeypatch):
 
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
-@pytest.mark.parametrize("backend", ["varlen", "flash"])
-def test_prompts_and_responses_as_sequences_give_the_same_output_and_gradients(plain_kernels, backend, segments, scale):
-    assert_equals_the_definition(BACKENDS[backend], segments, scale=scale)
+@pytest.mark.parametrize("name", ["varlen", "flash"])
+def test_prompts_and_responses_as_sequences_give_the_same_output_and_gradients(plain_kernels, name, segments, scale):
+    assert_equals_the_definition(BACKENDS[name].attend, segments, scale=scale)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -224,7 +184,7 @@ def test_flex_attention_sees_the_same_through_its_block_mask(plain_kernels, name
     # torch gives FlexAttention no backward pass on a CPU
     segments = PACKS[name]
     query, key, value = (tensor.detach() for tensor in inputs(segments, dim=16)[0])
-    found = BACKENDS["flex"](query, key, value, SegmentTable(segments, CPU), 0.3, 0.0)
+    found = BACKENDS["flex"].attend(query, key, value, SegmentTable(segments, CPU), 0.3, 0.0)
     torch.testing.assert_close(found, by_definition(query, key, value, segments, 0.3), rtol=0, atol=1e-9)
 
 
@@ -256,28 +216,30 @@ def test_the_block_mask_lists_each_block_that_is_seen_and_knows_which_are_seen_w
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("kv_heads", [12, 2])
-def test_backends_on_a_gpu_equal_the_definition(backend, kv_heads):
+def test_backends_on_a_gpu_equal_the_definition(name, kv_heads):
     device = torch.device("cuda")
-    reason = missing(backend, device=device, dtype=torch.bfloat16)
+    reason = missing(name, device=device, dtype=torch.bfloat16)
     if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+        pytest.skip(f"{name}: {reason}")
     options = {"heads": 12, "kv_heads": kv_heads, "dim": 128, "device": device}
     for segments in PACKS.values():
-        assert_equals_the_definition(BACKENDS[backend], segments, dtype=torch.bfloat16, tolerance=0.02, **options)
+        assert_equals_the_definition(BACKENDS[name].attend, segments, dtype=torch.bfloat16, tolerance=0.02, **options)
 
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("backend", ["flex", "sdpa"])
-def test_backends_that_take_float32_on_a_gpu_equal_the_definition_to_1e_5(backend):
+@pytest.mark.parametrize("name", ["flex", "sdpa"])
+def test_backends_that_take_float32_on_a_gpu_equal_the_definition_to_1e_5(name):
     options = {"heads": 12, "dim": 64, "device": torch.device("cuda"), "dtype": torch.float32}
     for segments in PACKS.values():
-        assert_equals_the_definition(BACKENDS[backend], segments, tolerance=1e-5, **options)
+        assert_equals_the_definition(BACKENDS[name].attend, segments, tolerance=1e-5, **options)
 
 
 # --- within a model ---
+
+packed = functools.partial(pack_attention, attend=sdpa)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
@@ -288,7 +250,7 @@ def test_one_table_goes_to_all_layers_and_to_their_recomputation():
 
     def recording(module, *args, segments, **kwargs):
         tables.append(segments)
-        return pack_attention(module, *args, segments=segments, **kwargs)
+        return packed(module, *args, segments=segments, **kwargs)
 
     AttentionInterface.register("recording", recording)
     set_text_attention(model, "recording")
@@ -304,12 +266,12 @@ def test_the_models_scale_and_dropout_reach_the_kernel():
     segments = PACKS["several prompts"]
     (query, key, value), _ = inputs(segments)
     table = SegmentTable(segments, CPU)
-    found, _ = pack_attention(torch.nn.Identity(), query, key, value, None, scaling=0.7, segments=table)
+    found, _ = packed(torch.nn.Identity(), query, key, value, None, scaling=0.7, segments=table)
     torch.testing.assert_close(found, by_definition(query, key, value, segments, 0.7), rtol=0, atol=1e-9)
     torch.manual_seed(3)
-    found, _ = pack_attention(torch.nn.Identity(), query, key, value, None, dropout=0.5, segments=table)
+    found, _ = packed(torch.nn.Identity(), query, key, value, None, dropout=0.5, segments=table)
     torch.manual_seed(3)
-    assert torch.equal(found, masked_sdpa(query, key, value, table, None, 0.5))
+    assert torch.equal(found, sdpa(query, key, value, table, None, 0.5))
 
 
 def test_autocast_reaches_the_kernel():
@@ -318,7 +280,7 @@ def test_autocast_reaches_the_kernel():
     (query, key, value), _ = inputs(segments, dtype=torch.float32)
     table = SegmentTable(segments, CPU)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, _ = pack_attention(torch.nn.Identity(), query, key, value.bfloat16(), None, segments=table)
+        found, _ = packed(torch.nn.Identity(), query, key, value.bfloat16(), None, segments=table)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), by_definition(query, key, value, segments).double(), rtol=0, atol=0.02)
 
@@ -336,14 +298,42 @@ def test_what_is_more_than_causal_is_refused(asked, message):
     (query, key, value), _ = inputs(PACKS["a pair"])
     given = {"attention_mask": None, "segments": SegmentTable(PACKS["a pair"], CPU)} | asked
     with pytest.raises(PackAttentionError, match=message):
-        pack_attention(torch.nn.Identity(), query, key, value, **given)
+        packed(torch.nn.Identity(), query, key, value, **given)
 
 
 # --- which backend ---
 
 
-def test_a_recipe_can_name_each_backend():
-    assert set(get_args(Attention)) == {"auto", "padded", *BACKENDS}
+def test_recipes_and_docs_know_each_backend_in_the_order_of_auto():
+    assert get_args(Attention) == ("auto", *BACKENDS, "padded")
+    page = (Path(__file__).parent.parent / "docs" / "attention.md").read_text("utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == [*BACKENDS, "padded"]
+
+
+@pytest.fixture
+def toy():
+    """A backend of a user's own; the packs it was given."""
+    packs = []
+
+    @backend(cuda=False, dtypes=None)
+    def toy(query, key, value, segments, scale, dropout):
+        packs.append(segments)
+        return sdpa(query, key, value, segments, scale, dropout)
+
+    yield packs
+    del BACKENDS["toy"]
+
+
+def test_a_backend_is_one_registered_function(tmp_path, toy):
+    trainer = trainer_of(tmp_path, some_groups(), attention="toy", max_steps=1, eval_dataset=some_groups(2))
+    trainer.train()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    assert toy
+
+
+def test_a_backend_that_nobody_registered_is_an_error_that_names_the_others(tmp_path):
+    with pytest.raises(ModelError, match=r"model\.attention=toy: there is no such backend.*auto, varlen, .*, padded"):
+        trainer_of(tmp_path, attention="toy").train()
 
 
 @pytest.fixture
@@ -357,7 +347,7 @@ def pretended_gpu(monkeypatch):
 
 def test_what_a_backend_misses_is_said(pretended_gpu, monkeypatch):
     ask = functools.partial(missing, device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert [backend for backend in BACKENDS if ask(backend) is None] == ["varlen", "flash", "flex", "sdpa"]
+    assert [b for b in BACKENDS if ask(b) is None] == ["varlen", "flash", "flex", "sdpa"]
     assert [b for b in BACKENDS if ask(b, device=CPU, dtype=torch.float32) is None] == ["sdpa"]
     assert "the model is on cpu" in ask("flex", device=CPU)
     assert [b for b in BACKENDS if ask(b, dtype=torch.float32) is None] == ["flex", "sdpa"]
@@ -372,17 +362,15 @@ def test_what_a_backend_misses_is_said(pretended_gpu, monkeypatch):
     assert "has no torch.nn.attention.varlen" in ask("varlen")
 
 
-@pytest.mark.parametrize("backend", ["varlen", "flex", "flash"])
-def test_a_backend_that_is_not_there_is_an_error_that_says_what_is(tmp_path, backend):
-    with pytest.raises(ModelError, match=rf"model\.attention={backend}: it needs a CUDA GPU.*auto, sdpa, padded"):
-        trainer_of(tmp_path, attention=backend).train()
+@pytest.mark.parametrize("name", ["varlen", "flex", "flash"])
+def test_a_backend_that_is_not_there_is_an_error_that_says_what_is(tmp_path, name):
+    with pytest.raises(ModelError, match=rf"model\.attention={name}: it needs a CUDA GPU.*auto, sdpa, padded"):
+        trainer_of(tmp_path, attention=name).train()
 
 
 def test_auto_goes_on_to_the_next_backend_where_one_fails_or_disagrees(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG, "unidpo.model.pack_check")
-    monkeypatch.setattr(
-        "unidpo.model.pack_check.missing", lambda backend, **_: "not there" if backend == "flash" else None
-    )
+    monkeypatch.setattr("unidpo.model.pack_check.missing", lambda name, **_: "not there" if name == "flash" else None)
     monkeypatch.setattr(kernels, "_varlen_attn", lambda: 1 / 0)
     monkeypatch.setattr(kernels, "_compiled_flex", lambda: lambda query, *_, **__: query * 2)
     during = []

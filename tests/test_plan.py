@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2VLConfig, Qwen3VLConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, Qwen2Config, Qwen2VLConfig, Qwen3VLConfig
 
 from trainers import lora, trainer_of
 from unidpo import cli
@@ -20,7 +21,6 @@ from unidpo.config import load_recipe
 from unidpo.data.formats import load_pairs
 from unidpo.errors import ModelError, RecipeError, UserError
 from unidpo.losses import SimPO
-from unidpo.model.attention import PACK_ATTENTION
 from unidpo.model.encode import EncodedGroup, Encoder, plain_positions
 from unidpo.model.features import image_features
 from unidpo.model.load import load_processor
@@ -239,11 +239,20 @@ def text_model(layers):
     return AutoModelForCausalLM.from_config(config)
 
 
+def fused_attention(module, query, key, value, mask, **options):
+    """Keeps its inputs and its output, as the kernels of a GPU do; who sees whom changes nothing about that."""
+    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register("fused", fused_attention)
+
+
 def kept_by_autograd(layers, *, narrow):
     """Bytes of the tensors that a forward pass of `LOAD` saves, weights and their narrow copies left out."""
     model = text_model(layers)
     policy = Policy(model, model, lambda: torch.autocast("cpu", torch.bfloat16, enabled=narrow))
-    policy.set_attention(PACK_ATTENTION)
+    policy.set_attention("fused")
     prompt, *responses = (torch.randint(100, (tokens,)) for tokens in (300, 100, 100))
     encoded = EncodedGroup(prompt, torch.arange(300)[None], torch.zeros(300).long(), tuple(responses), (0, 0), {})
     weights = {shape for p in model.parameters() for shape in (p.shape, p.T.shape if p.dim() == 2 else p.shape)}

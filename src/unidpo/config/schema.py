@@ -13,7 +13,7 @@ from unidpo.config.hf_arguments import MANY, RENAMED, model_of_arguments, words_
 from unidpo.losses import LOSSES, PreferenceLoss, UniDPO
 
 ModelPart: TypeAlias = Literal["vision", "projector", "language"]
-Attention: TypeAlias = Literal["auto", "sdpa", "varlen", "flex", "flash", "padded"]
+Attention: TypeAlias = Literal["auto", "varlen", "flash", "flex", "sdpa", "padded"]
 
 
 def _as_path(value: Any) -> Any:
@@ -57,7 +57,7 @@ class ModelSection(Section):
     """Parts that are not trained, or `none`."""
     attention: Attention = "auto"
     """`padded` lays out one row per response; `auto` takes packs where the self-check agrees, by the fastest backend
-    there is; `sdpa`, `varlen`, `flex` and `flash` demand packs by that backend."""
+    there is; any other names a backend and demands packs by it."""
     quantize: Literal["nf4", "int8"] | None = None
     """How the language model's weights are held under an adapter: in 4 or 8 bits (bitsandbytes); null for as loaded."""
     trust_remote_code: bool = False

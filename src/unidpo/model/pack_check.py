@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unidpo.config.schema import Attention
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import gather
 from unidpo.errors import ModelError, UserError
-from unidpo.model.attention import BACKENDS, PACK_ATTENTIONS, Backend, PackAttentionError, missing
+from unidpo.model.attention import BACKENDS, PackAttentionError, missing
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.packs import Layout, pack, pad, to_device
 from unidpo.model.policy import Policy
@@ -52,7 +50,7 @@ def choose_layout(
     encoder: Encoder,
     group: EncodedGroup,
     *,
-    attention: Attention,
+    attention: str,
     arithmetic: torch.dtype,
     device: torch.device,
 ) -> Choice:
@@ -72,11 +70,13 @@ def choose_layout(
     rows = Choice(padded_rows(encoder), policy.attention)
     if attention == "padded":
         return rows
+    if attention not in ("auto", *BACKENDS):
+        raise ModelError(f"model.attention={attention}: there is no such backend; {_there_are(BACKENDS)}")
     candidates = _candidates(policy, attention, arithmetic, device)
     tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[arithmetic]
     problem: str | None = None
     for backend in candidates:
-        packs = Choice(pack, PACK_ATTENTIONS[backend])
+        packs = Choice(pack, BACKENDS[backend].attention)
         problem = _problem(policy, group, rows, packs, tolerance, device)
         if problem is None:
             _LOG.info("packs, with attention by %s", backend)
@@ -92,17 +92,21 @@ def choose_layout(
     return rows
 
 
-def _candidates(policy: Policy, attention: Attention, arithmetic: torch.dtype, device: torch.device) -> list[Backend]:
+def _candidates(policy: Policy, attention: str, arithmetic: torch.dtype, device: torch.device) -> list[str]:
     """The backends to try, the fastest first: those that are there in every process."""
     dropout = getattr(policy.plain.config.get_text_config(), "attention_dropout", None) or 0.0
-    reasons: dict[Backend, str] = {}
-    here = {name: missing(name, device=device, dtype=arithmetic, dropout=dropout) for name in BACKENDS}
-    for there in gather([here]):
+    reasons: dict[str, str] = {}
+    mine = {name: missing(name, device=device, dtype=arithmetic, dropout=dropout) for name in BACKENDS}
+    for there in gather([mine]):
         reasons |= {name: reason for name, reason in there.items() if reason is not None}
     if attention in reasons:
-        there_are = ", ".join(name for name in get_args(Attention) if name not in reasons)
-        raise ModelError(f"model.attention={attention}: {reasons[attention]}; here there are {there_are}")
+        here = [name for name in BACKENDS if name not in reasons]
+        raise ModelError(f"model.attention={attention}: {reasons[attention]}; {_there_are(here)}")
     return [name for name in BACKENDS if name not in reasons and attention in ("auto", name)]
+
+
+def _there_are(backends: Iterable[str]) -> str:
+    return f"here there are {', '.join(('auto', *backends, 'padded'))}"
 
 
 def _problem(

@@ -16,7 +16,6 @@ from unidpo.cache.feature_pass import FeaturePass, features_problem
 from unidpo.cache.feature_store import vision_fingerprint
 from unidpo.cache.reference import ReferencePass
 from unidpo.cache.store import Keys, content_keys, numbers_folder, weights_fingerprint
-from unidpo.config.schema import Attention
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import on_main, rank, world_size
 from unidpo.errors import Finding
@@ -76,7 +75,7 @@ class Setup:
     train: Fitted
     held_out: Fitted
     reference: str | None
-    attention: Attention
+    attention: str
     max_tokens_per_pack: int | None
     args: TrainingArguments
     cache: Path

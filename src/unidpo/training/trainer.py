@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 
 from unidpo.cache.store import default_cache
-from unidpo.config.schema import Attention
 from unidpo.data.lost_rows import LostRows
 from unidpo.distributed import gather, is_main, on_main
 from unidpo.errors import Interrupted
@@ -99,7 +98,7 @@ class PreferenceTrainer(StepTrainer):
         max_pixels: int = 768 * 768,
         global_batch_pairs: int | None = None,
         max_tokens_per_pack: int | None = None,
-        attention: Attention = "auto",
+        attention: str = "auto",
         cache_image_features: bool = False,
         shuffle: bool = True,
         on_bad_row: Literal["error", "skip"] = "error",

@@ -1,4 +1,4 @@
-"""The kernels that compute a pack's attention, and what each of them needs."""
+"""The kernels that compute a pack's attention: a function each, registered with what it needs, the fastest first."""
 
 from __future__ import annotations
 
@@ -7,46 +7,83 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from unidpo.model.attention.shared_prefix import shared_prefix_attention
+from unidpo.model.attention.registry import HALF, KeyValue, Query, Seen, backend
 from unidpo.model.attention.table import SegmentTable
 
-Backend: TypeAlias = Literal["varlen", "flash", "flex", "sdpa"]
-Attend: TypeAlias = Callable[
-    [
-        Float[Tensor, "1 heads tokens dim"],
-        Float[Tensor, "1 kv_heads tokens dim"],
-        Float[Tensor, "1 kv_heads tokens dim"],
-        SegmentTable,
-        float | None,
-        float,
-    ],
-    Float[Tensor, "1 tokens heads dim"],
-]
-"""Query, key, value, segments, scale of the scores (`None` for `dim ** -0.5`), dropout → what the queries see."""
 
-_HALF = (torch.bfloat16, torch.float16)
+def _varlen_missing(device: torch.device) -> str | None:
+    if _varlen_attn() is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen with grouped heads; 2.12 has"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 (Ampere) or above"
+    return None
 
 
+def _flash_missing(device: torch.device) -> str | None:
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+    return None
+
+
+def _flex_missing(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed, which torch compiles it with"
+    return None
+
+
+@backend(missing=_varlen_missing)
+def varlen(
+    query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable, scale: float | None, dropout: float
+) -> Seen:
+    """Torch's own variable-length FlashAttention, one call for the whole pack."""
+    if dropout:
+        raise ValueError("varlen_attn knows no dropout")
+    output = _varlen_attn()(
+        *_sequences(query, key, value, segments),
+        scale=scale,
+        window_size=(-1, 0),  # causal, aligned bottom-right
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[None]  # type: ignore[no-any-return]
+
+
+@backend(dropout=True, missing=_flash_missing)
+def flash(
+    query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable, scale: float | None, dropout: float
+) -> Seen:
+    """The flash-attn package's variable-length kernel, one call for the whole pack."""
+    output = importlib.import_module("flash_attn").flash_attn_varlen_func(
+        *_sequences(query, key, value, segments),
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,  # aligned bottom-right
+    )
+    return output[None]  # type: ignore[no-any-return]
+
+
+@backend(dtypes=(*HALF, torch.float32), missing=_flex_missing)
+def flex(
+    query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable, scale: float | None, dropout: float
+) -> Seen:
+    """FlexAttention, one compiled kernel for the whole pack."""
+    if dropout:
+        raise ValueError("FlexAttention knows no dropout")
+    grouped = query.shape[1] != key.shape[1]
+    output = _compiled_flex()(query, key, value, block_mask=segments.block_mask, scale=scale, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous()
+
+
+@backend(cuda=False, dtypes=None, dropout=True)
 def sdpa(
-    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTable, scale: float | None, dropout: float
-) -> Tensor:
-    """On a CPU `shared_prefix_attention`, elsewhere and with dropout `masked_sdpa`."""
-    if query.device.type == "cpu" and not dropout:
-        return shared_prefix_attention(query, key, value, segments.spans, scale)
-    return masked_sdpa(query, key, value, segments, scale, dropout)
-
-
-def masked_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTable, scale: float | None, dropout: float
-) -> Tensor:
+    query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable, scale: float | None, dropout: float
+) -> Seen:
     """`scaled_dot_product_attention`, one call per prompt and one per response: the reference for all others."""
     # With a mask, grouped heads would take the kernel that holds all scores; repeated heads do not.
     groups = query.shape[1] // key.shape[1]
@@ -65,67 +102,22 @@ def masked_sdpa(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTable, scale: float | None, dropout: float
-) -> Tensor:
-    """Torch's own variable-length FlashAttention, one call for the whole pack."""
-    if dropout:
-        raise ValueError("varlen_attn knows no dropout")
-    table, (queries, keys, values) = segments.sequences, _as_sequences(query, key, value, segments)
-    output = _varlen_attn()(
-        queries,
-        keys,
-        values,
-        table.query_starts,
-        table.key_starts,
-        table.longest_queries,
-        table.longest_keys,
-        scale=scale,
-        window_size=(-1, 0),  # causal, aligned bottom-right
-        enable_gqa=queries.shape[1] != keys.shape[1],
-    )
-    return output[None]  # type: ignore[no-any-return]
-
-
-def flash(
-    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTable, scale: float | None, dropout: float
-) -> Tensor:
-    """The flash-attn package's variable-length kernel, one call for the whole pack."""
-    table, (queries, keys, values) = segments.sequences, _as_sequences(query, key, value, segments)
-    output = importlib.import_module("flash_attn").flash_attn_varlen_func(
-        queries,
-        keys,
-        values,
-        table.query_starts,
-        table.key_starts,
-        table.longest_queries,
-        table.longest_keys,
-        dropout_p=dropout,
-        softmax_scale=scale,
-        causal=True,  # aligned bottom-right
-    )
-    return output[None]  # type: ignore[no-any-return]
-
-
-def _as_sequences(query: Tensor, key: Tensor, value: Tensor, segments: SegmentTable) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, heads, dim), keys and values where `Sequences.keys` says.
+def _sequences(query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable) -> tuple[Tensor | int, ...]:
+    """What variable-length kernels take first: queries, keys and values (tokens, heads, dim), and `Sequences`.
 
     A prompt's gradient is the sum over the sequences that it is part of.
     """
+    table = segments.sequences
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    places = segments.sequences.keys
-    return queries.contiguous(), keys.index_select(0, places), values.index_select(0, places)
-
-
-def flex(
-    query: Tensor, key: Tensor, value: Tensor, segments: SegmentTable, scale: float | None, dropout: float
-) -> Tensor:
-    """FlexAttention, one compiled kernel for the whole pack."""
-    if dropout:
-        raise ValueError("FlexAttention knows no dropout")
-    grouped = query.shape[1] != key.shape[1]
-    output = _compiled_flex()(query, key, value, block_mask=segments.block_mask, scale=scale, enable_gqa=grouped)
-    return output.transpose(1, 2).contiguous()
+    return (
+        queries.contiguous(),
+        keys.index_select(0, table.keys),
+        values.index_select(0, table.keys),
+        table.query_starts,
+        table.key_starts,
+        table.longest_queries,
+        table.longest_keys,
+    )
 
 
 @functools.cache
@@ -142,35 +134,3 @@ def _varlen_attn() -> Any:
     except (ImportError, AttributeError):
         return None
     return function if {"window_size", "enable_gqa"} <= inspect.signature(function).parameters.keys() else None
-
-
-BACKENDS: dict[Backend, Attend] = {"varlen": varlen, "flash": flash, "flex": flex, "sdpa": sdpa}
-"""The fastest first."""
-
-
-def missing(backend: Backend, *, device: torch.device, dtype: torch.dtype, dropout: float = 0.0) -> str | None:
-    """Why a backend cannot be used here, or `None`.
-
-    Args:
-        dtype: what the model computes in.
-        dropout: of the model's attention weights, in training.
-    """
-    if backend == "sdpa":
-        return None
-    if device.type != "cuda":
-        return f"it needs a CUDA GPU, and the model is on {device.type}"
-    types = (*_HALF, torch.float32) if backend == "flex" else _HALF
-    if dtype not in types:
-        names = [str(allowed).removeprefix("torch.") for allowed in types]
-        return f"it computes in {' or '.join(names)}, not in {str(dtype).removeprefix('torch.')}"
-    if dropout and backend != "flash":
-        return "it knows no dropout of attention weights, and the model's attention_dropout is not 0"
-    if backend == "flash" and importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install flash-attn --no-build-isolation)"
-    if backend == "flex" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed, which torch compiles it with"
-    if backend == "varlen" and _varlen_attn() is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen with grouped heads; 2.12 has"
-    if backend == "varlen" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs a GPU of compute capability 8.0 (Ampere) or above"
-    return None
