@@ -47,6 +47,7 @@ _MOST_WORDS = 16
 """Of a list in a message."""
 FOREIGN: Mapping[str, str] = {
     "lora_rank": "lora.r",
+    "rank": "lora.r",
     "lora_alpha": "lora.alpha",
     "model_name_or_path": "model.name",
     "torch_dtype": "model.dtype",
