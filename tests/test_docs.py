@@ -333,7 +333,7 @@ def test_files_named_in_contributing_exist() -> None:
     named = [word for word in re.findall(r"`([\w./-]+)`", text) if re.search(r"/|\.(py|md|toml)$", word)]
     assert len(named) > 10
     assert [word for word in named if not (SOURCE / word).exists() and not (ROOT / word).exists()] == []
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) < 100
     sources = "".join(
         (SOURCE / word).read_text("utf-8")
         for word in named

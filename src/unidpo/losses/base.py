@@ -30,7 +30,7 @@ class PreferenceLoss(BaseModel):
         ValueError: hyper-parameters are unknown, of the wrong type or out of range; all of them are named.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     if TYPE_CHECKING:
         name: str
