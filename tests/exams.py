@@ -9,11 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from unidpo import cli
+from unidpo.evaluate.benchmarks import Judged, Statistic
+from unidpo.evaluate.comparing import _components, _metric
 from unidpo.generate.hugging_face import HuggingFace
 from unidpo.generate.questions import Answer, Generation, Question
 
@@ -76,3 +79,13 @@ def truth(count: int = 8) -> dict[str, str]:
 
 def all_answers(backend: HuggingFace, questions: Sequence[Question], generation: Generation) -> dict[str, Answer]:
     return {index: answer for batch in backend.answer(questions, generation) for index, answer in batch.items()}
+
+
+def metric(judged: Sequence[Judged], *, statistic: Statistic, best: float) -> float:
+    """The main metric, by the numbers that the bootstrap draws from."""
+    strata: dict[str, list[list[float]]] = {}
+    for unit, numbers in _components(judged, statistic).items():
+        strata.setdefault(unit.split("/")[0] if statistic == "mme" else "", []).append(numbers)
+    return float(
+        sum(_metric(np.array(rows).sum(axis=0, keepdims=True), statistic, best)[0] for rows in strata.values())
+    )

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from exams import all_answers, encoded, write, write_tsv
+from exams import all_answers, encoded, metric, write, write_tsv
 from unidpo.errors import DataError, ModelError
 from unidpo.evaluate import scorers
 from unidpo.evaluate.benchmarks import EvaluationError
-from unidpo.evaluate.comparing import metric
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.running import evaluate
+from unidpo.evaluate.scorers import KINDS, Truth
 from unidpo.generate.hugging_face import HuggingFace
 from unidpo.generate.prompts import Prompt, Prompter, processor_fingerprint, stop_ids
 from unidpo.generate.questions import Answer, Generation, Question
@@ -61,7 +61,7 @@ BASE_TEMPLATE = (
     ],
 )
 def test_a_letter_is_made_out(text: str, said: str | None) -> None:
-    verdict = scorers.multiple_choice(text, "B", {"A": "a cat", "B": "a dog", "C": "c", "D": "d"})
+    verdict = scorers.multiple_choice(text, Truth(("B",), {"A": "a cat", "B": "a dog", "C": "c", "D": "d"}))
     assert (verdict.said, verdict.value) == (said, float(said == "B"))
 
 
@@ -70,7 +70,7 @@ def test_a_letter_is_made_out(text: str, said: str | None) -> None:
     [("Yes", "yes"), ("no.", "no"), ("Yes, there is.", "yes"), ("yes and no", None), ("nothing", None), ("", None)],
 )
 def test_yes_and_no_are_words(text: str, said: str | None) -> None:
-    assert scorers.yes_or_no(text, "yes").said == said
+    assert scorers.yes_or_no(text, Truth(("yes",))).said == said
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_yes_and_no_are_words(text: str, said: str | None) -> None:
     ],
 )
 def test_rules_for_free_answers(rule: str, text: str, answers: list[str], value: float) -> None:
-    assert scorers.VQA_RULES[rule](text, answers).value == pytest.approx(value)
+    assert KINDS["vqa"].rules[rule](text, Truth(tuple(answers))).value == pytest.approx(value)
 
 
 SPELLED = ["007", "None", "=1+1", "3.10", "NA", " true ", "1e5", "nan", "__import__('os').abort()"]
@@ -117,7 +117,7 @@ def test_answers_keep_their_spelling(tmp_path: Path, kind: str) -> None:
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
         path = write(tmp_path, rows, file="rows.parquet")
     benchmark = load_benchmark(path)
-    assert [item.answers for item in benchmark.items] == [(answer,) for answer in SPELLED]
+    assert [item.truth.answers for item in benchmark.items] == [(answer,) for answer in SPELLED]
     assert benchmark.score({str(i + 1): answer for i, answer in enumerate(SPELLED)}).value == 100
     spoiled = ["7", "nan", "2", "3.1", "", "True", "100000.0", "None", "0"]
     assert benchmark.score({str(i + 1): answer for i, answer in enumerate(spoiled)}).value == 0
@@ -126,7 +126,7 @@ def test_answers_keep_their_spelling(tmp_path: Path, kind: str) -> None:
 def test_numbers_in_json_keep_their_spelling(tmp_path: Path) -> None:
     path = write(tmp_path, [{"question": "?", "answer": "x"}])
     (tmp_path / "rows.jsonl").write_text('{"question": "a", "answer": 3.10}\n{"question": "b", "answer": 1e400}\n')
-    assert [item.answers for item in load_benchmark(path).items] == [("3.10",), ("1e400",)]
+    assert [item.truth.answers for item in load_benchmark(path).items] == [("3.10",), ("1e400",)]
 
 
 # --- benchmarks of one's own
@@ -182,7 +182,7 @@ def test_yes_and_no_have_an_f1(tmp_path: Path) -> None:
 def test_several_answers_are_a_list_in_a_cell(tmp_path: Path) -> None:
     rows = [{"question": "?", "answer": '["two", "2"]'}, {"question": "?", "answer": "[1]"}]
     benchmark = load_benchmark(write_tsv(tmp_path, rows, type="vqa"))
-    assert [item.answers for item in benchmark.items] == [("two", "2"), ("[1]",)]
+    assert [item.truth.answers for item in benchmark.items] == [("two", "2"), ("[1]",)]
     assert benchmark.score({"1": "2", "2": "[1]"}).value == 100
 
 

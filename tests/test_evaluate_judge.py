@@ -108,7 +108,7 @@ def test_a_busy_judge_is_asked_again_and_a_refusal_is_not(stub: Stub, tmp_path: 
     stub.codes = [400]
     result = run(stub, tmp_path / "other", path, SAID)
     assert (result.value, counts(result).not_judged, counts(result).unmatched, len(stub.requests)) == (50, 1, 1, 4)
-    assert not (tmp_path / "other" / "mine" / "judge.jsonl").read_text()
+    assert not (tmp_path / "other" / "mine" / "judge.jsonl").exists()
 
 
 def test_a_judge_that_is_gone_is_left_alone_after_a_few_failures(stub: Stub, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import typer.main
 from PIL import Image
 
-from exams import Oracle, all_answers, exam, run_eval, truth, write
+from exams import Oracle, all_answers, exam, metric, run_eval, truth, write
 from unidpo import cli
 from unidpo.demo import CHECKPOINT
 from unidpo.demo.answers import accuracies, greedy_answers, write_benchmark
@@ -23,12 +23,13 @@ from unidpo.demo.digits import load_world
 from unidpo.demo.story import ASKED
 from unidpo.errors import UserError
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed, Judged
-from unidpo.evaluate.comparing import compare, metric, paired_bootstrap
+from unidpo.evaluate.comparing import compare, paired_bootstrap
 from unidpo.evaluate.own import BenchmarkFile, load_benchmark
+from unidpo.evaluate.page import escaped
 from unidpo.evaluate.predictions import Predictions, question_digest, read_answers
-from unidpo.evaluate.results import escaped
 from unidpo.evaluate.running import evaluate
-from unidpo.evaluate.session import candidates
+from unidpo.evaluate.scorers import KINDS, Truth, Verdict
+from unidpo.evaluate.selection import candidates
 from unidpo.generate.hugging_face import HuggingFace, load_model
 from unidpo.generate.questions import Generation, LoadOptions, Question
 from unidpo.model.load import load_policy, load_processor
@@ -206,7 +207,7 @@ def test_answers_that_changed_are_named_the_right_way_round(tmp_path: Path) -> N
         evaluate(Oracle(truth(4) | wrong, name), [benchmark], tmp_path / name, label=name)
         for name, wrong in said.items()
     )
-    (difference,) = compare(before, after)
+    (difference,) = compare([before, after], tmp_path)
     assert (difference.value, difference.gained, difference.lost) == (0, 1, 1)
     lines = [json.loads(line) for line in (tmp_path / "changed-after.jsonl").read_text().splitlines()]
     assert [(line["index"], line["change"], line["before"], line["after"]) for line in lines] == [
@@ -326,6 +327,32 @@ def test_batches_are_several_times_faster_than_single_questions(digits: Any) -> 
     assert seconds[1] > 3 * seconds[16], seconds
 
 
+def test_a_new_scorer_is_a_function_and_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered, a benchmark names it, `unidpo eval` scores with it, and it is among those that an error names."""
+
+    def longest(text: str, truth: Truth) -> Verdict:
+        return Verdict(min(1.0, len(text) / len(truth.answers[0])), text or None)
+
+    rows = [{"question": "what?", "answer": "abcdefgh"}, {"question": "who?", "answer": "x"}]
+    benchmark = write(tmp_path, rows, type="vqa", metric="longest", max_new_tokens=2)
+    words = [MODEL, "--benchmarks", benchmark, "--out", tmp_path / "out"]
+    unknown = run_eval(*words).exception
+    assert isinstance(unknown, EvaluationError)
+    assert "`metric` of the type vqa is accuracy or relaxed or" in str(unknown)
+    assert not (tmp_path / "out").exists()
+
+    monkeypatch.setitem(KINDS["vqa"].rules, "longest", longest)
+    done = run_eval(*words)
+    assert done.exit_code == 0, (done.output, done.exception)
+    [record] = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
+    said = read_answers(tmp_path / "out" / "mine" / "predictions.jsonl")
+    expected = [min(1.0, len(said[index].text) / length) for index, length in (("1", 8), ("2", 1))]
+    assert record["metric"] == "longest"
+    assert record["value"] == pytest.approx(100 * sum(expected) / 2)
+    write(tmp_path, rows, type="vqa", metric="longer")
+    assert "did you mean `longest`?" in str(run_eval(*words).exception)
+
+
 def test_every_option_is_documented() -> None:
     page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text("utf-8")
     command = typer.main.get_command(cli.app).commands["eval"]  # type: ignore[attr-defined]
@@ -345,3 +372,14 @@ def test_the_example_in_the_docs_is_a_benchmark(tmp_path: Path) -> None:
     assert len(benchmark.items) > 1
     keys = re.findall(r"^\| `(\w+)` \|", page.partition("### The YAML file")[2].partition("\n### ")[0], re.MULTILINE)
     assert set(keys) == set(BenchmarkFile.model_fields)
+
+
+def test_every_scorer_is_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text("utf-8")
+    table = page.partition("| type | metric | rule |")[2].partition("\n\n")[0]
+    documented = [
+        (kind, metric)
+        for kind, metrics in re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)
+        for metric in re.findall(r"`(\w+)`", metrics)
+    ]
+    assert documented == [(name, metric) for name, kind in KINDS.items() for metric in kind.rules]

@@ -60,21 +60,22 @@ def evaluation(
 ) -> None:
     """Put benchmarks to models, and score and compare their answers. Exits with 1 where a benchmark failed."""
     from unidpo.evaluate.judge import read_judge
-    from unidpo.evaluate.selection import read_config, select
+    from unidpo.evaluate.selection import candidates, read_config, select
     from unidpo.evaluate.vlmeval import Worker, data_folder
     from unidpo.progress import Stages
 
     size = _batch_size(batch_size)
     reader = read_judge(judge)
     kit = None if config is None else read_config(config)
-    for sentence in kit.ignored if kit is not None else ():
-        messages().print(f"{config}: {sentence}", markup=False, highlight=False, soft_wrap=True)
-    given = models or list(kit.models if kit is not None else ())
+    for key in () if kit is None else kit.ignored:
+        messages().print(f"{config}: `{key}` has no meaning here", markup=False, highlight=False, soft_wrap=True)
+    given = models or ([] if kit is None else kit.models)
     if not given:
         raise typer.BadParameter("name a model, or a --config that does", param_hint="MODEL")
-    words = list(kit.names) if kit is not None else ["paper"]
+    words = ["paper"] if kit is None else kit.benchmarks
     if benchmarks is not None:
         words = [word.strip() for word in benchmarks.split(",") if word.strip()]
+    named = candidates(given)
     try:
         with Worker() as worker, Stages(messages()) as stages:
             chosen = select(
@@ -86,10 +87,9 @@ def evaluation(
                 on_progress=stages.update,
             )
 
-            from unidpo.evaluate.session import candidates, evaluate_all
+            from unidpo.evaluate.running import evaluate_all
             from unidpo.generate.questions import LoadOptions
 
-            named = candidates(given)
             found = evaluate_all(
                 named,
                 chosen,
@@ -109,6 +109,6 @@ def evaluation(
             )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command goes on where it was", exit_code=INTERRUPTED) from None
-    found.render(results())
+    results().print(str(found), markup=False, highlight=False, soft_wrap=True)
     if found.failed:
         raise typer.Exit(WORK_FAILED)

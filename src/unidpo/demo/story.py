@@ -32,7 +32,8 @@ from unidpo.demo.digits import DigitQuestion, DigitsWorld, Kind, is_correct, loa
 from unidpo.errors import UserError
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.predictions import PREDICTIONS, read_answers
-from unidpo.evaluate.session import candidates, evaluate_all
+from unidpo.evaluate.running import evaluate_all
+from unidpo.evaluate.selection import candidates
 from unidpo.generate.questions import GenerationFailed, LoadOptions
 from unidpo.model.load import load_policy, load_processor
 from unidpo.progress import Stages

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 from unidpo.errors import UserError
+from unidpo.files.regular import open_regular
 from unidpo.generate.questions import Generation, Question
 
 Statistic: TypeAlias = Literal["mean", "f1", "mme"]
@@ -105,3 +109,9 @@ class Benchmark(Protocol):
 
     def score(self, answers: Mapping[str, str]) -> Score:
         """Score answers by index of the question. Questions without an answer here are left out altogether."""
+
+
+def md5_of(path: Path) -> str:
+    """Checksum of a file, as VLMEvalKit names its data."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, functools.partial(hashlib.md5, usedforsecurity=False)).hexdigest()

@@ -53,42 +53,64 @@ class Difference:
     gained: int
     lost: int
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.low > 0 or self.high < 0
 
+def compare(models: Sequence[ModelResult], folder: Path) -> list[Difference]:
+    """Differences of each model to the first, on the benchmarks that both have a result for.
 
-def compare(before: ModelResult, after: ModelResult) -> list[Difference]:
-    """Differences on the benchmarks that both have a result for. Writes `changed-AFTER.jsonl` beside the results.
+    Writes `comparison.json`, and for each model `changed-MODEL.jsonl`.
 
     Raises:
-        EvaluationError: the two were asked different questions.
+        EvaluationError: two models were asked different questions.
     """
-    found, lines = [], []
-    for one, other in zip(before.benchmarks, after.benchmarks, strict=True):
-        if one.failure is None and other.failure is None:
-            changed = _changed(before, after, one)
-            lines += changed
-            found.append(_difference(before, after, one, changed))
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomically(after.folder.parent / f"changed-{after.label}.jsonl", text.encode())
+    before, *others = models
+    found = []
+    for after in others:
+        changed: list[dict[str, str]] = []
+        for one, other in zip(before.benchmarks, after.benchmarks, strict=True):
+            if one.failure is None and other.failure is None:
+                lines = _changed(one.name, before.folder, after.folder)
+                changed += lines
+                found.append(_difference(before, after, one, other, [line["change"] for line in lines]))
+        text = "".join(json.dumps(line) + "\n" for line in changed)
+        write_atomically(folder / f"changed-{after.label}.jsonl", text.encode())
+    write_json(folder / "comparison.json", [asdict(difference) for difference in found])
     return found
 
 
-def write_differences(differences: Sequence[Difference], folder: Path) -> None:
-    """Write `comparison.json`."""
-    write_json(folder / "comparison.json", [asdict(difference) for difference in differences])
+def _changed(benchmark: str, before: Path, after: Path) -> list[dict[str, str]]:
+    """Questions that one model gets right and the other wrong, with both answers."""
+    folders = [folder / benchmark for folder in (before, after)]
+    right = [{each.index: each.value >= RIGHT for each in read_judged(folder)} for folder in folders]
+    answers = [read_answers(folder / PREDICTIONS) for folder in folders]
+    return [
+        {
+            "benchmark": benchmark,
+            "index": index,
+            "change": "right to wrong" if was else "wrong to right",
+            "before": answers[0][index].text,
+            "after": answers[1][index].text,
+        }
+        for index, was in right[0].items()
+        if index in right[1] and right[1][index] != was
+    ]
+
+
+def _difference(
+    before: ModelResult, after: ModelResult, one: BenchmarkResult, other: BenchmarkResult, changes: Sequence[str]
+) -> Difference:
+    judged = [read_judged(model.folder / one.name) for model in (before, after)]
+    try:
+        low, high = paired_bootstrap(*judged, statistic=one.statistic, best=one.best)
+    except ValueError as error:
+        raise EvaluationError(f"{one.name}: {error}; evaluate both with the same --limit") from error
+    gained, lost = changes.count("wrong to right"), changes.count("right to wrong")
+    questions = len({each.index for each in judged[0]})
+    value = other.value - one.value
+    return Difference(one.name, before.label, after.label, value, low, high, questions, gained, lost)
 
 
 def paired_bootstrap(
-    before: Sequence[Judged],
-    after: Sequence[Judged],
-    *,
-    statistic: Statistic,
-    best: float,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    before: Sequence[Judged], after: Sequence[Judged], *, statistic: Statistic, best: float
 ) -> tuple[float, float]:
     """The 95 % interval of the difference between two models on the same questions.
 
@@ -100,8 +122,6 @@ def paired_bootstrap(
         after: those of the other, on the same questions.
         statistic: how the metric follows from them.
         best: what a perfect model gets.
-        resamples: how often the questions are drawn anew.
-        seed: of the drawing.
 
     Raises:
         ValueError: the questions are not the same.
@@ -111,14 +131,13 @@ def paired_bootstrap(
         raise ValueError("the two models were asked different questions")
     strata: dict[str, list[str]] = {}
     for unit in tables[0]:
-        strata.setdefault(_stratum(unit, statistic), []).append(unit)
-    rng = np.random.default_rng(seed)
+        strata.setdefault(unit.split("/", 1)[0] if statistic == "mme" else "", []).append(unit)
+    rng = np.random.default_rng(0)
     drawn = []
-    for start in range(0, resamples, _AT_ONCE):
-        count = min(_AT_ONCE, resamples - start)
-        differences = np.zeros(count)
+    for _ in range(RESAMPLES // _AT_ONCE):
+        differences = np.zeros(_AT_ONCE)
         for units in strata.values():
-            weights = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), size=count)
+            weights = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), size=_AT_ONCE)
             values = [_metric(weights @ np.array([table[u] for u in units]), statistic, best) for table in tables]
             differences += values[1] - values[0]
         drawn.append(differences)
@@ -127,39 +146,22 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
-def metric(judged: Sequence[Judged], *, statistic: Statistic, best: float) -> float:
-    """The main metric that judged answers come to."""
-    table = _components(judged, statistic)
-    strata: dict[str, list[list[float]]] = {}
-    for unit, numbers in table.items():
-        strata.setdefault(_stratum(unit, statistic), []).append(numbers)
-    sums = [np.array(rows).sum(axis=0, keepdims=True) for rows in strata.values()]
-    return float(sum(_metric(total, statistic, best)[0] for total in sums))
-
-
 def _components(judged: Sequence[Judged], statistic: Statistic) -> dict[str, list[float]]:
     """By unit, the numbers whose sums over all units give the metric."""
     units: dict[str, list[Judged]] = {}
     for each in judged:
         units.setdefault(each.unit, []).append(each)
+    return {unit: _sums(rows, statistic) for unit, rows in units.items()}
+
+
+def _sums(rows: Sequence[Judged], statistic: Statistic) -> list[float]:
+    right = sum(each.value for each in rows)
     if statistic == "f1":
-        return {
-            unit: [
-                sum(each.truth == each.said == "yes" for each in rows),
-                sum(each.said == "yes" for each in rows) + sum(each.truth == "yes" for each in rows),
-            ]
-            for unit, rows in units.items()
-        }
+        said_or_true = sum(each.said == "yes" for each in rows) + sum(each.truth == "yes" for each in rows)
+        return [sum(each.truth == each.said == "yes" for each in rows), said_or_true]
     if statistic == "mme":  # right questions, questions, pictures with both right, pictures
-        return {
-            unit: [sum(each.value for each in rows), len(rows), float(all(each.value for each in rows)), 1]
-            for unit, rows in units.items()
-        }
-    return {unit: [sum(each.value for each in rows) / len(rows), 1] for unit, rows in units.items()}
-
-
-def _stratum(unit: str, statistic: Statistic) -> str:
-    return unit.split("/", 1)[0] if statistic == "mme" else ""
+        return [right, len(rows), float(all(each.value for each in rows)), 1]
+    return [right / len(rows), 1]
 
 
 def _metric(sums: Numbers, statistic: Statistic, best: float) -> Numbers:
@@ -169,44 +171,3 @@ def _metric(sums: Numbers, statistic: Statistic, best: float) -> Numbers:
     if statistic == "mme":
         return 100 * (sums[:, 0] / sums[:, 1] + sums[:, 2] / sums[:, 3])
     return best * sums[:, 0] / sums[:, 1]
-
-
-def _difference(
-    before: ModelResult, after: ModelResult, one: BenchmarkResult, changed: Sequence[dict[str, str]]
-) -> Difference:
-    judged = [read_judged(model.folder / one.name) for model in (before, after)]
-    try:
-        low, high = paired_bootstrap(*judged, statistic=one.statistic, best=one.best)
-    except ValueError as error:
-        raise EvaluationError(f"{one.name}: {error}; evaluate both with the same --limit") from error
-    values = [next(r.value for r in model.benchmarks if r.name == one.name) for model in (before, after)]
-    gained = sum(line["change"] == "wrong to right" for line in changed)
-    return Difference(
-        benchmark=one.name,
-        before=before.label,
-        after=after.label,
-        value=values[1] - values[0],
-        low=low,
-        high=high,
-        questions=len({each.index for each in judged[0]}),
-        gained=gained,
-        lost=len(changed) - gained,
-    )
-
-
-def _changed(before: ModelResult, after: ModelResult, result: BenchmarkResult) -> list[dict[str, str]]:
-    """Questions that one model gets right and the other wrong, with both answers."""
-    folders = [model.folder / result.name for model in (before, after)]
-    right = [{each.index: each.value >= RIGHT for each in read_judged(folder)} for folder in folders]
-    answers = [read_answers(folder / PREDICTIONS) for folder in folders]
-    return [
-        {
-            "benchmark": result.name,
-            "index": index,
-            "change": "right to wrong" if was else "wrong to right",
-            "before": answers[0][index].text,
-            "after": answers[1][index].text,
-        }
-        for index, was in right[0].items()
-        if index in right[1] and right[1][index] != was
-    ]

@@ -10,14 +10,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, Score
-from unidpo.evaluate.predictions import drop_cut_line, read_records
+from unidpo.evaluate.predictions import OnCount, append_records, drop_cut_line, read_records
 from unidpo.generate.questions import GenerationFailed
 from unidpo.generate.server import ChatServer, as_they_come
 
@@ -102,8 +102,8 @@ class Rulings:
         failed: answers it could not be asked about.
     """
 
-    choices: Mapping[str, str]
-    failed: int
+    choices: Mapping[str, str] = field(default_factory=dict)
+    failed: int = 0
 
     @property
     def decided(self) -> dict[str, str]:
@@ -111,29 +111,30 @@ class Rulings:
         return {index: said for index, said in self.choices.items() if said != NONE}
 
 
-def unmatched(score: Score, questions: Mapping[str, BenchmarkQuestion], answers: Mapping[str, str]) -> list[str]:
-    """Indices of answers that say something, have choices to mean, and none that a rule could match."""
-    found = dict.fromkeys(each.index for each in score.judged if not each.matched)
-    return [index for index in found if questions[index].choices and answers[index].strip()]
-
-
 def consult(
     judge: Judge,
-    asked: Mapping[str, tuple[BenchmarkQuestion, str]],
+    score: Score,
+    questions: Sequence[BenchmarkQuestion],
+    answers: Mapping[str, str],
     folder: Path,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnCount | None = None,
 ) -> Rulings:
-    """Ask about answers, unless the same was asked before; each ruling is on disk before the next is waited for.
+    """Ask about the answers in which no rule found a choice, unless the same was asked before.
 
-    Where the judge fails several times in a row, it is not asked about the others.
+    Each ruling is on disk before the next is waited for. Where the judge fails several times in a row, it is not asked
+    about the others.
 
     Args:
-        judge: whom to ask.
-        asked: by index, the question and the answer to it.
+        judge: who is asked.
+        score: what the rules found.
+        questions: those that were scored. One without choices has no ruling, nor has an answer that says nothing.
+        answers: by index.
         folder: of the benchmark; rulings are kept in `judge.jsonl`.
         on_progress: told how many of how many are done.
     """
-    prompts = {index: prompt_of(*each) for index, each in asked.items()}
+    unmatched = {each.index for each in score.judged if not each.matched}
+    asked = {q.index: q for q in questions if q.index in unmatched and q.choices and answers[q.index].strip()}
+    prompts = {index: prompt_of(question, answers[index]) for index, question in asked.items()}
     digests = {index: _digest(judge, prompt) for index, prompt in prompts.items()}
     path = folder / RULINGS
     drop_cut_line(path)
@@ -150,23 +151,21 @@ def consult(
         except GenerationFailed as error:
             return error
 
-    with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         for done, (index, reply) in enumerate(as_they_come(pool, ask, todo), start=1):
             if isinstance(reply, GenerationFailed):
                 failures.append(reply)
                 in_a_row += 1
             else:
                 in_a_row = 0
-                said = known[digests[index]] = meant(reply, asked[index][0].choices)
+                said = known[digests[index]] = meant(reply, asked[index].choices)
                 record = {"index": index, "asked": digests[index], "said": said, "reply": reply, **judge.identity()}
-                file.write(json.dumps(record) + "\n")
-                file.flush()
+                append_records(path, [record])
             if on_progress is not None:
                 on_progress(done, len(todo))
     if failures:
         _LOG.error("the judge could not be asked about %d answers: %s", len(failures), failures[-1])
-    choices = {index: known[digest] for index, digest in digests.items() if digest in known}
-    return Rulings(choices, len(failures))
+    return Rulings({index: known[digest] for index, digest in digests.items() if digest in known}, len(failures))
 
 
 def prompt_of(question: BenchmarkQuestion, answer: str) -> str:

@@ -1,21 +1,23 @@
-"""What a model said, on disk as soon as it is said; gone on with only by what would have said the same."""
+"""What a model answered: on disk batch by batch, and resumed only by what would have answered the same."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from unidpo.data.images import content_digest
 from unidpo.errors import Finding, ImageError, from_findings, shown
-from unidpo.evaluate.benchmarks import EvaluationError
+from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed
 from unidpo.files.writing import write_json
-from unidpo.generate.questions import UNREADABLE_IMAGE, Answer, Question
+from unidpo.generate.questions import UNREADABLE_IMAGE, Answer, Backend, Generation, Question
 
 IDENTITY, PREDICTIONS = "identity.json", "predictions.jsonl"
+OnCount: TypeAlias = Callable[[int, int], None]
+"""Called with how many are done, and how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +48,24 @@ class Predictions:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         self.identity = json.loads(json.dumps(identity))
-        self.path = folder / PREDICTIONS
-        self.refuse_others()
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / IDENTITY).exists():
+        self._path = folder / PREDICTIONS
+        if self._path.exists() or (folder / IDENTITY).exists():
+            self._refuse_others()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / IDENTITY, self.identity)
-        drop_cut_line(self.path)
-        self.answers = read_answers(self.path)
-        self._digests: dict[str, str] = {}
+        drop_cut_line(self._path)
+        self.answers = read_answers(self._path)
 
-    def refuse_others(self) -> None:
-        """Raise `EvaluationError` where the folder holds answers that something else gave."""
+    def _refuse_others(self) -> None:
+        remedy = "give another --out, or delete the folder"
         try:
             before = json.loads((self.folder / IDENTITY).read_text("utf-8"))
         except FileNotFoundError:
-            if self.path.exists():
-                raise EvaluationError(
-                    f"{self.folder}: there are predictions and no {IDENTITY}, which says what gave them; "
-                    "give another --out, or delete the folder"
-                ) from None
-            return
+            problem = f"there are predictions and no {IDENTITY}, which says what gave them"
+            raise EvaluationError(f"{self.folder}: {problem}; {remedy}") from None
         except (OSError, ValueError) as error:
-            raise EvaluationError(
-                f"{self.folder / IDENTITY}: cannot be read ({error}); give another --out, or delete the folder"
-            ) from error
+            raise EvaluationError(f"{self.folder / IDENTITY}: cannot be read ({error}); {remedy}") from error
         changed = [
             Finding("changed", f"was {shown(before.get(key))}, is {shown(self.identity.get(key))}", key=key)
             for key in sorted(before.keys() | self.identity.keys())
@@ -79,23 +75,40 @@ class Predictions:
             title = f"{self.folder}: the predictions here were made with other things; give another --out"
             raise from_findings(EvaluationError, title, changed)
 
-    def add(self, answers: Mapping[str, Answer]) -> None:
-        """Append answers to questions that `missing` gave; the operating system has them when this returns."""
-        kept = {index: KeptAnswer(**asdict(each), question=self._digests[index]) for index, each in answers.items()}
-        lines = [json.dumps({"index": index, **asdict(answer)}, ensure_ascii=True) for index, answer in kept.items()]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
-        self.answers |= kept
+    def ask(
+        self,
+        questions: Sequence[Question],
+        backend: Backend,
+        generation: Generation,
+        on_progress: OnCount | None = None,
+    ) -> int:
+        """Have the questions answered that are not, and give how many answers that took.
 
-    def missing(self, questions: Iterable[Question]) -> list[Question]:
-        """Those still to be answered: new ones, ones whose text or image is another now, ones with an unread image."""
-        todo = []
-        for question in questions:
-            digest = self._digests[question.index] = question_digest(question)
-            known = self.answers.get(question.index)
-            if known is None or known.question != digest or known.problem == UNREADABLE_IMAGE:
-                todo.append(question)
-        return todo
+        Asked are new questions, those whose text or image is another now, and those whose image could not be read.
+
+        Raises:
+            EvaluationFailed: questions were left without an answer.
+        """
+        digests = {question.index: question_digest(question) for question in questions}
+        todo = [question for question in questions if not self._is_answered(question.index, digests[question.index])]
+        left = {question.index for question in todo}
+        tell = on_progress or (lambda done, total: None)
+        tell(len(questions) - len(left), len(questions))
+        generated = 0
+        for batch in backend.answer(todo, generation):
+            kept = {index: KeptAnswer(**asdict(given), question=digests[index]) for index, given in batch.items()}
+            append_records(self._path, [{"index": index, **asdict(answer)} for index, answer in kept.items()])
+            self.answers |= kept
+            left -= kept.keys()
+            generated += sum(given.problem is None for given in kept.values())
+            tell(len(questions) - len(left), len(questions))
+        if left:
+            raise EvaluationFailed(f"{len(left)} questions were left without an answer")
+        return generated
+
+    def _is_answered(self, index: str, digest: str) -> bool:
+        known = self.answers.get(index)
+        return known is not None and known.question == digest and known.problem != UNREADABLE_IMAGE
 
 
 def question_digest(question: Question) -> str:
@@ -111,6 +124,12 @@ def question_digest(question: Question) -> str:
                 content = b"unreadable"
         digest.update(len(content).to_bytes(8) + content)
     return digest.hexdigest()
+
+
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a file; the operating system has them when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def drop_cut_line(path: Path) -> None:

@@ -1,11 +1,10 @@
-"""Results on disk: per benchmark `results.json` and `judged.jsonl`, per model `results.json` and `results.md`."""
+"""Results, and their files: `results.json` of a benchmark or a model, `judged.jsonl` and `scorer.csv`."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -115,7 +114,7 @@ class ModelResult:
         return not self.failed and not any(each.counts and each.counts.not_judged for each in self.benchmarks)
 
 
-def forget(folder: Path) -> None:
+def delete_results(folder: Path) -> None:
     """Delete whatever an earlier call concluded, so that no score outlives what it was made of."""
     for name in (RESULTS, JUDGED, TABLE, PAGE):
         (folder / name).unlink(missing_ok=True)
@@ -138,93 +137,6 @@ def read_judged(folder: Path) -> list[Judged]:
 
 
 def write_model(result: ModelResult) -> None:
-    """Write a model's `results.json` and `results.md`."""
+    """Write a model's `results.json`."""
     record = {"model": result.model, "label": result.label, "benchmarks": [asdict(each) for each in result.benchmarks]}
-    result.folder.mkdir(parents=True, exist_ok=True)
     write_json(result.folder / RESULTS, record)
-    write_atomically(result.folder / PAGE, page([result]).encode())
-
-
-def page(results: Sequence[ModelResult]) -> str:
-    """The results of one model or several as Markdown."""
-    lines = ["# Results", ""]
-    lines += table(
-        ["benchmark", "metric", "of", *(each.label for each in results)],
-        [
-            [
-                first.name,
-                first.metric,
-                number(first.best) if first.metric else "",
-                *(_value(each.benchmarks[i]) for each in results),
-            ]
-            for i, first in enumerate(_with_metric(results))
-        ],
-    )
-    for each in results:
-        lines += ["", f"## {escaped(each.label)}", "", f"Model: {escaped(each.model)}", ""]
-        lines += table(
-            [
-                *("benchmark", "questions", "unmatched", "judged", "truncated"),
-                *("empty prompts", "unreadable images", "prompt style"),
-            ],
-            [_counts(result) for result in each.benchmarks],
-        )
-        for result in each.benchmarks:
-            if result.parts:
-                lines += ["", f"### {escaped(result.name)}", ""]
-                lines += table(["part", "value"], [[name, number(value)] for name, value in result.parts.items()])
-            if result.failure is not None:
-                lines += ["", f"{escaped(result.name)} failed: {escaped(result.failure)}"]
-            if result.counts is not None and result.counts.not_judged:
-                lines += ["", f"{escaped(result.name)}: {_not_judged(result.counts.not_judged)}"]
-    return "\n".join([*lines, ""])
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; all text in it is escaped."""
-    ruled = ["---" if i == 0 else "---:" for i, _ in enumerate(head)]
-    return (
-        [f"| {' | '.join(map(escaped, row))} |" for row in [head]]
-        + [f"|{'|'.join(ruled)}|"]
-        + [f"| {' | '.join(map(escaped, row))} |" for row in rows]
-    )
-
-
-def escaped(text: str) -> str:
-    """Text of anybody's on one line, without anything that Markdown or HTML would read as more than text."""
-    line = " ".join(text.split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    # An underscore within a word is none of emphasis, and paths are copied from here.
-    return re.sub(r"([\\`*\[\]|!#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
-
-
-def number(value: float) -> str:
-    """A metric, with at most one digit after the point."""
-    return f"{value:.1f}".removesuffix(".0") if value == int(value) else f"{value:.1f}"
-
-
-def _with_metric(results: Sequence[ModelResult]) -> list[BenchmarkResult]:
-    """Each benchmark as the first model that has a result for it has it."""
-    return [
-        next((each for each in same if each.failure is None), same[0])
-        for same in zip(*(result.benchmarks for result in results), strict=True)
-    ]
-
-
-def _value(result: BenchmarkResult) -> str:
-    if result.failure is not None:
-        return "failed"
-    return number(result.value) + (f" (limit {result.limit})" if result.limit is not None else "")
-
-
-def _not_judged(count: int) -> str:
-    return f"the judge could not be asked about {count:,} answers; the same command asks again"
-
-
-def _counts(result: BenchmarkResult) -> list[str]:
-    if result.counts is None:
-        return [result.name, *["-"] * 7]
-    counts = result.counts
-    numbers = [counts.questions, counts.unmatched, counts.judged, counts.truncated]
-    numbers += [counts.empty_prompts, counts.unreadable_images]
-    return [result.name, *(f"{n:,}" for n in numbers), str(result.identity.get("prompt_style", ""))]

@@ -1,44 +1,139 @@
-"""Models through benchmarks: ask what is not answered yet, score, write, go on past a benchmark that fails."""
+"""`unidpo eval`: ask, score, write and compare, one model after the other. One that fails stops no other."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
+
+import torch
+import transformers
 
 from unidpo.errors import UserError
-from unidpo.evaluate import results
-from unidpo.evaluate.benchmarks import Benchmark, EvaluationFailed, Score
-from unidpo.evaluate.judge import Judge, Rulings, consult, unmatched
+from unidpo.evaluate.benchmarks import Benchmark, EvaluationError, EvaluationFailed
+from unidpo.evaluate.comparing import Difference, compare
+from unidpo.evaluate.judge import Judge, Rulings, consult
+from unidpo.evaluate.page import page
 from unidpo.evaluate.predictions import Predictions
-from unidpo.evaluate.results import BenchmarkResult, Counts, ModelResult
-from unidpo.generate.questions import Backend
+from unidpo.evaluate.results import (
+    PAGE,
+    BenchmarkResult,
+    Counts,
+    ModelResult,
+    delete_results,
+    write_benchmark,
+    write_model,
+)
+from unidpo.evaluate.selection import Candidate
+from unidpo.files.locks import locked
+from unidpo.files.writing import write_atomically
+from unidpo.generate.loading import open_backend
+from unidpo.generate.questions import Backend, LoadOptions
+from unidpo.progress import OnProgress
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with a stage, how much of it is done, and how much there is."""
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One benchmark to run with one model: who answers, what is asked, where it is kept, and who judges."""
+class Evaluation:
+    """What came of all models.
 
-    benchmark: Benchmark
-    backend: Backend
-    folder: Path
-    limit: int | None = None
-    judge: Judge | None = None
+    Attributes:
+        models: their results, in the order they were named.
+        differences: of each model to the first one.
+    """
 
-    def identity(self) -> dict[str, Any]:
-        """All the answers depend on."""
-        return {
-            **self.backend.identity(),
-            **self.benchmark.identity(),
-            "generation": {**asdict(self.benchmark.generation), "decoding": "greedy"},
-        }
+    models: Sequence[ModelResult]
+    differences: Sequence[Difference]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a benchmark, or the judge of its answers, failed with a model."""
+        return not all(model.complete for model in self.models)
+
+    def __str__(self) -> str:
+        """The page of all models, and where the files are."""
+        lines = [page(self.models, self.differences)]
+        # Of a model that failed in all, what lies there may be of an earlier evaluation.
+        some = [model for model in self.models if len(model.failed) < len(model.benchmarks)]
+        lines += [f"{model.label}: {model.folder / PAGE}" for model in some]
+        if len(self.models) > 1:
+            lines.append(f"all: {self.models[0].folder.parent / PAGE}")
+        return "\n".join(lines)
+
+
+def evaluate_all(
+    models: Sequence[Candidate],
+    benchmarks: Sequence[Benchmark],
+    out: Path,
+    options: LoadOptions,
+    *,
+    limit: int | None = None,
+    judge: Judge | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Run all benchmarks with one model after the other, and compare each with the first.
+
+    One model's results go to `out` itself, those of several to a folder each. A model that cannot be loaded fails in
+    all benchmarks; the next one still runs.
+
+    Args:
+        models: see `candidates`.
+        benchmarks: what is asked.
+        out: folder of the results.
+        options: how models are loaded.
+        limit: ask about so many questions of each benchmark.
+        judge: see `evaluate`.
+        on_progress: told how far it is.
+
+    Raises:
+        UserError: the only model cannot be used, results of another one are in its folder, or another process works
+            there.
+    """
+    transformers.logging.disable_progress_bar()
+    found: list[ModelResult] = []
+    several = len(models) > 1
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(out))
+        except OSError as error:
+            raise EvaluationError(f"{out}: cannot be written ({error.strerror}); give another --out") from error
+        for model in models:
+            folder, label = (out / model.label, f"{model.label} ") if several else (out, "")
+            tell = functools.partial(_tell, on_progress, label)
+            try:
+                result = _evaluate_one(model, benchmarks, folder, options, limit=limit, judge=judge, on_progress=tell)
+            except UserError as error:
+                if not several:
+                    raise
+                failed = [BenchmarkResult(benchmark.name, failure=str(error)) for benchmark in benchmarks]
+                result = ModelResult(model.label, model.given, folder, failed)
+            found.append(result)
+        if not several:
+            return Evaluation(found, ())
+        evaluation = Evaluation(found, compare(found, out))
+        write_atomically(out / PAGE, page(found, evaluation.differences).encode())
+        return evaluation
+
+
+def _tell(on_progress: OnProgress | None, label: str, stage: str, done: int, total: int) -> None:
+    if on_progress is not None:
+        on_progress(f"{label}{stage}", done, total)
+
+
+def _evaluate_one(
+    model: Candidate, benchmarks: Sequence[Benchmark], folder: Path, options: LoadOptions, **settings: Any
+) -> ModelResult:
+    gc.collect()  # the model before, which nothing holds any more: two may not fit
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with open_backend(model.name, options) as backend:
+        return evaluate(backend, benchmarks, folder, model=model.given, label=model.label, **settings)
 
 
 def evaluate(
@@ -50,12 +145,12 @@ def evaluate(
     label: str | None = None,
     limit: int | None = None,
     judge: Judge | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ModelResult:
     """Run benchmarks with one model, and write its results.
 
-    A call that was broken off goes on where it was; answers that are there already are not generated again. A
-    benchmark that fails has its reason in the result, and the others still run.
+    A call that was interrupted is resumed; answers that are there already are not generated again. A benchmark that
+    fails has its reason in the result, and the others still run.
 
     Args:
         backend: what answers; for a model in memory `unidpo.generate.hugging_face.HuggingFace`.
@@ -70,34 +165,54 @@ def evaluate(
     Raises:
         EvaluationError: `out` holds answers that something else gave; nothing is generated then.
     """
-    works = [Work(benchmark, backend, out / benchmark.name, limit, judge) for benchmark in benchmarks]
-    opened = [_open(work) for work in works]
-    results.forget(out)
+    opened = [_predictions(backend, benchmark, out) for benchmark in benchmarks]
+    delete_results(out)
     found = [
-        _run(work, store, on_progress) if isinstance(store, Predictions) else store
-        for work, store in zip(works, opened, strict=True)
+        _run(backend, benchmark, kept, limit=limit, judge=judge, on_progress=on_progress)
+        if isinstance(kept, Predictions)
+        else kept
+        for benchmark, kept in zip(benchmarks, opened, strict=True)
     ]
     result = ModelResult(label or model, model, out, found)
-    results.write_model(result)
+    out.mkdir(parents=True, exist_ok=True)
+    write_model(result)
+    write_atomically(out / PAGE, page([result]).encode())
     return result
 
 
-def _open(work: Work) -> Predictions | BenchmarkResult:
+def _predictions(backend: Backend, benchmark: Benchmark, out: Path) -> Predictions | BenchmarkResult:
     """Where its answers go; a failure where the benchmark itself has one. Raises `EvaluationError`."""
     try:
-        return Predictions(work.folder, work.identity())
+        generation = {**asdict(benchmark.generation), "decoding": "greedy"}
+        identity = {**backend.identity(), **benchmark.identity(), "generation": generation}
+        return Predictions(out / benchmark.name, identity)
     except EvaluationFailed as error:
-        _LOG.error("%s failed: %s", work.benchmark.name, error)
-        return BenchmarkResult(work.benchmark.name, failure=str(error))
+        _LOG.error("%s failed: %s", benchmark.name, error)
+        return BenchmarkResult(benchmark.name, failure=str(error))
 
 
-def _run(work: Work, store: Predictions, on_progress: Progress | None) -> BenchmarkResult:
-    name = work.benchmark.name
+def _run(
+    backend: Backend,
+    benchmark: Benchmark,
+    kept: Predictions,
+    *,
+    limit: int | None,
+    judge: Judge | None,
+    on_progress: OnProgress | None,
+) -> BenchmarkResult:
+    name = benchmark.name
     try:
-        results.forget(work.folder)
-        generated = _answer(work, store, on_progress)
-        answers = {question.index: store.answers[question.index] for question in work.benchmark.questions(work.limit)}
-        score, rulings = _score(work, {index: given.text for index, given in answers.items()}, on_progress)
+        delete_results(kept.folder)
+        questions = benchmark.questions(limit)
+        tell = functools.partial(_tell, on_progress, f"{name}, ")
+        generated = kept.ask(questions, backend, benchmark.generation, functools.partial(tell, "answers"))
+        answers = {question.index: kept.answers[question.index] for question in questions}
+        texts = {index: answer.text for index, answer in answers.items()}
+        score, rulings = benchmark.score(texts), Rulings()
+        if judge is not None:
+            rulings = consult(judge, score, questions, texts, kept.folder, functools.partial(tell, "judge"))
+        if rulings.decided:
+            score = benchmark.score({**texts, **rulings.decided})
         result = BenchmarkResult(
             name=name,
             metric=score.metric,
@@ -106,49 +221,14 @@ def _run(work: Work, store: Predictions, on_progress: Progress | None) -> Benchm
             parts=score.parts,
             counts=Counts.of(answers, score, generated, rulings),
             statistic=score.statistic,
-            limit=work.limit,
-            identity={**store.identity, "judge": "none" if work.judge is None else work.judge.identity()},
+            limit=limit,
+            identity={**kept.identity, "judge": "none" if judge is None else judge.identity()},
         )
-        results.write_benchmark(work.folder, result, score)
+        write_benchmark(kept.folder, result, score)
     except UserError as error:
         _LOG.error("%s failed: %s", name, error)
-        return BenchmarkResult(name, failure=str(error), identity=store.identity)
+        return BenchmarkResult(name, failure=str(error), identity=kept.identity)
     except Exception as error:  # the other benchmarks still run
         _LOG.exception("%s failed", name)
-        return BenchmarkResult(name, failure=f"{type(error).__name__}: {error}", identity=store.identity)
+        return BenchmarkResult(name, failure=f"{type(error).__name__}: {error}", identity=kept.identity)
     return result
-
-
-def _answer(work: Work, store: Predictions, on_progress: Progress | None) -> int:
-    """Have the questions answered that are not; gives how many answers that took."""
-    questions = work.benchmark.questions(work.limit)
-    todo = store.missing(questions)
-    stage, total = f"{work.benchmark.name}, answers", len(questions)
-    done = total - len(todo)
-    if on_progress is not None:
-        on_progress(stage, done, total)
-    generated = 0
-    answered: set[str] = set()
-    for batch in work.backend.answer(todo, work.benchmark.generation):
-        store.add(batch)
-        answered |= batch.keys()
-        done += len(batch)
-        generated += sum(given.problem is None for given in batch.values())
-        if on_progress is not None:
-            on_progress(stage, done, total)
-    unanswered = [question for question in todo if question.index not in answered]
-    if unanswered:
-        raise EvaluationFailed(f"{work.benchmark.name}: {len(unanswered)} questions were left without an answer")
-    return generated
-
-
-def _score(work: Work, answers: Mapping[str, str], on_progress: Progress | None) -> tuple[Score, Rulings]:
-    """Score answers; where a judge reads a choice in what no rule could match, that choice is scored in its place."""
-    score = work.benchmark.score(answers)
-    if work.judge is None:
-        return score, Rulings({}, 0)
-    questions = {question.index: question for question in work.benchmark.questions(work.limit)}
-    asked = {index: (questions[index], answers[index]) for index in unmatched(score, questions, answers)}
-    tell = None if on_progress is None else functools.partial(on_progress, f"{work.benchmark.name}, judge")
-    rulings = consult(work.judge, asked, work.folder, tell)
-    return work.benchmark.score({**answers, **rulings.decided}) if rulings.decided else score, rulings

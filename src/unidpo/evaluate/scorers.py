@@ -1,13 +1,18 @@
-"""Rules that score one answer to a question of one's own benchmarks. Nothing here evaluates what data or models say."""
+"""Rules that score one answer to a question of one's own benchmarks. Nothing here evaluates what data or models say.
+
+A rule of one's own is a function and its line in `KINDS`.
+"""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
+VERSION = 1
+"""Raised whenever a rule changes what some answer is worth."""
 RELAXED_TOLERANCE = 0.05
 """ChartQA's: a number may be off by 5 %."""
 HUMAN_AGREEMENT = 3
@@ -16,6 +21,19 @@ HUMAN_AGREEMENT = 3
 _LETTER_ALONE = re.compile(r"[(\[*]*([A-Z])[)\].:,*]*(?=\s|$)")
 _LETTER_NAMED = re.compile(r"\b(?i:answer|option|choice)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b")
 _WORD = re.compile(r"[^\W\d_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What is right.
+
+    Attributes:
+        answers: those accepted; of multiple choice the letter.
+        options: of multiple choice, the text behind each letter.
+    """
+
+    answers: tuple[str, ...]
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +49,31 @@ class Verdict:
     said: str | None
 
 
-Rule: TypeAlias = Callable[[str, Sequence[str]], Verdict]
-"""(what the model wrote, accepted answers) → verdict."""
+Rule: TypeAlias = Callable[[str, Truth], Verdict]
+"""(what the model wrote, what is right) → verdict."""
 
 
-def multiple_choice(text: str, answer: str, options: Mapping[str, str]) -> Verdict:
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A type of benchmark.
+
+    Attributes:
+        instruction: follows the question, on a line of its own, where the benchmark says nothing else.
+        rules: by metric, the default first.
+    """
+
+    instruction: str
+    rules: dict[str, Rule]
+
+
+def multiple_choice(text: str, truth: Truth) -> Verdict:
     """Right if the text names the letter, or nothing else but the option itself.
 
     Made out in this order: a letter at the beginning (`B`, `(B)`, `B. seven`), a letter that is called the answer
     (`The answer is B`), the text of exactly one option.
-
-    Args:
-        text: what the model wrote.
-        answer: the right letter.
-        options: the text behind each letter.
     """
-    said = _letter(text.strip(), options)
-    return Verdict(float(said == answer), said)
+    said = _letter(text.strip(), truth.options)
+    return Verdict(float(said in truth.answers), said)
 
 
 def _letter(text: str, options: Mapping[str, str]) -> str | None:
@@ -64,81 +90,90 @@ def _letter(text: str, options: Mapping[str, str]) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
-def yes_or_no(text: str, answer: str) -> Verdict:
+def yes_or_no(text: str, truth: Truth) -> Verdict:
     """Right if the text holds the right one of the words "yes" and "no", and not the other."""
     words = {word.lower() for word in _WORD.findall(text)} & {"yes", "no"}
     said = words.pop() if len(words) == 1 else None
-    return Verdict(float(said == answer), said)
+    return Verdict(float(said in truth.answers), said)
 
 
-def exact(text: str, answers: Sequence[str]) -> Verdict:
+def exact(text: str, truth: Truth) -> Verdict:
     """Right if the text is an answer, character by character; surrounding blanks do not count."""
     said = text.strip()
-    return Verdict(float(said in {answer.strip() for answer in answers}), said or None)
+    return Verdict(float(said in {answer.strip() for answer in truth.answers}), said or None)
 
 
-def same_words(text: str, answers: Sequence[str]) -> Verdict:
+def same_words(text: str, truth: Truth) -> Verdict:
     """Right if the text is an answer once both are `normalized`."""
     said = normalized(text)
-    return Verdict(float(said in map(normalized, answers)), said or None)
+    return Verdict(float(said in map(normalized, truth.answers)), said or None)
 
 
-def contains(text: str, answers: Sequence[str]) -> Verdict:
+def contains(text: str, truth: Truth) -> Verdict:
     """Right if an answer stands somewhere in the text; case and line breaks do not count (OCRBench's rule)."""
     said = " ".join(text.lower().split())
-    return Verdict(float(any(" ".join(answer.lower().split()) in said for answer in answers)), said or None)
+    found = any(" ".join(answer.lower().split()) in said for answer in truth.answers)
+    return Verdict(float(found), said or None)
 
 
-def relaxed(text: str, answers: Sequence[str]) -> Verdict:
+def relaxed(text: str, truth: Truth) -> Verdict:
     """ChartQA's rule (arXiv:2203.10244): numbers may be off by 5 %, everything else must be equal but for case.
 
     A per cent sign divides by 100. An answer of 0 wants a 0.
     """
 
     def agrees(answer: str) -> bool:
-        truth, number = _number(answer), _number(said)
-        if truth and number is not None:
-            return abs(number - truth) <= RELAXED_TOLERANCE * abs(truth)
-        return said.lower() == answer.strip().lower() or (truth == 0 and number == 0)
+        right, number = _number(answer), _number(said)
+        if right and number is not None:
+            return abs(number - right) <= RELAXED_TOLERANCE * abs(right)
+        return said.lower() == answer.strip().lower() or (right == 0 and number == 0)
 
     said = text.strip()
-    return Verdict(float(any(map(agrees, answers))), said or None)
+    return Verdict(float(any(map(agrees, truth.answers))), said or None)
 
 
-def vqa_score(text: str, answers: Sequence[str]) -> Verdict:
+def vqa_score(text: str, truth: Truth) -> Verdict:
     """VQA's rule (arXiv:1505.00468) over several people's answers: the mean over leaving each of them out.
 
     Of the others, as many as agree count a third each, up to one. A question with one answer is right or wrong.
     """
     said = normalized(text)
-    agreeing = [normalized(answer) == said for answer in answers]
-    if len(answers) == 1:
+    agreeing = [normalized(answer) == said for answer in truth.answers]
+    if len(agreeing) == 1:
         return Verdict(float(agreeing[0]), said or None)
     credit = [min(1.0, (sum(agreeing) - left_out) / HUMAN_AGREEMENT) for left_out in agreeing]
     return Verdict(sum(credit) / len(credit), said or None)
 
 
-def anls(text: str, answers: Sequence[str]) -> Verdict:
+def anls(text: str, truth: Truth) -> Verdict:
     """Average normalised Levenshtein similarity (arXiv:1905.13648): 1 - edits / length, 0 below a half."""
     said = " ".join(text.lower().split())
 
     def similarity(answer: str) -> float:
-        truth = " ".join(answer.lower().split())
-        longest = max(len(truth), len(said))
-        value = 1.0 if not longest else 1 - _edits(truth, said) / longest
+        right = " ".join(answer.lower().split())
+        longest = max(len(right), len(said))
+        value = 1.0 if not longest else 1 - _edits(right, said) / longest
         return value if value >= 0.5 else 0.0
 
-    return Verdict(max(map(similarity, answers)), said or None)
+    return Verdict(max(map(similarity, truth.answers)), said or None)
 
 
-VQA_RULES: Mapping[str, Rule] = {
-    "accuracy": same_words,
-    "relaxed": relaxed,
-    "vqa_score": vqa_score,
-    "anls": anls,
-    "contains": contains,
+KINDS: dict[str, Kind] = {
+    "mcq": Kind("Answer with the letter of the right option.", {"accuracy": multiple_choice}),
+    "yesno": Kind("Answer with yes or no.", {"accuracy": yes_or_no, "f1": yes_or_no}),
+    "vqa": Kind(
+        "Answer with a word or a short phrase.",
+        {
+            "accuracy": same_words,
+            "relaxed": relaxed,
+            "vqa_score": vqa_score,
+            "anls": anls,
+            "contains": contains,
+        },
+    ),
+    "exact": Kind("", {"accuracy": exact}),
 }
-"""Metrics of the type `vqa` and their rules."""
+"""All types of benchmarks, and the rules each can be scored by."""
 
 
 def normalized(text: str) -> str:

@@ -16,8 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, EvaluationFailed, Judged, Score
-from unidpo.evaluate.own import file_checksum
+from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, EvaluationFailed, Judged, Score, md5_of
 from unidpo.generate.questions import Generation, Part
 
 _LOG = logging.getLogger(__name__)
@@ -190,7 +189,7 @@ class VlmevalBenchmark:
     ) -> None:
         self._name = name
         self.data = data
-        self.checksum = file_checksum(data)
+        self.checksum = md5_of(data)
         self._worker = worker
         self._generation = dict(generation or {})
         self._cache = cache
