@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from unidpo.errors import printable
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, EvaluationFailed, Judged, Score, md5_of
 from unidpo.generate.questions import Generation, Part
 
@@ -93,40 +93,28 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the process and delete its files."""
+    def __exit__(self, *_: object) -> None:
         self._end()
         self._folder.cleanup()
 
     def _end(self) -> None:
         if self._process is not None:
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()  # type: ignore[union-attr]
             self._process.terminate()
-            self._process.wait()
-            self._process.stdout.close()  # type: ignore[union-attr]
+            with contextlib.suppress(OSError):
+                self._process.communicate()
             self._process = None
 
-    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Send a request and wait for its answer.
+    def ask(self, do: str, **request: Any) -> Any:
+        """Send a request and wait for its answer; see `vlmeval_worker`.
 
         Raises:
             EvaluationFailed: the process ended, or VLMEvalKit could not do it.
         """
         self.start()
-        answer = self._exchange(request)
-        if not answer["ok"]:
-            raise EvaluationFailed(f"VLMEvalKit cannot {request['do']} {request['data']}: {answer['error']}")
-        return answer
-
-    def path(self, name: str) -> Path:
-        """A file both processes can read, gone when this is closed."""
-        return Path(self._folder.name) / name
+        answer = self._exchange({"do": do, **request})
+        if "error" in answer:
+            raise EvaluationFailed(f"{request['data']}: VLMEvalKit gives no {do}: {answer['error']}")
+        return answer["ok"]
 
     def start(self) -> None:
         """Import VLMEvalKit, which takes some ten seconds, unless it is done. Raises `EvaluationError`."""
@@ -141,12 +129,11 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                text=True,
                 encoding="utf-8",
                 cwd=self._folder.name,
                 env=environment,
             )
-        self.version = self._exchange(None)["version"]
+        self.version = self._exchange(None)["ok"]
 
     def _exchange(self, request: Mapping[str, Any] | None) -> dict[str, Any]:
         process = self._process
@@ -156,8 +143,7 @@ class Worker:
         line = ""
         with contextlib.suppress(OSError):
             if request is not None:
-                process.stdin.write(json.dumps(request) + "\n")
-                process.stdin.flush()
+                print(json.dumps(request), file=process.stdin, flush=True)
             line = process.stdout.readline()
         if not line:
             self._end()  # the next benchmark gets another one
@@ -226,11 +212,7 @@ class VlmevalBenchmark:
         return self._questions[limit]
 
     def score(self, answers: Mapping[str, str]) -> Score:
-        given, result = self._worker.path(f"{self.name}-answers.json"), self._worker.path(f"{self.name}-score.json")
-        given.write_text(json.dumps(answers), "utf-8")
-        request = {"do": "score", "name": self.name, "data": str(self.data.resolve())}
-        self._worker.ask({**request, "answers": str(given), "to": str(result)})
-        values = json.loads(result.read_text("utf-8"))
+        values = self._worker.ask("score", name=self.name, data=str(self.data.resolve()), answers=answers)
         return Score(**{**values, "judged": [Judged(**each) for each in values["judged"]]})
 
     def _read(self, limit: int | None) -> Iterator[BenchmarkQuestion]:
@@ -238,20 +220,15 @@ class VlmevalBenchmark:
 
         images = (self._cache or default_cache()) / "benchmarks" / f"{self.name}-{self.checksum[:12]}"
         images.mkdir(parents=True, exist_ok=True)
-        to = self._worker.path(f"{self.name}-questions.jsonl")
-        request = {"do": "open", "name": self.name, "data": str(self.data.resolve()), "to": str(to)}
-        reply = self._worker.ask({**request, "images": str(images.resolve()), "limit": limit})
+        request = {"name": self.name, "data": str(self.data.resolve()), "images": str(images.resolve())}
+        rows = self._worker.ask("questions", **request, limit=limit)
         if not self.is_published:
-            _LOG.warning("%s: this is not the file that VLMEvalKit publishes (MD5 %s)", self.data, self.checksum)
-        if reply["lost_options"]:
-            problem = "options read as nothing, such as None or NA, as VLMEvalKit does"
-            _LOG.warning("%s: %d %s", self.data, reply["lost_options"], problem)
+            problem = "this is not the file that VLMEvalKit publishes"
+            _LOG.warning("%s: %s (MD5 %s)", printable(str(self.data)), problem, self.checksum)
         seen: set[str] = set()
-        with to.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                if row["index"] in seen:
-                    raise EvaluationFailed(f"{self.data}: two rows have the index {row['index']}; keep one of them")
-                seen.add(row["index"])
-                parts: tuple[Part, ...] = tuple(p["text"] if "text" in p else Path(p["image"]) for p in row["parts"])
-                yield BenchmarkQuestion(row["index"], parts, row["choices"])
+        for row in rows:
+            if row["index"] in seen:
+                raise EvaluationFailed(f"{self.data}: two rows have the index {row['index']}; keep one of them")
+            seen.add(row["index"])
+            parts: tuple[Part, ...] = tuple(p["text"] if "text" in p else Path(p["image"]) for p in row["parts"])
+            yield BenchmarkQuestion(row["index"], parts, row["choices"])

@@ -1,9 +1,10 @@
 """VLMEvalKit's questions and scorers, in a process of their own. Run by path; imports nothing of unidpo.
 
-Reads one JSON object per line from standard input and answers each with one on standard output:
+Reads one JSON object per line from standard input and answers each with one on standard output, `{"ok": ...}` or
+`{"error": ...}`:
 
-    {"do": "open", "name": "MME", "data": TSV, "images": FOLDER, "limit": null, "to": JSONL}    writes questions
-    {"do": "score", "name": "MME", "data": TSV, "answers": JSON, "to": JSON}                    of an open benchmark
+    {"do": "questions", "name": "MME", "data": TSV, "images": FOLDER, "limit": null}    unpacks the images, too
+    {"do": "score", "name": "MME", "data": TSV, "answers": {INDEX: TEXT}}               after its questions
 
 Importing VLMEvalKit switches certificate checks off, so this process opens no connection at all. Its scorers `eval`
 the answers of a benchmark, and carry tables through Excel files, which change "None" and "007": here they get literals
@@ -14,12 +15,14 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import importlib.util
 import json
 import os
+import runpy
 import socket
 import sys
 import tempfile
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,28 +51,16 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no reply
     sys.addaudithook(refuse_connections)
     kit = Kit()
-    reply(replies, {"ok": True, "version": importlib.metadata.version("ms-vlmeval")})
+    work: dict[str, Callable[..., Any]] = {"questions": kit.questions, "score": kit.score}
+    print(json.dumps({"ok": importlib.metadata.version("ms-vlmeval")}), file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            if request["do"] == "open":
-                answer = kit.open(
-                    request["name"], request["data"], request["images"], request["limit"], Path(request["to"])
-                )
-            else:
-                answer = kit.score(request["name"], request["data"], Path(request["answers"]), Path(request["to"]))
+            answer = {"ok": work[request.pop("do")](**request)}
         except Exception as error:
-            import traceback
-
             traceback.print_exc()
-            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-        reply(replies, answer)
-
-
-def reply(replies: Any, answer: dict[str, Any]) -> None:
-    """One line, at once."""
-    replies.write(json.dumps(answer) + "\n")
-    replies.flush()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=replies, flush=True)
 
 
 def refuse_connections(event: str, arguments: tuple[Any, ...]) -> None:
@@ -92,7 +83,9 @@ class Kit:
         self.pandas = pandas
         self.dataset = vlmeval.dataset
         self.read, write = file.load, file.dump
-        self.prompts = prompt_mixin()
+        # VLMEvalKit's wording for Qwen2-VL, without importing all of its models.
+        wording = runpy.run_path(f"{vlmeval.__path__[0]}/vlm/qwen2_vl/prompt.py")
+        self.prompts = wording["Qwen2VLPromptMixin"]()
         self.opened: dict[str, Any] = {}
         self.tables: dict[str, Any] = {}
         unpack = image_base.decode_base64_to_image_file
@@ -122,29 +115,19 @@ class Kit:
         """In place of VLMEvalKit's own."""
         self.tables[str(path)] = table
 
-    def open(self, name: str, data: str, images: str, limit: int | None, to: Path) -> dict[str, Any]:
-        """Write a benchmark's questions, with the wording VLMEvalKit has for Qwen2-VL, and unpack their images."""
-        cls = getattr(self.dataset, CLASSES[name])
+    def questions(self, name: str, data: str, images: str, limit: int | None) -> list[dict[str, Any]]:
+        """A benchmark's questions, with the wording VLMEvalKit has for Qwen2-VL; their images are unpacked."""
         columns = self.pandas.read_csv(data, sep="\t", nrows=0).columns
         missing = [column for column in ("index", "question", "answer") if column not in columns]
         missing += [] if {"image", "image_path"} & set(columns) else ["image"]
         if missing:
             raise ValueError(f"there is no column {', '.join(missing)}")
-        lost = 0
-
-        def load_data(_: Any, __: str) -> Any:
-            nonlocal lost
-            table = self.read(data)
-            spelled = self.pandas.read_csv(
-                data, sep="\t", dtype=str, keep_default_na=False, usecols=lambda c: c == "answer" or c in list(LETTERS)
-            )
-            # pandas reads an answer "None" as no answer, and a column of "007" as numbers.
-            table["answer"] = spelled["answer"]
-            options = [c for c in spelled.columns if c != "answer"]
-            lost = int(((spelled[options] != "") & table[options].isna()).sum().sum())
-            return table
-
-        dataset = type(cls.__name__, (cls,), {"load_data": load_data})(name)
+        table = self.read(data)
+        # pandas reads an answer "None" as no answer, and a column of "007" as numbers.
+        spelled = self.pandas.read_csv(data, sep="\t", dtype=str, keep_default_na=False, usecols=["answer"])
+        table["answer"] = spelled["answer"]
+        cls = getattr(self.dataset, CLASSES[name])
+        dataset = type(cls.__name__, (cls,), {"load_data": lambda *_: table})(name)
         dataset.img_root = images
         dump_image = dataset.dump_image
 
@@ -157,106 +140,112 @@ class Kit:
 
         dataset.dump_image = dumped
         self.prompts.set_dump_image(dumped)
-        build = self.prompts.build_prompt if self.prompts.use_custom_prompt(name) else None
+        has_wording = self.prompts.use_custom_prompt(name)
 
-        def lines(rows: list[int]) -> str:
-            written = ""
+        def built(rows: list[int]) -> list[dict[str, Any]]:
+            found = []
             for line in (dataset.data.iloc[row] for row in rows):
-                built = dataset.build_prompt(line) if build is None else build(line, name)
-                parts = [{"text" if part["type"] == "text" else "image": str(part["value"])} for part in built]
-                written += (
-                    json.dumps({"index": str(line["index"]), "parts": parts, "choices": choices(name, line)}) + "\n"
-                )
-            return written
+                parts = self.prompts.build_prompt(line, name) if has_wording else dataset.build_prompt(line)
+                parts = [{"text" if part["type"] == "text" else "image": str(part["value"])} for part in parts]
+                found.append({"index": str(line["index"]), "parts": parts, "choices": choices(name, line)})
+            return found
 
-        # Images of a unit may be one file, so a unit is one thread's work.
-        with to.open("w", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for written in pool.map(lines, units_of(name, dataset.data, limit)):
-                file.write(written)
         self.opened[data] = dataset
-        return {"ok": True, "lost_options": lost}
+        # Images of a unit may be one file, so a unit is one thread's work.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return [question for unit in pool.map(built, units_of(name, dataset.data, limit)) for question in unit]
 
-    def score(self, name: str, data: str, answers: Path, to: Path) -> dict[str, Any]:
+    def score(self, name: str, data: str, answers: dict[str, str]) -> dict[str, Any]:
         """Have VLMEvalKit score answers; questions without one are left out."""
         dataset = self.opened[data]
-        given: dict[str, str] = json.loads(answers.read_text("utf-8"))
-        asked = [str(index) in given for index in dataset.data["index"]]
+        asked = [str(index) in answers for index in dataset.data["index"]]
         frame = dataset.data[asked].drop(columns="image", errors="ignore").copy()
-        frame["prediction"] = [given[str(index)] for index in frame["index"]]
+        frame["prediction"] = [answers[str(index)] for index in frame["index"]]
+        read = {
+            "ImageMCQDataset": self.multiple_choice,
+            "ImageYORNDataset": self.yes_or_no,
+            "ImageVQADataset": self.free_answers,
+            "OCRBench": self.ocrbench,
+        }[CLASSES[name]]
         self.tables.clear()
         # The folder stays empty but for a table or two that are written past `dump`.
         with tempfile.TemporaryDirectory() as folder:
             self.dump(frame.copy(), f"{folder}/answers.xlsx")
             table = dataset.evaluate(f"{folder}/answers.xlsx", model="exact_matching", nproc=1)
-            result = getattr(self, f"_{CLASSES[name]}")(name, frame, table, folder)
-        to.write_text(json.dumps({**result, "table": cells(table)}), "utf-8")
+            result = read(name, frame, table, folder)
         self.tables.clear()
-        return {"ok": True}
+        return {"best": 100.0, **result, "table": cells(table)}
 
-    def _ImageMCQDataset(self, name: str, frame: Any, table: Any, folder: str) -> dict[str, Any]:  # noqa: N802
+    def multiple_choice(self, name: str, frame: Any, table: Any, folder: str) -> dict[str, Any]:
+        """A question is right if all its rolls are."""
         from vlmeval.dataset.utils.multiple_choice import prefetch_answer
 
         rows = self.tables[f"{folder}/answers_exact_matching_result.xlsx"]
         hits = {unit_of(name, line): float(line["hit"]) for _, line in rows.iterrows()}
         judged = []
         for _, line in frame.iterrows():
-            said = prefetch_answer(line)
-            unit, matched = unit_of(name, line), bool(said) and said != "Z"
-            row = {"value": hits[unit], "matched": matched, "category": text(line.get("category")), "said": said or ""}
-            judged.append({"index": str(line["index"]), "unit": unit, **row})
+            said = prefetch_answer(line) or ""
+            matched = said not in ("", "Z")
+            judged.append(
+                row(name, line, hits[unit_of(name, line)], said, matched, category=text(line.get("category")))
+            )
         overall = [float(value) for value in table["Overall"]]
-        value = overall[0] if len(overall) == 1 else sum(hits.values()) / len(hits)
-        names = [column for column in table.columns if column not in ("split", "Overall")]
-        parts = {n: 100 * float(table[n].iloc[0]) for n in names} if len(overall) == 1 else {}
+        value, parts = sum(hits.values()) / len(hits), {}
+        if len(overall) == 1:
+            value = overall[0]
+            names = [column for column in table.columns if column not in ("split", "Overall")]
+            parts = {n: 100 * float(table[n].iloc[0]) for n in names}
         metric = "circular accuracy" if name.startswith("MMBench") else "accuracy"
-        return {"metric": metric, "value": 100 * value, "best": 100.0, "parts": parts, "judged": judged}
+        return {"metric": metric, "value": 100 * value, "parts": parts, "judged": judged}
 
-    def _ImageYORNDataset(self, name: str, frame: Any, table: Any, folder: str) -> dict[str, Any]:  # noqa: N802
-        rows = self.tables[f"{folder}/answers_auxmatch.xlsx"]
+    def yes_or_no(self, name: str, frame: Any, table: Any, folder: str) -> dict[str, Any]:
+        """POPE's F1, in which a question counts once for each category it belongs to; MME's sum over categories."""
         judged = []
-        for _, line in rows.iterrows():
-            category = text(line.get("category"))
-            row = {"value": float(line["score"]), "matched": line["extracted"] != "Unknown"}
-            row |= {"truth": line["answer"].lower(), "said": line["extracted"].lower()}
-            row |= {"index": str(line["index"]), "unit": unit_of(name, line)}
-            # POPE counts a question once for each category it belongs to.
-            judged += [{**row, "category": each} for each in (category.split(",") if name == "POPE" else [category])]
+        for _, line in self.tables[f"{folder}/answers_auxmatch.xlsx"].iterrows():
+            category, said, truth = text(line.get("category")), line["extracted"], line["answer"].lower()
+            for each in category.split(",") if name == "POPE" else [category]:
+                matched = said != "Unknown"
+                judged.append(row(name, line, line["score"], said.lower(), matched, category=each, truth=truth))
         if name == "POPE":
-            first = table.iloc[0]
+            first, *others = (line for _, line in table.iterrows())
             parts = {key: float(first[key]) for key in ("acc", "precision", "recall")}
-            parts |= {f"F1 {line['split']}": float(line["Overall"]) for _, line in list(table.iterrows())[1:]}
+            parts |= {f"F1 {line['split']}": float(line["Overall"]) for line in others}
             value = float(first["Overall"])
-            return {"metric": "F1", "value": value, "best": 100.0, "parts": parts, "judged": judged, "statistic": "f1"}
+            return {"metric": "F1", "value": value, "parts": parts, "judged": judged, "statistic": "f1"}
         parts = {column: float(table[column].iloc[0]) for column in table.columns}
         value = parts["perception"] + parts["reasoning"]
-        best = 200.0 * (len(parts) - 2)
-        result = {"metric": "perception + reasoning", "value": value, "best": best, "parts": parts}
+        result = {"metric": "perception + reasoning", "value": value, "best": 200.0 * (len(parts) - 2), "parts": parts}
         return {**result, "judged": judged, "statistic": "mme"}
 
-    def _ImageVQADataset(self, name: str, frame: Any, table: Any, folder: str) -> dict[str, Any]:  # noqa: N802
-        rows = self.tables[f"{folder}/answers_results.xlsx"]
-        best_of = max if name.startswith("ChartQA") else lambda matches: sum(matches) / len(matches)
+    def free_answers(self, name: str, frame: Any, table: Any, folder: str) -> dict[str, Any]:
+        """ChartQA takes the best of the accepted answers, TextVQA the mean over ten people."""
+        is_chart = name.startswith("ChartQA")
         judged = []
-        for _, line in rows.iterrows():
-            value, said = float(best_of(line["eval_match"])), str(line["eval_pred"])
-            row = {"value": value, "matched": bool(said.strip()), "category": text(line.get("split")), "said": said}
-            judged.append({"index": str(line["index"]), "unit": unit_of(name, line), **row})
+        for _, line in self.tables[f"{folder}/answers_results.xlsx"].iterrows():
+            matches, said = line["eval_match"], str(line["eval_pred"])
+            value = max(matches) if is_chart else sum(matches) / len(matches)
+            judged.append(row(name, line, value, said, bool(said.strip()), category=text(line.get("split"))))
         parts = {column: float(table[column].iloc[0]) for column in table.columns}
-        metric = "relaxed accuracy" if name.startswith("ChartQA") else "VQA score"
-        value = parts.pop("Overall")
-        return {"metric": metric, "value": value, "best": 100.0, "parts": parts, "judged": judged}
+        metric = "relaxed accuracy" if is_chart else "VQA score"
+        return {"metric": metric, "value": parts.pop("Overall"), "parts": parts, "judged": judged}
 
-    def _OCRBench(self, name: str, frame: Any, table: Any, folder: str) -> dict[str, Any]:  # noqa: N802
+    def ocrbench(self, name: str, frame: Any, table: Any, folder: str) -> dict[str, Any]:
+        """OCRBench counts right answers, and keeps no record of single ones: each is scored alone once more."""
         judged = []
         for i, (_, line) in enumerate(frame.iterrows()):
-            self.dump(frame.iloc[i : i + 1], f"{folder}/one.xlsx")  # it keeps no record of single answers
-            value = float(self.dataset.OCRBench.evaluate(f"{folder}/one.xlsx")["Final Score"])
+            self.dump(frame.iloc[i : i + 1], f"{folder}/one.xlsx")
+            value = self.dataset.OCRBench.evaluate(f"{folder}/one.xlsx")["Final Score"]
             said = str(line["prediction"])
-            row = {"value": value, "matched": bool(said.strip()), "category": text(line["category"]), "said": said}
-            judged.append({"index": str(line["index"]), "unit": unit_of(name, line), **row})
+            judged.append(row(name, line, value, said, bool(said.strip()), category=text(line["category"])))
         parts = {key: float(value) for key, value in table.items() if not key.startswith("Final Score")}
-        value = float(table["Final Score"])
-        return {"metric": "score", "value": value, "best": float(len(frame)), "parts": parts, "judged": judged}
+        value, best = float(table["Final Score"]), float(len(frame))
+        return {"metric": "score", "value": value, "best": best, "parts": parts, "judged": judged}
+
+
+def row(name: str, line: Any, value: Any, said: str, matched: bool, **more: str) -> dict[str, Any]:
+    """What became of one answer, as `unidpo.evaluate.benchmarks.Judged` has it."""
+    index, unit = str(line["index"]), unit_of(name, line)
+    return {"index": index, "unit": unit, "value": float(value), "matched": matched, "said": said, **more}
 
 
 def choices(name: str, line: Any) -> dict[str, str]:
@@ -300,20 +289,6 @@ def cells(table: Any) -> list[list[str]]:
     if isinstance(table, dict):
         return [list(table), [str(value) for value in table.values()]]
     return [list(map(str, table.columns)), *([str(cell) for cell in row] for row in table.itertuples(index=False))]
-
-
-def prompt_mixin() -> Any:
-    """VLMEvalKit's wording for Qwen2-VL, without importing all of its models."""
-    spec = importlib.util.find_spec("vlmeval")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    path = Path(spec.submodule_search_locations[0]) / "vlm" / "qwen2_vl" / "prompt.py"
-    loading = importlib.util.spec_from_file_location("qwen2_vl_prompt", path)
-    assert loading is not None
-    assert loading.loader is not None
-    module = importlib.util.module_from_spec(loading)
-    loading.loader.exec_module(module)
-    return module.Qwen2VLPromptMixin()
 
 
 def make_torchvision_importable() -> None:
