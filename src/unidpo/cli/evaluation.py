@@ -89,7 +89,9 @@ def evaluation(
 
             from unidpo.evaluate.running import evaluate_all
             from unidpo.generate.questions import LoadOptions
+            from unidpo.run.logs import log_to
 
+            log_to(stages.console)
             found = evaluate_all(
                 named,
                 chosen,

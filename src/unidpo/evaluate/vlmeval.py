@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unidpo.errors import printable
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, EvaluationFailed, Judged, Score, md5_of
 from unidpo.generate.questions import Generation, Part
 
@@ -224,7 +223,7 @@ class VlmevalBenchmark:
         rows = self._worker.ask("questions", **request, limit=limit)
         if not self.is_published:
             problem = "this is not the file that VLMEvalKit publishes"
-            _LOG.warning("%s: %s (MD5 %s)", printable(str(self.data)), problem, self.checksum)
+            _LOG.warning("%s: %s (MD5 %s)", self.data, problem, self.checksum)
         seen: set[str] = set()
         for row in rows:
             if row["index"] in seen:
