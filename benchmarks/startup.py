@@ -162,7 +162,7 @@ def measure(data: Path) -> dict[str, Any]:
     from rich.console import Console
 
     import unidpo
-    from unidpo.cache.store import content_keys
+    from unidpo.cache.keys import content_keys
     from unidpo.config import recipe_from
     from unidpo.model.encode import Encoder, plain_positions
     from unidpo.model.load import load_processor
@@ -189,7 +189,7 @@ def measure(data: Path) -> dict[str, Any]:
             from unidpo.run_folder.inputs import Inputs
 
             record = Inputs(data.parent, resume=False)
-            staged(stages, "digests", lambda: record.see_data(groups, held_out, [(str(data), 1.0)]))
+            staged(stages, "digests", lambda: record.check_data(groups, held_out, [(str(data), 1.0)]))
         keys = staged(stages, "keys", lambda: content_keys([*fitted[0].groups, *fitted[1].groups]))
     stages["together"] = since(start)
     result = [

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText, TrainingArguments
 
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
-from unidpo.cache.store import weights_fingerprint
+from unidpo.cache.keys import weights_fingerprint
 from unidpo.config import LoraSection
 from unidpo.errors import ModelError
 from unidpo.losses import DPO, SimPO, UniDPO

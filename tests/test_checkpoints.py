@@ -221,7 +221,7 @@ def test_where_there_is_no_checkpoint_nothing_is_resumed(make):
 
 
 def test_a_reference_pass_asked_to_stop_keeps_what_it_has(make, out, monkeypatch, caplog):
-    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)
+    monkeypatch.setattr("unidpo.cache.reference.ReferencePass.batch_tokens", 1)
     caplog.set_level("INFO", "unidpo")
     trainer = make(
         on_progress=lambda stage, *done: trainer.request_stop() if done == (4, 8) and "ref" in stage else None
@@ -231,7 +231,7 @@ def test_a_reference_pass_asked_to_stop_keeps_what_it_has(make, out, monkeypatch
     assert not [record for record in trainer.state.log_history if "loss" in record]
     make().train()
     assert "reference: 6 responses found" in caplog.text
-    assert "2 computed" in caplog.text
+    assert "2 to compute" in caplog.text
 
 
 def test_a_checkpoint_does_not_ask_for_pack_attention(make, out):

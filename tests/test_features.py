@@ -1,25 +1,27 @@
 """Features of images, computed once: shared by policy and reference, kept on disk, and equal to the plain path."""
 
 import functools
+import platform
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-import unidpo.cache.feature_store
+import unidpo.model.policy
 from families import FAMILIES, Float64, difference, load_family, measure, pack_attention, prompts, save_family
 from trainers import lora, some_groups, trainer_of
 from unidpo import DPO
-from unidpo.cache.feature_pass import FeaturePass, _Share, features_problem
-from unidpo.cache.feature_store import FeatureStore, vision_fingerprint
-from unidpo.cache.store import content_keys, numbers_folder
+from unidpo.cache.features import FeaturePass, FeatureStore
+from unidpo.cache.keys import content_keys, vision_fingerprint
+from unidpo.cache.store import numbers_folder
+from unidpo.cache.stored_pass import _Outcome
 from unidpo.config import recipe_from
 from unidpo.errors import ImageError, ModelError, RecipeError, UserError
 from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.load import freeze, load_policy
 from unidpo.model.logps import response_logps
-from unidpo.model.pack_check import padded_rows
+from unidpo.model.pack_check import features_problem, padded_rows
 from unidpo.model.packs import pack
 from unidpo.model.policy import Policy
 from worlds import GOLDEN, group, tiny_policy
@@ -197,15 +199,15 @@ def test_a_vision_tower_that_learns_shares_nothing(tmp_path, towers):
 
 
 def test_a_killed_pass_goes_on_where_its_parts_end(groups, tmp_path, towers, monkeypatch):
-    monkeypatch.setattr("unidpo.cache.feature_pass.PASS_IMAGE_TOKENS", 1)  # a forward per prompt
-    monkeypatch.setattr("unidpo.cache.feature_store.FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(FeaturePass, "batch_tokens", 1)  # a forward per prompt
+    monkeypatch.setattr("unidpo.cache.store.FLUSH_SECONDS", -1.0)
     model, _, encoder = tiny_policy()
     folder, left = tmp_path / "features", tmp_path / "left" / "features"
 
     def kill(done, total):
         if done == 2:  # what a kill leaves: parts, and one that was being written
             shutil.copytree(folder, left)
-            (left / f".{unidpo.cache.store.platform.node()}-{2**22 + 1}-ab.tmp").write_bytes(b"half a part")
+            (left / f".{platform.node()}-{2**22 + 1}-ab.unfinished").write_bytes(b"half a part")
 
     kept(model, encoder, groups, folder, on_progress=kill)
     said = []
@@ -216,7 +218,7 @@ def test_a_killed_pass_goes_on_where_its_parts_end(groups, tmp_path, towers, mon
 
 
 def test_an_interrupted_pass_keeps_what_it_had(groups, tmp_path, monkeypatch):
-    monkeypatch.setattr("unidpo.cache.feature_pass.PASS_IMAGE_TOKENS", 1)
+    monkeypatch.setattr(FeaturePass, "batch_tokens", 1)
     model, _, encoder = tiny_policy()
 
     def interrupt(done, total):
@@ -275,9 +277,9 @@ def test_room_is_seen_to_before_anything_is_computed(groups, tmp_path, monkeypat
     size = sum(part.stat().st_size for part in (tmp_path / "features").iterdir())
     (announced,) = [record for record in caplog.messages if "they take about" in record]
     number, unit = announced.split("about ")[1].split()[:2]
-    assert size == pytest.approx(float(number) * {"KiB": 1024}[unit], rel=0.3)
+    assert size == pytest.approx(float(number) * {"kB": 1000}[unit], rel=0.3)
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 99, 99))
-    with pytest.raises(UserError, match=r"need about .* 3 prompts, and the disk has 99 B free; .*UNIDPO_CACHE"):
+    with pytest.raises(UserError, match=r"need about .* 3 prompts, and the disk has 99 bytes free; .*UNIDPO_CACHE"):
         kept(model, encoder, groups, tmp_path / "full")
     assert not (tmp_path / "full").exists()
 
@@ -289,9 +291,9 @@ def test_what_stops_another_process_stops_this_one_and_what_it_had_is_kept(group
     problem = UserError("the disk of another process is full")
 
     def gather(values):
-        return [*values, _Share(problem=problem)] if isinstance(values[0], _Share) else values
+        return [*values, _Outcome(0, [], problem=problem)] if isinstance(values[0], _Outcome) else values
 
-    monkeypatch.setattr("unidpo.cache.feature_pass.gather", gather)
+    monkeypatch.setattr("unidpo.cache.stored_pass.gather", gather)
     model, _, encoder = tiny_policy()
     with pytest.raises(UserError, match="of another process"):
         kept(model, encoder, groups, tmp_path / "features")
@@ -299,8 +301,8 @@ def test_what_stops_another_process_stops_this_one_and_what_it_had_is_kept(group
 
 
 def test_a_folder_that_another_process_does_not_see_is_refused_before_the_pass(groups, tmp_path, monkeypatch, towers):
-    elsewhere = iter([True, False])  # nothing to see at first; then the new folder
-    monkeypatch.setattr("unidpo.cache.feature_store.gather", lambda values: [*values, next(elsewhere)])
+    elsewhere = iter([{}, [], False])  # no part at first; then the new folder, which must be there
+    monkeypatch.setattr("unidpo.cache.features.gather", lambda values: [*values, next(elsewhere)])
     model, _, encoder = tiny_policy()
     with pytest.raises(UserError, match="not every process sees this folder"):
         kept(model, encoder, groups, tmp_path / "features")
@@ -309,8 +311,10 @@ def test_a_folder_that_another_process_does_not_see_is_refused_before_the_pass(g
 
 
 def test_images_that_another_process_alone_does_not_see_are_an_error_in_all(groups, tmp_path, monkeypatch):
-    elsewhere = [ImageError("0-0.png: no such file")]
-    monkeypatch.setattr("unidpo.cache.feature_pass.gather", lambda values: [*values, *elsewhere])
+    def gather(values):
+        return [None, ImageError("0-0.png: no such file")] if values == [None] else values
+
+    monkeypatch.setattr("unidpo.cache.features.gather", gather)
     model, _, encoder = tiny_policy()
     with pytest.raises(ImageError, match="no such file"):
         kept(model, encoder, groups, tmp_path / "features")
@@ -320,11 +324,12 @@ def test_what_others_wrote_is_found_though_the_folder_does_not_list_it(groups, t
     model, _, encoder = tiny_policy()
     folder = tmp_path / "features"
     theirs = kept(model, encoder, groups[:1], folder).store
-    monkeypatch.setattr("unidpo.cache.feature_store.gather", lambda values: [*values, theirs._places])
+    monkeypatch.setattr("unidpo.cache.features.gather", lambda values: [*values, theirs.index])
     ours = FeatureStore(folder, {})
-    monkeypatch.setattr("unidpo.cache.feature_store.require_seen", lambda *_: None)
-    (key,) = theirs._places
-    assert key in ours.with_those_of_others()
+    monkeypatch.setattr(FeatureStore, "require_seen", lambda _: None)
+    (key,) = theirs.index
+    ours.merge()
+    assert key in ours
 
 
 # --- what features depend on -----------------------------------------------------------------------------------------
@@ -347,7 +352,7 @@ def test_the_folder_depends_on_tower_projector_and_encoder_and_not_on_the_langua
     assert changed("model.language_model.norm.weight") == before
     smaller = Encoder(processor, prompt_positions(model), max_pixels=56 * 56)
     cases = [(encoder, torch.float32), (smaller, torch.float32), (encoder, torch.bfloat16)]
-    assert len({numbers_folder(tmp_path, "features", before, how, arithmetic=kind) for how, kind in cases}) == 3
+    assert len({numbers_folder(tmp_path, "features", before, how, compute_dtype=kind) for how, kind in cases}) == 3
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -364,7 +369,7 @@ def test_features_of_trainable_parts_are_not_kept(tmp_path, options):
 
 def test_a_model_whose_forward_takes_no_features_cannot_keep_them(groups, tmp_path, monkeypatch):
     model, _, encoder = tiny_policy()
-    monkeypatch.setattr("unidpo.cache.feature_pass.takes_features", lambda model: False)
+    monkeypatch.setattr("unidpo.model.pack_check.takes_features", lambda model: False)
     with pytest.raises(ModelError, match=r"takes none.*data\.cache_image_features=false"):
         kept(model, encoder, groups, tmp_path / "features")
 
@@ -388,5 +393,5 @@ def test_a_recipe_that_keeps_features_of_what_learns_is_refused():
     recipe_from(plain)
     learning = plain | {"model": {"name": "m", "freeze": ["vision"]}}
     recipe_from(learning | {"lora": {}})
-    with pytest.raises(RecipeError, match=r"`data.cache_image_features`: .* they learn: set `model.freeze:"):
+    with pytest.raises(RecipeError, match=r"`data.cache_image_features`: .*set `model.freeze:"):
         recipe_from(learning)

@@ -9,11 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from test_train import metrics_of, rows_of, unidpo, write_recipe, write_rows
 from trainers import some_groups, trainer_of
-from unidpo.cache.feature_pass import FeaturePass
-from unidpo.cache.feature_store import FeatureStore
-from unidpo.cache.logps import LogpStore, is_logp
-from unidpo.cache.reference import ReferencePass, _Scored
-from unidpo.cache.store import content_keys
+from unidpo.cache.features import FeaturePass, FeatureStore
+from unidpo.cache.keys import content_keys
+from unidpo.cache.reference import Logp, LogpStore, ReferencePass
+from unidpo.cache.stored_pass import _Outcome
 from unidpo.data.lost_rows import LostRows
 from unidpo.data.pairs import Pair
 from unidpo.errors import DataError, Finding, ModelError, TrainingError
@@ -55,8 +54,8 @@ def test_a_reference_that_gives_nan_stops_the_run_and_nothing_is_stored(broken_m
     data = write_rows(tmp_path, rows_of(4)) | SKIP
     code, printed = unidpo("train", write_recipe(tmp_path, data=data), f"reference={broken_model}")
     assert code == 2
-    assert "the reference gives 8 of 8 responses no log-probability" in printed
-    assert "pairs.json, row 4: the log-probability of a response is nan and nan" in printed
+    assert "the reference gives no log-probabilities" in printed
+    assert "pairs.json, row 4: the log-probability of a response is nan" in printed
     assert "model.dtype=bfloat16" in printed
     assert "skipped" not in printed
     assert nothing_was_logged(tmp_path / "run")
@@ -78,7 +77,7 @@ def test_a_policy_that_gives_nan_stops_before_its_first_step(broken_model, tmp_p
         assert "look at its weights" in printed
     else:
         assert code == 2
-        assert "row 4: the log-probability of a response is nan and nan" in printed
+        assert "row 4: the log-probability of a response is nan" in printed
     assert "skipped" not in printed
     assert nothing_was_logged(tmp_path / "run")
     assert parts(tmp_path / "unidpo-cache") == []
@@ -150,7 +149,7 @@ def test_a_step_without_a_pair_stops_the_run_and_no_loss_of_it_is_logged(tmp_pat
 
 
 def reference_pass(model, encoder, groups, folder, **options):
-    reference = ReferencePass(Policy(model, model), encoder, pack, torch.device("cpu"), **options)
+    reference = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), layout=pack, **options)
     return reference.logps(groups, content_keys(groups).responses, folder)
 
 
@@ -175,7 +174,7 @@ def test_a_number_that_is_no_log_probability_names_its_row_and_the_others_are_ke
         return logps
 
     monkeypatch.setattr(Policy, "response_logps", one_is_wrong)
-    with pytest.raises(ModelError, match="1 of 6 responses no log-prob") as raised:
+    with pytest.raises(ModelError, match="gives no log-prob") as raised:
         reference_pass(*packs, groups, tmp_path)
     (finding,) = raised.value.findings
     assert finding.row == 2
@@ -184,21 +183,17 @@ def test_a_number_that_is_no_log_probability_names_its_row_and_the_others_are_ke
 
 
 def test_rounding_above_0_is_a_log_probability():
-    assert is_logp(3e-6, 3)
-    assert not is_logp(3e-6, 0)
-    assert not is_logp(1.0, 1000)
+    assert Logp(3e-6, 3).is_valid
+    assert not Logp(3e-6, 0).is_valid
+    assert not Logp(1.0, 1000).is_valid
 
 
 def test_what_another_process_computes_wrong_stops_this_one_too(packs, tmp_path, monkeypatch):
     groups = some_groups(2)
     keys = content_keys(groups).responses
-    theirs = _Scored([(keys[1][0], float("nan"), 4), (keys[1][1], -3.0, 4)], [], [])
-
-    def gather(values):
-        return [*values, theirs] if isinstance(values[0], _Scored) else values
-
-    monkeypatch.setattr("unidpo.cache.reference.gather", gather)
-    monkeypatch.setattr("unidpo.cache.reference.world_size", lambda: 2)
+    theirs = _Outcome(2, [], {keys[1][1]: Logp(-3.0, 4)}, problem=ModelError("pairs.json, row 2: no number"))
+    monkeypatch.setattr("unidpo.cache.stored_pass.gather", lambda values: [*values, theirs])
+    monkeypatch.setattr("unidpo.cache.stored_pass.world_size", lambda: 2)
     with pytest.raises(ModelError, match="row 2"):
         reference_pass(*packs, groups, tmp_path)
     assert len(LogpStore(tmp_path)) == 3
@@ -207,6 +202,7 @@ def test_what_another_process_computes_wrong_stops_this_one_too(packs, tmp_path,
 def test_features_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
     model, _, encoder = tiny_policy()
     groups = some_groups(3)
+    keys = content_keys(groups)
     right = Policy.image_features
 
     def one_is_wrong(self, vision):
@@ -218,9 +214,9 @@ def test_features_that_are_no_numbers_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(Policy, "image_features", one_is_wrong)
     features = FeaturePass(Policy(model, model), encoder, torch.device("cpu"))
     with pytest.raises(ModelError, match="features of images are no finite numbers") as raised:
-        features.run(groups, content_keys(groups), tmp_path)
+        features.run(groups, keys, tmp_path)
     assert [finding.row for finding in raised.value.findings] == [2]
-    assert len(FeatureStore(tmp_path)) == 0
+    assert {*FeatureStore(tmp_path).index} == {keys.prompts[0], keys.prompts[2]}
 
 
 def test_held_out_pairs_whose_loss_is_no_number_stop_the_run(tmp_path, monkeypatch):

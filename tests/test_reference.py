@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unidpo.cache.logps import LogpStore
-from unidpo.cache.reference import ReferencePass, lookup
-from unidpo.cache.store import UNREADABLE, content_keys, default_cache, numbers_folder, weights_fingerprint
+from unidpo.cache.keys import UNREADABLE, content_keys, weights_fingerprint
+from unidpo.cache.reference import LogpStore, ReferencePass
+from unidpo.cache.store import default_cache, numbers_folder
 from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.model.attention import PACK_ATTENTION, set_text_attention
 from unidpo.model.load import load_config, load_policy
@@ -46,25 +46,29 @@ def keys_of(groups):
     return keys.responses
 
 
+def lookup(store, keys):
+    return [store.lookup(of_group) for of_group in keys]
+
+
 def fill(policy, store, groups, *, layout=pack, keys=None, **options):
+    """Compute what is missing; returns how many that were."""
     model, encoder = policy
-    keys = keys or keys_of(groups)
-    reference_pass = ReferencePass(Policy(model, model), encoder, layout, torch.device("cpu"), **options)
-    return reference_pass.run(groups, keys, store)
+    before = len(store)
+    reference_pass = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), layout=layout, **options)
+    reference_pass.fill(store, reference_pass.plan(groups, keys or keys_of(groups), store))
+    return len(store) - before
 
 
 @pytest.fixture
 def filled(policy, groups, tmp_path):
     store = LogpStore(tmp_path / "store")
-    counts = fill(policy, store, groups)
-    assert (counts.found, counts.computed) == (0, 20)
+    assert fill(policy, store, groups) == 20
     return store
 
 
 def test_a_second_pass_finds_everything_and_runs_nothing(policy, groups, filled, forwards):
     again = LogpStore(filled.folder)
-    counts = fill(policy, again, groups)
-    assert (counts.found, counts.computed) == (20, 0)
+    assert fill(policy, again, groups) == 0
     assert forwards == []
     assert all(
         torch.equal(a, b) for a, b in zip(lookup(again, keys_of(groups)), lookup(filled, keys_of(groups)), strict=True)
@@ -74,15 +78,14 @@ def test_a_second_pass_finds_everything_and_runs_nothing(policy, groups, filled,
 def test_only_new_rows_are_computed(policy, groups, filled):
     new = group(images=1, responses=(4, 2), seed=99, row=11)
     said = []
-    counts = fill(policy, LogpStore(filled.folder), [*groups, new], on_progress=lambda *done: said.append(done))
-    assert (counts.found, counts.computed) == (20, 2)
+    assert fill(policy, LogpStore(filled.folder), [*groups, new], on_progress=lambda *done: said.append(done)) == 2
     assert said == [(0, 2), (2, 2)]
 
 
 def test_a_new_response_to_a_known_prompt_is_computed_alone(policy, groups, filled):
     longer = replace(groups[1], responses=(*groups[1].responses, Response("quite another answer", 1.0)))
     store = LogpStore(filled.folder)
-    assert fill(policy, store, [longer]).computed == 1
+    assert fill(policy, store, [longer]) == 1
     model, encoder = policy
     with torch.no_grad():
         live = response_logps(model, pack([encoder.encode(longer)]))
@@ -90,7 +93,7 @@ def test_a_new_response_to_a_known_prompt_is_computed_alone(policy, groups, fill
 
 
 def test_an_interrupted_pass_keeps_what_it_had_and_goes_on(policy, groups, tmp_path, monkeypatch, forwards):
-    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)  # a forward pass per group
+    monkeypatch.setattr(ReferencePass, "batch_tokens", 1)  # a forward pass per group
 
     def interrupt(done, total):
         if done == 8:
@@ -100,8 +103,7 @@ def test_an_interrupted_pass_keeps_what_it_had_and_goes_on(policy, groups, tmp_p
         fill(policy, LogpStore(tmp_path), groups, on_progress=interrupt)
     assert len(forwards) == 4
     assert len(LogpStore(tmp_path)) == 8
-    counts = fill(policy, LogpStore(tmp_path), groups)
-    assert (counts.found, counts.computed) == (8, 12)
+    assert fill(policy, LogpStore(tmp_path), groups) == 12
     assert len(forwards) == 10
 
 
@@ -121,16 +123,16 @@ def test_an_interrupted_pass_leaves_the_model_in_its_mode(policy, groups, tmp_pa
 
 
 def test_long_passes_reach_the_disk_as_they_go(policy, groups, tmp_path, monkeypatch):
-    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)
-    monkeypatch.setattr("unidpo.cache.reference.FLUSH_SECONDS", -1.0)
+    monkeypatch.setattr(ReferencePass, "batch_tokens", 1)
+    monkeypatch.setattr("unidpo.cache.store.FLUSH_SECONDS", -1.0)
     on_disk = []
     fill(policy, LogpStore(tmp_path), groups[:3], on_progress=lambda *_: on_disk.append(len(LogpStore(tmp_path))))
     assert on_disk == [0, 0, 2, 4]
 
 
-@pytest.mark.parametrize("pass_tokens", [1, 150, 8192])
-def test_stored_equals_live(policy, groups, tmp_path, monkeypatch, pass_tokens):
-    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", pass_tokens)
+@pytest.mark.parametrize("batch_tokens", [1, 150, 8192])
+def test_stored_equals_live(policy, groups, tmp_path, monkeypatch, batch_tokens):
+    monkeypatch.setattr(ReferencePass, "batch_tokens", batch_tokens)
     model, encoder = policy
     store = LogpStore(tmp_path)
     fill(policy, store, groups)
@@ -150,12 +152,13 @@ def test_the_padded_path_stores_the_same_numbers(groups, filled, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
-def test_a_response_that_stands_twice_is_computed_once(policy, tmp_path):
+def test_a_response_that_stands_twice_is_computed_once(policy, tmp_path, caplog):
     one = group(responses=(2, 3), seed=5)
     two = replace(one, responses=(one.responses[0], replace(one.responses[1], score=1.5)), pairs=(Pair(0, 1, 2),))
-    counts = fill(policy, LogpStore(tmp_path), [one, two])
-    assert counts.computed == 2
-    assert counts.found == 0, "nothing was stored before"
+    with caplog.at_level("INFO", "unidpo"):
+        fill(policy, LogpStore(tmp_path), [one, two])
+    assert "0 responses found" in caplog.text, "nothing was stored before"
+    assert "2 to compute" in caplog.text
 
 
 def test_nothing_new_writes_no_part(policy, groups, filled):
@@ -168,30 +171,28 @@ def test_two_writers_do_not_lose_each_others_numbers(policy, groups, tmp_path):
     first, second = LogpStore(tmp_path), LogpStore(tmp_path)
     fill(policy, first, groups[:2])
     fill(policy, second, groups[2:4])
-    assert fill(policy, LogpStore(tmp_path), groups[:4]).computed == 0
+    assert fill(policy, LogpStore(tmp_path), groups[:4]) == 0
 
 
 def test_a_part_that_was_never_finished_is_ignored(policy, groups, filled):
-    (filled.folder / ".0123456789abcdef.tmp").write_bytes(b"PAR1 half a part")
+    (filled.folder / ".0123456789abcdef.unfinished").write_bytes(b"PAR1 half a part")
     assert len(LogpStore(filled.folder)) == 20
 
 
-def test_a_group_that_is_lost_has_no_numbers_and_one_that_is_missing_is_a_bug(groups, filled):
+def test_a_group_that_is_lost_has_no_numbers(groups, filled):
     known, other = keys_of(groups)[:2]
-    first, second, unreadable = lookup(filled, [known, other, [UNREADABLE] * 2], lost=[other[1]])
+    first, second, unreadable = lookup(filled, [known, [other[0], b"0" * 16], [UNREADABLE] * 2])
     assert first.isfinite().all()
     assert second is None
     assert unreadable is None
-    with pytest.raises(KeyError):
-        lookup(filled, [[known[0], b"0" * 16]])
 
 
-def test_a_stand_in_changes_no_number_and_has_none(policy, groups, filled, tmp_path):
+def test_a_dummy_group_changes_no_number_and_has_none(policy, groups, filled, tmp_path):
     store = LogpStore(tmp_path / "joined")
-    stand_in = policy[1].encode(group(images=1, responses=(1, 1, 1), seed=77))
+    dummy_group = policy[1].encode(group(images=1, responses=(1, 1, 1), seed=77))
     text = groups[0::2]
     assert not any(one.images for one in text)
-    assert fill(policy, store, text, stand_in=stand_in).computed == 10
+    assert fill(policy, store, text, dummy_group=dummy_group) == 10
     assert len(store) == 10
     for ours, theirs in zip(lookup(store, keys_of(text)), lookup(filled, keys_of(text)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
@@ -199,7 +200,7 @@ def test_a_stand_in_changes_no_number_and_has_none(policy, groups, filled, tmp_p
 
 def test_a_shared_store_holds_what_is_asked_for(groups, filled):
     keys = keys_of(groups[2:5])
-    store = LogpStore.shared(filled.folder, [*keys, [b"0" * 16, UNREADABLE]])
+    store = LogpStore.shared(filled.folder, [*keys[0], *keys[1], *keys[2], b"0" * 16, UNREADABLE])
     assert len(store) == 6
     assert all(torch.equal(a, b) for a, b in zip(lookup(store, keys), lookup(filled, keys), strict=True))
 
@@ -210,13 +211,13 @@ def test_a_row_that_goes_bad_before_its_turn_is_told_and_the_others_are_computed
     groups[1] = replace(groups[1], images=(path,))
     keys, told = keys_of(groups), []
     path.unlink()
-    store = LogpStore(tmp_path / "store")
-    counts = fill(policy, store, groups, keys=keys, on_lost=told.append)
-    assert counts.computed == 4
+    model, encoder = policy
+    reference_pass = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), on_lost=told.append, layout=pack)
+    logps = reference_pass.logps(groups, keys, tmp_path / "store")
     ((lost,),) = told
     assert lost.row == 2
     assert "here.png" in lost.message
-    assert [logps is None for logps in lookup(store, keys, counts.lost)] == [False, True, False]
+    assert [each is None for each in logps] == [False, True, False]
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def test_the_attention_in_use_is_no_part_of_the_weights(policy):
     assert weights_fingerprint(policy[0]) == weights_fingerprint(load_policy(GOLDEN / "model"))
 
 
-def test_the_folder_depends_on_model_encoder_and_arithmetic(policy, tmp_path):
+def test_the_folder_depends_on_model_encoder_and_compute_dtype(policy, tmp_path):
     encoder = policy[1]
     other = tiny_policy()[2]
     other.max_length = 99
@@ -330,7 +331,7 @@ def test_the_folder_depends_on_model_encoder_and_arithmetic(policy, tmp_path):
         ("aa", encoder, torch.bfloat16),
         ("aa", other, torch.float32),
     ]
-    folders = {numbers_folder(tmp_path, "reference", name, how, arithmetic=kind) for name, how, kind in cases}
+    folders = {numbers_folder(tmp_path, "reference", name, how, compute_dtype=kind) for name, how, kind in cases}
     assert len(folders) == 4
     assert {folder.parent for folder in folders} == {tmp_path / "reference"}
 

@@ -135,9 +135,13 @@ CHANGES = {
     "two rows swapped": (
         rewritten(lambda rows: swapped(rows, 2, 8)),
         (),
-        FILE + "order of the rows: rows 3, 9 (2 rows) stand elsewhere",
+        FILE + "order of the rows, or which are held out: rows 3, 9 (2 rows)",
     ),
-    "all rows reversed": (rewritten(lambda rows: rows[::-1]), (), "order of the rows: rows 1, 2, 3, 4"),
+    "all rows reversed": (
+        rewritten(lambda rows: rows[::-1]),
+        (),
+        "order of the rows, or which are held out: rows 1, 2, 3, 4",
+    ),
     "a prompt": (with_keys(3, instruction="<image>Which?"), (), FILE + "prompt text of row 4"),
     "a system prompt": (with_keys(3, system="Be brief."), (), FILE + "prompt text of row 4"),
     "a response": (with_keys(3, rejected="Nothing."), (), FILE + "responses of row 4"),
@@ -147,15 +151,19 @@ CHANGES = {
         FILE + "responses of row 4",
     ),
     "the two responses of a row": (rewritten(responses_swapped), (), FILE + "responses of row 6"),
-    "fewer rows": (rewritten(lambda rows: rows[:8]), (), "4 rows fewer (8, and 12 at the start)"),
-    "a row more": (rewritten(lambda rows: [*rows, rows_of(13)[12]]), (), "1 row more (13, and 12 at the start)"),
-    "doubled rows": (rewritten(lambda rows: rows * 2), (), "12 rows more (24, and 12 at the start)"),
+    "fewer rows": (rewritten(lambda rows: rows[:8]), (), FILE + "rows 9, 10, 11, 12 (4 rows) gone"),
+    "a row more": (rewritten(lambda rows: [*rows, rows_of(13)[12]]), (), FILE + "row 13 added"),
+    "doubled rows": (
+        rewritten(lambda rows: rows * 2),
+        (),
+        FILE + "rows 13, 14, 15, 16, 17, 18, 19, 20, ... (12 rows) added",
+    ),
     "a heavier source": (
         None,
         ["data.path=[{path: data/pairs.json, weight: 2}]"],
-        "12 rows more (24, and 12 at the start)",
+        FILE + "rows 1, 2, 3, 4, 5, 6, 7, 8, ... (12 rows) added",
     ),
-    "another file": (another_file, ["data.path=data/other.json"], "data/other.json: "),
+    "another file": (another_file, ["data.path=data/other.json"], "data/other.json: row 12 added"),
     "a repainted image": (repainted, (), FILE + "images of row 5"),
     "an image of another row": (
         rewritten(lambda rows: rows[3].update(images=rows[4]["images"])),
@@ -296,10 +304,10 @@ def test_whatever_is_moved_lost_or_doubled_is_found(tmp_path, seed):
 
     before, now = list(range(8)), chance.choices(range(8), k=chance.randint(6, 10))
     for again in (rows(before), rows(before)[::-1]):  # the order in which groups come is no matter of the data
-        Inputs(tmp_path, resume=again[0].pairs[0].row > 1).see_data(again, [], [])
+        Inputs(tmp_path, resume=again[0].pairs[0].row > 1).check_data(again, [], [])
     if now != before:
         with pytest.raises(RunError, match="row"):
-            Inputs(tmp_path, resume=True).see_data(rows(now), [], [])
+            Inputs(tmp_path, resume=True).check_data(rows(now), [], [])
 
 
 # --- damaged checkpoints ----------------------------------------------------------------------------------------------
@@ -389,7 +397,7 @@ def test_where_no_checkpoint_is_whole_the_run_is_not_begun_anew(world, carry_out
     before = everything(world / "run")
     code, printed = unidpo("train", "recipe.yaml", "--resume")
     assert code == 2
-    assert "run: there is no checkpoint to go on from" in printed
+    assert "run: there is no checkpoint to resume from" in printed
     assert all(problem in printed for problem in said)
     assert everything(world / "run") == before
 

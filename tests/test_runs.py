@@ -221,7 +221,7 @@ class TestLedger:
         ledger = Ledger(tmp_path / "pairs.parquet")
         with pytest.raises(ValueError, match="sore"):
             ledger.add(visits([1]) | {"sore": [1.0]})
-        with pytest.raises(ValueError, match="different lengths"):
+        with pytest.raises(ValueError, match="expected length 1 but got length 2"):
             ledger.add(visits([1]) | {"loss": [1.0, 2.0]})
         with pytest.raises(ValueError, match=r"without values.*loss"):
             ledger.add(visits([1]) | {"loss": None})

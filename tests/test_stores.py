@@ -8,8 +8,8 @@ import subprocess
 import pytest
 import torch
 
-from unidpo.cache.feature_store import FeatureStore
-from unidpo.cache.logps import LogpStore
+from unidpo.cache.features import FeatureStore, record
+from unidpo.cache.reference import Logp, LogpStore
 from unidpo.cache.store import numbers_folder
 from unidpo.errors import UserError
 from unidpo.model.features import image_features
@@ -25,15 +25,14 @@ def world():
 
 def logps(folder, world, of=b"a"):
     store = LogpStore(folder)
-    for number in range(100):
-        store.add(of + number.to_bytes(15), -1.0, 1)
+    store.add({of + number.to_bytes(15): Logp(-1.0, 1) for number in range(100)})
     return store
 
 
 def features(folder, world, of=b"a"):
     model, _, prompt = world
     store = FeatureStore(folder)
-    store.add(of + b"key of a prompt", prompt, image_features(model, prompt.vision))
+    store.add({of + b"key of a prompt": record(prompt, image_features(model, prompt.vision))})
     return store
 
 
@@ -57,8 +56,8 @@ def test_a_disk_without_room_is_named_and_nothing_half_written_stays(filled, wor
 def test_what_a_living_process_is_writing_is_left_and_a_dead_ones_is_removed(store, tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    writing = {pid: tmp_path / f".{platform.node()}-{pid}-part-1.tmp" for pid in (os.getpid(), dead.pid)}
-    elsewhere = tmp_path / f".another-{platform.node()}-{dead.pid}-part-1.tmp"
+    writing = {pid: tmp_path / f".{platform.node()}-{pid}-part-1.unfinished" for pid in (os.getpid(), dead.pid)}
+    elsewhere = tmp_path / f".another-{platform.node()}-{dead.pid}-part-1.unfinished"
     for part in (*writing.values(), elsewhere):
         part.touch()
     store(tmp_path)
@@ -75,7 +74,7 @@ def test_a_folder_that_cannot_be_made_is_named(filled, world, tmp_path):
 @pytest.mark.parametrize("kind", ["reference", "features"])
 def test_numbers_of_another_version_are_not_found(kind, world, tmp_path, monkeypatch):
     def folder():
-        return numbers_folder(tmp_path, kind, "aa", world[1], arithmetic=torch.float32)
+        return numbers_folder(tmp_path, kind, "aa", world[1], compute_dtype=torch.float32)
 
     before = folder()
     assert before == folder()

@@ -250,7 +250,7 @@ methods:
 """
         path = sweep_file(text)
         assert unidpo_command("train", "--sweep", path) == 0
-        found = re.findall(r"reference: (\d+) responses found in .*, (\d+) computed", capfd.readouterr().err)
+        found = re.findall(r"reference: (\d+) responses found in .*, (\d+) to compute", capfd.readouterr().err)
         assert found == [("0", "96"), ("96", "0")]
         summary = (out / "summary.md").read_text()
         for name, loss in {"tiny": "uni_dpo", "dpo": "dpo"}.items():

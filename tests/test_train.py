@@ -122,7 +122,7 @@ def test_what_a_run_prints(finished):
     for line in (
         "training on 48 pairs of 48 groups",
         "reference: 0 responses found",
-        "96 computed",
+        "96 to compute",
         "tokenizing, groups: 48/48",
         "reference, responses: 96/96",
         "training, pairs: 48/48",
@@ -201,7 +201,7 @@ def test_a_second_run_finds_the_reference(finished, tmp_path, monkeypatch):
     others = ("loss.beta=1.0", "loss.perf_gamma=1.5", "loss.quality_eta=0.3")
     code, printed = unidpo("train", write_recipe(tmp_path), *others, "train.max_steps=1")
     assert code == 0
-    assert re.search(r"reference: 96 responses found in .*, 0 computed", printed)
+    assert re.search(r"reference: 96 responses found in .*, 0 to compute", printed)
 
 
 def test_the_model_of_a_run_is_the_model_of_the_next(finished, tmp_path):
@@ -286,7 +286,7 @@ def test_groups_of_one_prompt_through_the_command(tmp_path):
     code, printed = unidpo("train", recipe)
     assert code == 0, printed
     assert "training on 3 pairs of 1 groups" in printed
-    assert "4 computed" in printed  # the chosen response is one, not three
+    assert "4 to compute" in printed  # the chosen response is one, not three
     ledger = pandas.read_parquet(tmp_path / "run" / "pairs.parquet")
     assert ledger["row"].tolist() == [1, 2, 3]
     assert ledger["chosen_logps"].nunique() == 1
@@ -440,21 +440,21 @@ def test_the_ledger_never_lags_behind_a_checkpoint(tmp_path, save):
 def test_an_interrupted_reference_pass_goes_on(tmp_path, monkeypatch):
     from unidpo.cache import reference
 
-    monkeypatch.setattr("unidpo.cache.reference.PASS_TOKENS", 1)
+    monkeypatch.setattr(reference.ReferencePass, "batch_tokens", 1)
     recipe = write_recipe(tmp_path, data=write_rows(tmp_path, rows_of(4)))
     add, calls = reference.LogpStore.add, []
 
     def interrupt(self, *args):
         add(self, *args)
         calls.append(args)
-        if len(calls) == 4:
+        if len(calls) == 2:
             raise KeyboardInterrupt
 
     with mock.patch.object(reference.LogpStore, "add", interrupt):
         assert unidpo("train", recipe)[0] == 130
     code, printed = unidpo("train", recipe)  # nothing was trained, so there is nothing to resume
     assert code == 0, printed
-    assert re.search(r"reference: 4 responses found in .*, 4 computed", printed)
+    assert re.search(r"reference: 4 responses found in .*, 4 to compute", printed)
 
 
 def test_a_run_may_not_go_on_with_another_recipe(tmp_path):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from trainers import arguments, lora, some_groups, trainer_of
+from unidpo.cache.keys import weights_fingerprint
 from unidpo.cache.reference import ReferencePass
-from unidpo.cache.store import weights_fingerprint
 from unidpo.data.pairs import Pair, Response, merge_by_prompt
 from unidpo.errors import DataError, ModelError, TrainingError
 from unidpo.losses import DPO, SimPO, UniDPO
@@ -113,7 +113,7 @@ def test_a_second_trainer_finds_the_reference(make, caplog):
     counted = [r.getMessage().split(" responses")[0] for r in caplog.records if r.getMessage().startswith("reference")]
     computed = [r.getMessage().rsplit(", ", 1)[1] for r in caplog.records if r.getMessage().startswith("reference")]
     assert counted == ["reference: 0", "reference: 8", "reference: 0"]
-    assert computed == ["8 computed", "0 computed", "8 computed"]
+    assert computed == ["8 to compute", "0 to compute", "8 to compute"]
 
 
 def test_another_model_as_reference(make, tmp_path):
@@ -153,7 +153,7 @@ def test_each_precision_has_a_store_of_its_own(make, caplog):
     for precision in ({}, {"bf16": True}, {"fp16": True}, {}):
         make(some_groups(1), max_steps=1, **precision).train()
     computed = [message.rsplit(", ", 1)[1] for message in caplog.messages if message.startswith("reference")]
-    assert computed == ["2 computed"] * 3 + ["0 computed"]
+    assert computed == ["2 to compute"] * 3 + ["0 to compute"]
 
 
 def test_a_reference_that_is_no_model(make, tmp_path):

@@ -1,6 +1,6 @@
-"""What is kept on disk between runs: where, under which keys, and in parts that appear whole.
+"""What is kept on disk between runs: a folder of parts that appear whole.
 
-A part is written under another name and renamed into place, so that work that is interrupted goes on where it stopped,
+A part is written under another name and renamed into place, so that work that is interrupted resumes where it stopped,
 and several writers do not meet. Its name is a digest of its bytes, so that damage to any of them is noticed.
 """
 
@@ -10,34 +10,32 @@ import contextlib
 import hashlib
 import logging
 import os
-import platform
-import uuid
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from unidpo.data.images import content_digest
-from unidpo.data.lost_rows import lost_rows
-from unidpo.data.pairs import ImageSource, PromptGroup
-from unidpo.distributed import whole
-from unidpo.errors import Finding, ImageError, UserError
+from unidpo.distributed import is_main, on_main
+from unidpo.errors import UserError
 from unidpo.files.regular import open_regular
+from unidpo.files.writing import clear_unfinished, unfinished_file
 from unidpo.model.encode import Encoder
 
 _LOG = logging.getLogger(__name__)
+Record = TypeVar("Record")
+Entry = TypeVar("Entry")
+S = TypeVar("S", bound="Store[Any, Any]")
 NUMBERS = 2
 """Names how stored numbers are computed and kept. To be raised whenever code here changes what the same model makes of
 the same prompt (encoding, positions, attention, head, features) beyond the rounding between two batches, or what a part
 looks like; what was stored before is then computed anew."""
 FLUSH_SECONDS = 30.0
 """After this much work, what it gave goes to the disk."""
-UNREADABLE = b""
-"""Stands for the key of what cannot be read any more."""
 
 
 def default_cache() -> Path:
@@ -45,60 +43,148 @@ def default_cache() -> Path:
     return Path(os.environ.get("UNIDPO_CACHE") or Path.home() / ".cache" / "unidpo")
 
 
-def numbers_folder(cache: Path, kind: str, fingerprint: str, encoder: Encoder, *, arithmetic: torch.dtype) -> Path:
+def numbers_folder(cache: Path, kind: str, fingerprint: str, encoder: Encoder, *, compute_dtype: torch.dtype) -> Path:
     """Where the numbers of a model and an encoder belong.
 
     Args:
         kind: what they are; a folder of the cache.
-        fingerprint: of what of the model they depend on, see `weights_fingerprint`.
-        arithmetic: what it computes in, such as the autocast dtype.
+        fingerprint: of what of the model they depend on, see `keys`.
+        compute_dtype: what it computes in, such as the autocast dtype.
     """
-    dtype = str(arithmetic).removeprefix("torch.")
+    dtype = str(compute_dtype).removeprefix("torch.")
     return cache / kind / f"{fingerprint}-{encoder.fingerprint()}-{dtype}-{NUMBERS}"
 
 
+class Store(ABC, Generic[Record, Entry]):
+    """Records by key, in a folder. They are added in memory, and reach the disk with `flush`, as one part.
+
+    Args:
+        folder: where the parts lie.
+        index: what is known of each record; read from the disk where `None`.
+
+    Attributes:
+        kind, unit: what messages call the records and what each belongs to.
+        requirement: what the numbers in a record must be, as an error says it.
+        each_process_writes: whether every process adds and writes its own records; else the main one writes for all,
+            and all must add the same.
+    """
+
+    kind: ClassVar[str]
+    unit: ClassVar[str]
+    requirement: ClassVar[str]
+    each_process_writes: ClassVar[bool]
+    _suffix: ClassVar[str]
+
+    def __init__(self, folder: Path, index: Mapping[bytes, Entry] | None = None) -> None:
+        self.folder = folder
+        self.index: dict[bytes, Entry] = self._read() if index is None else dict(index)
+        self._new: dict[bytes, Record] = {}
+        self._flushed = time.monotonic()
+
+    @classmethod
+    def shared(cls: type[S], folder: Path, keys: Iterable[bytes]) -> S:
+        """In each process a store that knows what the main one finds under these keys. Raises `UserError` in all."""
+
+        def found() -> dict[bytes, Any]:
+            index = cls(folder).index
+            return {key: index[key] for key in keys if key in index}
+
+        return cls(folder, on_main(found))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def add(self, records: Mapping[bytes, Record]) -> None:
+        self._new |= records
+
+    def flush(self) -> Path | None:
+        """Write what was added since the last flush as one part, atomically. Raises `UserError` where it cannot."""
+        part = None
+        if self._new and (self.each_process_writes or is_main()):
+            part = write_part(self.folder, self._suffix, self._write)
+        self._new.clear()
+        self._flushed = time.monotonic()
+        return part
+
+    def flush_if_due(self) -> None:
+        """Flush where that is long ago, or much was added."""
+        if self._is_full() or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    @abstractmethod
+    def problem(self, record: Record) -> str | None:
+        """Why a record holds no numbers to keep; `None` where it does."""
+
+    @abstractmethod
+    def _read_part(self, part: Path) -> Mapping[bytes, Entry]:
+        """What is in a part. Raises `DamagedPart`."""
+
+    @abstractmethod
+    def _write(self, file: Path) -> None:
+        """Write the new records into a file."""
+
+    def _is_full(self) -> bool:
+        return False
+
+    def _contradictions(self, parts: Mapping[Path, Mapping[bytes, Entry]]) -> Mapping[Path, str]:
+        """Parts that are refused because of others, and why."""
+        return {}
+
+    def _read(self) -> dict[bytes, Entry]:
+        """What is on disk. Damaged parts are named and put aside."""
+        clear_unfinished(self.folder)
+        parts: dict[Path, Mapping[bytes, Entry]] = {}
+        for part in sorted(self.folder.glob(f"part-*{self._suffix}")):
+            try:
+                parts[part] = self._read_part(part)
+            except DamagedPart as error:
+                put_aside(part, error)
+        for part, problem in self._contradictions(parts).items():
+            put_aside(part, problem)
+            del parts[part]
+        return {key: entry for entries in parts.values() for key, entry in entries.items()}
+
+
 def make_folder(folder: Path) -> None:
-    """See that it is there. Raises `UserError` where it cannot be made."""
-    with _said(folder):
+    """Make a folder where there is none. Raises `UserError` where it cannot be made."""
+    with _writing_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def write_part(folder: Path, suffix: str, write: Callable[[Path], None]) -> Path:
+def write_part(folder: Path, suffix: str, write: Callable[[Path], object]) -> Path:
     """Let `write` make a file, which becomes a part of the folder, whole, or does not appear at all.
 
     Returns:
-        The part. A digest of its bytes is its name, see `require_undamaged`.
+        The part. A digest of its bytes is its name, see `damage`.
 
     Raises:
         UserError: it cannot be written.
     """
     make_folder(folder)
-    unfinished = folder / f".{platform.node()}-{os.getpid()}-{uuid.uuid4().hex}.tmp"
-    try:
-        with _said(folder):
-            write(unfinished)
-            part = folder / f"part-{_digest(unfinished)}{suffix}"
-            unfinished.replace(part)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return part
+    with _writing_errors(folder), unfinished_file(folder) as unfinished:
+        write(unfinished)
+        return unfinished.replace(folder / f"part-{_digest(unfinished)}{suffix}")
 
 
 class DamagedPart(Exception):
     """A part that cannot be used; the message says what is wrong with it."""
 
 
-def require_undamaged(part: Path) -> None:
-    """Raise `DamagedPart` where a part is not what was written into its folder, byte for byte. Reads all of it."""
+def damage(part: Path) -> str | None:
+    """Why a part is not what was written into its folder, byte for byte; `None` where it is. Reads all of it."""
     try:
         if part.stem != f"part-{_digest(part)}":
-            raise DamagedPart("is damaged: its bytes are not those that were written into this folder")
+            return "is damaged: its bytes are not those that were written into this folder"
     except OSError as error:
-        raise DamagedPart(f"cannot be read ({error})") from error
+        return f"cannot be read ({error})"
+    return None
 
 
 def put_aside(part: Path, problem: object) -> None:
-    """Say why a part cannot be used, and see that it is not found again."""
+    """Say why a part cannot be used, and rename it, so that it is not found again."""
     aside = part.with_name(f"{part.name}.damaged")
     try:
         part.replace(aside)
@@ -116,7 +202,7 @@ def _digest(part: Path) -> str:
 
 
 @contextlib.contextmanager
-def _said(folder: Path) -> Iterator[None]:
+def _writing_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     # safetensors and Arrow have words of their own for a full disk.
@@ -125,120 +211,3 @@ def _said(folder: Path) -> Iterator[None]:
             f"{folder}: cannot be written ({' '.join(str(error).split())}); free some space, or set UNIDPO_CACHE to a "
             "folder with room; what lies there already is kept"
         ) from error
-
-
-def clear_unfinished(folder: Path) -> None:
-    """Remove what killed processes of this machine were writing; others may be writing now."""
-    for path in folder.glob(f".{platform.node()}-*.tmp"):
-        if not _is_alive(int(path.name.removeprefix(f".{platform.node()}-").partition("-")[0])):
-            path.unlink(missing_ok=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """32 hex digits that name the weights: every parameter and buffer with name, shape, dtype and bytes.
-
-    Buffers that are not saved count too: rotary frequencies change with a setting of the configuration alone.
-    """
-    return tensors_fingerprint(model.state_dict(keep_vars=True) | dict(model.named_buffers()))
-
-
-def tensors_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """32 hex digits that name tensors: each with name, shape, dtype and bytes.
-
-    Weights that ZeRO-3 has spread over processes are brought together one by one; every process must call it then.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        with whole(tensor):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@dataclass
-class ImageDigests:
-    """The digests of images by their contents; each file is read once.
-
-    Attributes:
-        of_files: of those that were read.
-    """
-
-    of_files: dict[Path, bytes] = field(default_factory=dict)
-
-    def __call__(self, source: ImageSource) -> bytes:
-        """See `images.content_digest`."""
-        if not isinstance(source, Path):
-            return content_digest(source)
-        if source not in self.of_files:
-            self.of_files[source] = content_digest(source)
-        return self.of_files[source]
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """Keys of 16 bytes, group by group.
-
-    Attributes:
-        prompts: of each group's messages and image contents; `UNREADABLE` where an image cannot be read any more.
-        responses: of each group's prompt with each of its responses, or as many times `UNREADABLE`.
-        lost: the rows of the unreadable groups.
-        digests: of the images.
-    """
-
-    prompts: list[bytes]
-    responses: list[list[bytes]]
-    lost: list[Finding]
-    digests: ImageDigests
-
-
-def content_keys(groups: Iterable[PromptGroup]) -> Keys:
-    """The keys of groups, made of what is in them and not of where it lies."""
-    keys = Keys([], [], [], ImageDigests())
-    for group in groups:
-        try:
-            prompt = _prompt_digest(group, keys.digests)
-        except ImageError as error:
-            keys.lost.extend(lost_rows(group.pairs, error))
-            keys.prompts.append(UNREADABLE)
-            keys.responses.append([UNREADABLE] * len(group.responses))
-            continue
-        keys.prompts.append(prompt.digest())
-        keys.responses.append([])
-        for response in group.responses:
-            key = prompt.copy()
-            _update(key, "response", response.text)
-            keys.responses[-1].append(key.digest())
-    return keys
-
-
-def prompt_key(group: PromptGroup, digests: ImageDigests) -> bytes:
-    """One group's key among `Keys.prompts`. Raises `ImageError`."""
-    return _prompt_digest(group, digests).digest()
-
-
-def _prompt_digest(group: PromptGroup, digests: ImageDigests) -> hashlib.blake2b:
-    prompt = hashlib.blake2b(digest_size=16)
-    for message in group.messages:
-        _update(prompt, "role", message.role)
-        for part in message.content:
-            _update(prompt, *(("text", part) if isinstance(part, str) else ("mark", "")))
-    for source in group.images:
-        _update(prompt, "image", digests(source))
-    return prompt
-
-
-def _update(digest: hashlib.blake2b, kind: str, part: str | bytes) -> None:
-    # Kind and length come first, so that no two sequences of parts are the same bytes.
-    data = part.encode() if isinstance(part, str) else part
-    digest.update(f"{kind} {len(data)} ".encode())
-    digest.update(data)

@@ -70,7 +70,7 @@ def _acquire(lock: BaseFileLock) -> None:
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
-        _LOG.warning("%s: its file system knows no locks (%s); see that nothing else works there", folder, error)
+        _LOG.warning("%s: its file system knows no locks (%s); make sure that nothing else works there", folder, error)
 
 
 def refuse_if_in_use(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
-from unidpo.cache.store import weights_fingerprint
+from unidpo.cache.keys import weights_fingerprint
 from unidpo.data.images import image_size
 from unidpo.errors import ImageError
 from unidpo.generate.prompts import Prompt, Prompter, stop_ids

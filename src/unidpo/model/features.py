@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from unidpo.errors import ModelError
+from unidpo.model.load import parts
+
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
@@ -48,19 +51,14 @@ class ImageFeatures:
         """The features of prompts that lie one after another in this, with so many image tokens each."""
         pooled = torch.split(self.pooled, list(tokens))
         deepstack = [None] * len(tokens) if self.deepstack is None else torch.split(self.deepstack, list(tokens), dim=1)
-        return [ImageFeatures(*parts, self.listed) for parts in zip(pooled, deepstack, strict=True)]
+        return [ImageFeatures(*each, self.listed) for each in zip(pooled, deepstack, strict=True)]
 
     def as_output(self) -> BaseModelOutputWithPooling:
         """What `get_image_features` would have given, as far as a forward looks at it."""
-        output = _Output(pooler_output=[self.pooled] if self.listed else self.pooled)
+        output = BaseModelOutputWithPooling(pooler_output=[self.pooled] if self.listed else self.pooled)
         if self.deepstack is not None:
             output.deepstack_features = [[layer] for layer in self.deepstack]
         return output
-
-
-@dataclass
-class _Output(BaseModelOutputWithPooling):  # type: ignore[misc]
-    deepstack_features: list[list[Tensor]] | None = None
 
 
 def join(features: Sequence[ImageFeatures]) -> ImageFeatures | None:
@@ -73,6 +71,15 @@ def join(features: Sequence[ImageFeatures]) -> ImageFeatures | None:
         deepstack=torch.cat(deepstack, dim=1) if deepstack else None,
         listed=features[0].listed,
     )
+
+
+def images_are_frozen(model: PreTrainedModel) -> bool:
+    """Whether nothing is trained between an image and its features; false where the model's parts are unknown."""
+    try:
+        found = parts(model)
+    except ModelError:
+        return False
+    return not any(weight.requires_grad for part in ("vision", "projector") for _, weight in found[part])
 
 
 def takes_features(model: PreTrainedModel) -> bool:

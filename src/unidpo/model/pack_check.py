@@ -1,4 +1,4 @@
-"""Packs or padded rows: what a model can take, found out by running both once."""
+"""What a model can take, found out by running it: packs or padded rows, features of images in place of pixels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,11 +17,12 @@ from unidpo.distributed import gather
 from unidpo.errors import ModelError, UserError
 from unidpo.model.attention import BACKENDS, PackAttentionError, missing
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
-from unidpo.model.packs import Layout, pack, pad, to_device
+from unidpo.model.features import takes_features
+from unidpo.model.packs import Layout, Pack, PaddedRows, pack, pad, to_device, with_features
 from unidpo.model.policy import Policy
 
 _LOG = logging.getLogger(__name__)
-# Largest difference between the two paths, in nats per token, that rounding explains, by the type of the arithmetic.
+# Largest difference between the two paths, in nats per token, that rounding explains, by the compute dtype.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 # bitsandbytes rounds the inputs of each layer to 8 bits too; how coarsely depends on what else is in the batch.
 _TOLERANCE_8_BIT = 0.1
@@ -51,7 +53,7 @@ def choose_layout(
     group: EncodedGroup,
     *,
     attention: str,
-    arithmetic: torch.dtype,
+    compute_dtype: torch.dtype,
     device: torch.device,
 ) -> Choice:
     """`pack` by an attention under which a group's responses have the log-probabilities of padded rows, else those.
@@ -62,7 +64,7 @@ def choose_layout(
         group: a small one, with an image where the data has any.
         attention: `"auto"` (the fastest backend that is there and agrees), a backend (this one or an error), `"padded"`
             (no packs).
-        arithmetic: what the model computes in.
+        compute_dtype: what the model computes in.
 
     Raises:
         ModelError: a backend is demanded that is not there, packs do not work with it, or the model gives no numbers.
@@ -72,8 +74,8 @@ def choose_layout(
         return rows
     if attention not in ("auto", *BACKENDS):
         raise ModelError(f"model.attention={attention}: there is no such backend; {_there_are(BACKENDS)}")
-    candidates = _candidates(policy, attention, arithmetic, device)
-    tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[arithmetic]
+    candidates = _candidates(policy, attention, compute_dtype, device)
+    tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[compute_dtype]
     problem: str | None = None
     for backend in candidates:
         packs = Choice(pack, BACKENDS[backend].attention)
@@ -92,11 +94,11 @@ def choose_layout(
     return rows
 
 
-def _candidates(policy: Policy, attention: str, arithmetic: torch.dtype, device: torch.device) -> list[str]:
+def _candidates(policy: Policy, attention: str, compute_dtype: torch.dtype, device: torch.device) -> list[str]:
     """The backends to try, the fastest first: those that are there in every process."""
     dropout = getattr(policy.plain.config.get_text_config(), "attention_dropout", None) or 0.0
     reasons: dict[str, str] = {}
-    mine = {name: missing(name, device=device, dtype=arithmetic, dropout=dropout) for name in BACKENDS}
+    mine = {name: missing(name, device=device, dtype=compute_dtype, dropout=dropout) for name in BACKENDS}
     for there in gather([mine]):
         reasons |= {name: reason for name, reason in there.items() if reason is not None}
     if attention in reasons:
@@ -140,6 +142,31 @@ def _mean_logps(
     batch = to_device(choice.layout([group]), device)
     with policy.measuring():
         return policy.response_logps(batch) / batch.response_tokens
+
+
+def features_problem(policy: Policy, batch: Pack | PaddedRows) -> str | None:
+    """Why features cannot take the place of the images of a batch, in some process; `None` where they can.
+
+    Every process must call it, with a batch on the model's device.
+    """
+    problem: str | None = None
+    try:
+        if not takes_features(policy.plain):
+            problem = (
+                f"the forward of {type(policy.plain).__name__} takes none in transformers {transformers.__version__}"
+            )
+        else:
+            features = policy.image_features(batch.vision)
+            with policy.measuring():
+                expected = policy.response_logps(batch)
+                found = policy.response_logps(with_features(batch, features))
+            if not torch.allclose(found, expected, rtol=1e-4):
+                problem = f"log-probabilities differ by {float((found - expected).abs().max()):.2g} nats"
+    except Exception as error:
+        # What a foreign model makes of its images is its own affair.
+        problem = str(error) or type(error).__name__
+        _LOG.debug("features of images failed", exc_info=True)
+    return next(filter(None, gather([problem])), None)
 
 
 def smallest(groups: Sequence[PromptGroup], encoder: GroupEncoder) -> EncodedGroup:

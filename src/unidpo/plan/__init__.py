@@ -6,11 +6,10 @@ from dataclasses import replace
 
 from rich.console import Console
 
-from unidpo.cache.feature_store import images_are_frozen
 from unidpo.config import Recipe
 from unidpo.errors import ModelError
 from unidpo.model.encode import Encoder, plain_positions
-from unidpo.model.features import takes_features
+from unidpo.model.features import images_are_frozen, takes_features
 from unidpo.model.load import Part, load_processor
 from unidpo.plan.data import (
     Counted,

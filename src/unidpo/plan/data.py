@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import PIL.Image
 
-from unidpo.cache.reference import PASS_TOKENS
+from unidpo.cache.reference import ReferencePass
 from unidpo.config import Recipe
 from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.errors import DataError, Finding, ImageError, UserError, from_findings
@@ -152,7 +152,7 @@ def reference_passes(counted: Counted, layout: Layout) -> Iterator[Load]:
         if not missing:
             continue
         size = tokens.prompt + sum(tokens.responses[i] for i in missing)
-        if shares and together + size > PASS_TOKENS:
+        if shares and together + size > ReferencePass.batch_tokens:
             yield layout.load(shares)
             shares, together = [], 0
         shares.append((tokens, missing))

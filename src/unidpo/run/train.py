@@ -71,7 +71,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
             inputs = Inputs(folder.path, resume=resume)
             sources = [(str(source.path), source.weight) for source in recipe.data.sources]
             digested = partial(stages.update, "digests of the data, groups")
-            files = on_main(lambda: inputs.see_data(groups, held_out, sources, digested))
+            files = on_main(lambda: inputs.check_data(groups, held_out, sources, digested))
             record = RunRecord(
                 folder,
                 step=0 if checkpoint is None else step_of(checkpoint),
@@ -86,7 +86,7 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
                     held_out,
                     callbacks=[_Progress(stages), *([record] if is_main() else [])],
                     hooks=Hooks(
-                        on_digests=inputs.see_models,
+                        on_digests=inputs.check_models,
                         on_progress=stages.update,
                         benchmark=None if benchmarks is None else benchmarks.run,
                     ),

@@ -1,7 +1,7 @@
-"""The run folder: what was asked, where it ran, and where what it came to lies.
+"""The run folder: what was asked, where it ran, and where its results lie.
 
 A run folder holds `config.json`, `environment.json`, `metrics.jsonl`, `pairs.parquet`, `checkpoint-*/` and, once the
-run is finished, `model/`. Files appear whole or not at all, so that a run killed at any moment can go on.
+run is finished, `model/`. Files appear whole or not at all, so that a run killed at any moment can be resumed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAY_CHANGE_ON_RESUME = frozenset(
         "train.save_total_limit",
     }
 )
-"""Recipe keys that do not change what is learned; every other one must be as the run began."""
+"""Recipe keys that do not change the training; every other one must be as the run began."""
 PLACES = frozenset({"data.images", "data.path", "data.template", "model.name", "reference"})
 """Recipe keys that say where something lies: on resume its content counts, see `inputs`."""
 UNFINISHED_CHECKPOINT = ".checkpoint-unfinished"
@@ -68,7 +68,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end: `model/` appears last, and whole."""
+        """Whether the run has ended: `model/` appears last, and whole."""
         return self.config.is_file() and self.model.is_dir()
 
     @property
@@ -90,8 +90,9 @@ class RunFolder:
         ours = self.config.is_file()
         if resume and not ours:
             raise RunError(f"{self.path}: there is no run to resume; leave `--resume` out to begin one")
-        if ours and not resume and (self.checkpoints or self._has_metrics()):
-            raise RunError(f"{self.path}: this folder holds an unfinished run; go on with `--resume`, or {other}")
+        has_metrics = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        if ours and not resume and (self.checkpoints or has_metrics):
+            raise RunError(f"{self.path}: this folder holds an unfinished run; give `--resume`, or {other}")
         if not ours and self.path.is_dir() and any(path.name not in LOCK_FILES for path in self.path.iterdir()):
             raise RunError(f"{self.path}: this folder holds files that are no run; {other}")
 
@@ -104,14 +105,16 @@ class RunFolder:
             RunError: the folder cannot be made or written.
         """
         with contextlib.ExitStack() as stack:
-            try:
+            with self._writing_errors():
                 stack.enter_context(locked(self.path))
-            except OSError as error:
-                raise self._unusable(error) from error
             yield
 
-    def _unusable(self, error: OSError) -> RunError:
-        return RunError(f"{self.path}: cannot be a run folder ({error.strerror}); give another `output`")
+    @contextlib.contextmanager
+    def _writing_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be a run folder ({error.strerror}); give another `output`") from error
 
     def create(self, config: Mapping[str, Any], machine: Mapping[str, Any] | None = None) -> None:
         """Begin the run, and write `config.json` and `environment.json`.
@@ -126,18 +129,16 @@ class RunFolder:
             RunError: the folder cannot be written, holds another run, or files of somebody else's.
         """
         self.refuse_unless_free(resume=False)
-        try:
+        with self._writing_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             self._clear_unfinished()
             for of_another_start in (self.inputs, self.path / "inputs.parquet"):
                 of_another_start.unlink(missing_ok=True)
             write_json(self.environment, {"starts": [{**environment(), **(machine or {})}]})
             write_json(self.config, config)
-        except OSError as error:
-            raise self._unusable(error) from error
 
     def resume(self, config: Mapping[str, Any]) -> Path | None:
-        """The checkpoint that the run goes on from, `None` where there is none yet. See `add_start`.
+        """The checkpoint that the run resumes from, `None` where there is none yet. See `add_start`.
 
         Raises:
             RunError: there is no run, a finished one, one of another recipe, or no checkpoint is whole.
@@ -155,14 +156,12 @@ class RunFolder:
                 return checkpoint
             damaged.append(Finding("damaged-checkpoint", problem, file=checkpoint))
         if damaged:
-            title = (
-                f"{self.path}: there is no checkpoint to go on from; put back what is lost, or give another `output`"
-            )
-            raise from_findings(RunError, title, damaged)
+            remedy = "put back what is lost, or give another `output`"
+            raise from_findings(RunError, f"{self.path}: there is no checkpoint to resume from; {remedy}", damaged)
         return None
 
     def add_start(self, config: Mapping[str, Any], machine: Mapping[str, Any] | None = None) -> None:
-        """Write down that the run goes on: nothing was found that forbids it. Warns of another machine.
+        """Write down that the run is resumed: nothing was found that forbids it. Warns of another machine.
 
         Args:
             config: as it was given to `resume`.
@@ -174,11 +173,9 @@ class RunFolder:
             _LOG.warning(
                 "resumed with %s: the results will not be those of an uninterrupted run bit for bit", ", ".join(changed)
             )
-        try:
+        with self._writing_errors():
             write_json(self.environment, {"starts": [*starts, start]})
             write_json(self.config, config)
-        except OSError as error:
-            raise self._unusable(error) from error
 
     def _starts(self) -> list[dict[str, Any]]:
         try:
@@ -197,11 +194,8 @@ class RunFolder:
 
     def _clear_unfinished(self) -> None:
         """Remove what a killed run was writing."""
-        for path in self.path.glob(".*unfinished"):
+        for path in self.path.glob(".*unfinished*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _has_metrics(self) -> bool:
-        return self.metrics.is_file() and self.metrics.stat().st_size > 0
 
     def refuse_other_config(self, config: Mapping[str, Any]) -> None:
         """Raise `RunError` where the folder's run began with another recipe."""
@@ -226,12 +220,10 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions, platform, command and time (UTC) of a start."""
-    versions: dict[str, str | None] = {}
+    versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
     if "torch" in sys.modules:
         # The CUDA build in the registry calls itself 2.13.0 in its metadata, and 2.13.0+cu130 once it is imported.
         versions["torch"] = str(sys.modules["torch"].__version__)
@@ -247,11 +239,12 @@ def environment() -> dict[str, Any]:
 
 def _other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two starts and changes how numbers round."""
-    known = [(name, before.get(name), now.get(name)) for name in ("threads", "processes", "devices")]
-    versions = [start.get("packages", {}) for start in (before, now)]
-    known += [(name, *(each.get(name) for each in versions)) for name in ("torch", "transformers", "unidpo")]
+    before, now = _flat(before), _flat(now)
+    names = ("threads", "processes", "devices", "packages.torch", "packages.transformers", "packages.unidpo")
     return [
-        f"{name} {_plain(new)} (before: {_plain(old)})" for name, old, new in known if old != new and old is not None
+        f"{name.removeprefix('packages.')} {_plain(now.get(name))} (before: {_plain(before[name])})"
+        for name in names
+        if before.get(name) not in (None, now.get(name))
     ]
 
 

@@ -12,7 +12,7 @@ import logging
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 from unidpo.data.images import content_digest
 from unidpo.data.pairs import PromptGroup
 from unidpo.errors import Finding, ImageError, RunError, from_findings
-from unidpo.files.writing import write_atomically, write_json
+from unidpo.files.writing import replacing, write_json
 
 _LOG = logging.getLogger(__name__)
 _DIGEST = 8
+_RECORD = "inputs.json"
 _CONTENTS = {
     "prompt": "prompt text",
     "images": "images",
@@ -59,7 +60,15 @@ class _Group(NamedTuple):
     held_out: bool
     file: str | None
     rows: tuple[int, ...]
-    contents: tuple[bytes, ...]
+    prompt: bytes
+    images: bytes
+    responses: bytes
+    scores: bytes
+    pairs: bytes
+
+    @property
+    def contents(self) -> tuple[bytes, ...]:
+        return self[3:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,7 @@ class DataFile:
 
 
 class Inputs:
-    """Records what a run is begun with, or refuses what it would go on with.
+    """Records what a run is begun with, or refuses to resume it with something else.
 
     Args:
         run: the run folder, with `inputs.parquet` (the data) and `inputs.json` (files and models).
@@ -82,10 +91,9 @@ class Inputs:
     def __init__(self, run: Path, *, resume: bool) -> None:
         self._run = run
         self._groups = run / "inputs.parquet"
-        self._record = run / "inputs.json"
         self._resume = resume
 
-    def see_data(
+    def check_data(
         self,
         groups: Sequence[PromptGroup],
         held_out: Sequence[PromptGroup],
@@ -98,7 +106,7 @@ class Inputs:
             groups: to train on, in their order.
             held_out: to measure on.
             sources: path and weight of each data set.
-            on_progress: told groups done and groups to do.
+            on_progress: called with groups done and groups to do.
 
         Returns:
             The name that the run knows each data file by, where that is another than now.
@@ -117,16 +125,17 @@ class Inputs:
         if not self._resume or not self._groups.is_file():
             if self._resume and any(self._run.glob("checkpoint-*")):
                 _LOG.warning("%s: is gone; whether the data is what the run began with is unknown", self._groups)
-            self._write_groups(described)
-            self._add({"data": [{"path": f.path, "weight": f.weight, "sha256": f.sha256} for f in files]})
+            with replacing(self._groups) as unfinished:
+                table = pa.Table.from_pylist([group._asdict() for group in described], schema=_SCHEMA)
+                pq.write_table(table, unfinished, write_page_checksum=True)
+            self._add({"data": [asdict(file) for file in files]})
             return {}
-        differences = _differences(self._read_groups(), described)
-        self._refuse([Finding("changed-data", what, file=file) for file, what in differences])
+        self._refuse(_differences(self._read_groups(), described))
         return {now.path: then.path for then, now in zip(began_with(self._run), files, strict=False)}
 
-    def see_models(self, digests: Mapping[str, str]) -> None:
+    def check_models(self, digests: Mapping[str, str]) -> None:
         """Record digests of `model`, `reference` or `processor`, or compare them. Raises `RunError`."""
-        record, version = self._read(), importlib.metadata.version("transformers")
+        record, version = _read_record(self._run), importlib.metadata.version("transformers")
         recorded, before = record.get("digests", {}), record.get("transformers", version)
         changed = [name for name, digest in digests.items() if recorded.get(name, digest) != digest]
         hint = "" if version == before else f" (transformers was {before}, is {version})"
@@ -136,48 +145,34 @@ class Inputs:
 
     def _refuse(self, findings: Sequence[Finding]) -> None:
         if findings:
-            title = (
-                f"{self._run}: this run began with something else; put it back, or give another `output`. What differs:"
-            )
-            raise from_findings(RunError, title, findings)
-
-    def _write_groups(self, groups: Sequence[_Group]) -> None:
-        columns: dict[str, Any] = {name: [getattr(group, name) for group in groups] for name in _Group._fields[:-1]}
-        columns |= {name: [group.contents[at] for group in groups] for at, name in enumerate(_CONTENTS)}
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table(columns, schema=_SCHEMA), sink, write_page_checksum=True)
-        write_atomically(self._groups, sink.getvalue())
+            remedy = "put it back, or give another `output`. What differs:"
+            raise from_findings(RunError, f"{self._run}: this run began with something else; {remedy}", findings)
 
     def _read_groups(self) -> list[_Group]:
         try:
             table = pq.read_table(self._groups, schema=_SCHEMA, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
-            raise RunError(f"{self._groups}: is damaged ({reason}); delete it to go on with data as it is") from error
-        contents = zip(*(table[name].to_pylist() for name in _CONTENTS), strict=True)
-        columns = (table[name].to_pylist() for name in _Group._fields[:-1])
-        return [
-            _Group(held_out, file, tuple(rows), digests)
-            for held_out, file, rows, digests in zip(*columns, contents, strict=True)
-        ]
-
-    def _read(self) -> dict[str, Any]:
-        return _read_record(self._record)
+            raise RunError(
+                f"{self._groups}: is damaged ({reason}); delete it to resume with the data as it is"
+            ) from error
+        return [_Group(**{**row, "rows": tuple(row["rows"])}) for row in table.to_pylist()]
 
     def _add(self, more: Mapping[str, Any]) -> None:
-        write_json(self._record, {**self._read(), **more})
+        write_json(self._run / _RECORD, {**_read_record(self._run), **more})
 
 
 def began_with(run: Path) -> list[DataFile]:
     """The data files that a run was begun with. Raises `RunError` where their record is damaged."""
-    return [DataFile(**file) for file in _read_record(run / "inputs.json").get("data", [])]
+    return [DataFile(**file) for file in _read_record(run).get("data", [])]
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(run: Path) -> dict[str, Any]:
+    path = run / _RECORD
     try:
         return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise RunError(f"{path}: is damaged ({error}); delete it to go on with models as they are") from error
+        raise RunError(f"{path}: is damaged ({error}); delete it to resume with the models as they are") from error
 
 
 def data_file(path: str, weight: float) -> DataFile:
@@ -193,24 +188,24 @@ def data_file(path: str, weight: float) -> DataFile:
 
 
 def _described(group: PromptGroup, *, held_out: bool) -> _Group:
-    first = group.pairs[0]
-    prompt = [part for message in group.messages for part in (message.role, message.text)]
+    file = group.pairs[0].file
     scores = [b"none" if r.score is None else struct.pack("<d", r.score) for r in group.responses]
-    contents = (
-        _digest(prompt),
-        _digest(map(_image_digest, group.images)),
-        _digest(response.text for response in group.responses),
-        _digest(scores),
-        _digest(f"{pair.chosen} {pair.rejected}" for pair in group.pairs),
+    return _Group(
+        held_out,
+        None if file is None else str(file),
+        tuple(dict.fromkeys(pair.row for pair in group.pairs)),
+        prompt=_digest(part for message in group.messages for part in (message.role, message.text)),
+        images=_digest(map(_image_digest, group.images)),
+        responses=_digest(response.text for response in group.responses),
+        scores=_digest(scores),
+        pairs=_digest(f"{pair.chosen} {pair.rejected}" for pair in group.pairs),
     )
-    rows = tuple(dict.fromkeys(pair.row for pair in group.pairs))
-    return _Group(held_out, None if first.file is None else str(first.file), rows, contents)
 
 
 def _image_digest(source: Any) -> bytes:
     try:
         return content_digest(source)
-    except ImageError:  # since the check; the run stops or goes on without it, as the recipe says
+    except ImageError:  # since the check; the run stops or leaves it out, as the recipe says
         return b"unreadable"
 
 
@@ -225,38 +220,24 @@ def _digest(parts: Iterable[str | bytes]) -> bytes:
 # --- what differs -----------------------------------------------------------------------------------------------------
 
 
-def _differences(before: Sequence[_Group], now: Sequence[_Group]) -> list[tuple[str | None, str]]:
-    """What was recorded against what is there, both in the order of files and rows.
+def _differences(before: Sequence[_Group], now: Sequence[_Group]) -> list[Finding]:
+    """What was recorded against what is there, both in the order of files and rows; nothing where they are the same."""
+    then, here = _by_place(_without(before, now), before), _by_place(_without(now, before), now)
+    if not then and not here:
+        moved = [is_ for was, is_ in zip(before, now, strict=True) if was._replace(file=is_.file) != is_]
+        return _at("order of the rows, or which are held out: {}", moved)
+    changed = [(then[place], here[place]) for place in here if place in then]
+    findings: list[Finding] = []
+    for at, what in enumerate(_CONTENTS.values()):
+        findings += _at(f"{what} of {{}}", [is_ for was, is_ in changed if was.contents[at] != is_.contents[at]])
+    findings += _at("{} gone", [group for place, group in then.items() if place not in here])
+    return findings + _at("{} added", [group for place, group in here.items() if place not in then])
 
-    Each difference with the data file it is in; none where both hold the same in the same order.
-    """
-    lost, new = _without(before, now), _without(now, before)
-    if len(before) != len(now):
-        then, there = (sum(len(group.rows) for group in groups) for groups in (before, now))
-        differences: list[tuple[str | None, str]] = []
-        if then != there:
-            rows = "1 row" if abs(there - then) == 1 else f"{abs(there - then)} rows"
-            said = f"{rows} {'fewer' if there < then else 'more'} ({there}, and {then} at the start)"
-            differences.append((None, said))
-        differences += [(file, f"{where} gone") for file, where in _places(lost)]
-        return differences + [(file, f"{where} added") for file, where in _places(new)]
-    moved = [(was, is_) for was, is_ in zip(before, now, strict=True) if was.contents != is_.contents]
-    if len(lost) < len(moved):
-        elsewhere = [is_ for _, is_ in moved]
-        differences = [(file, f"order of the rows: {where} stand elsewhere") for file, where in _places(elsewhere)]
-        return differences + [(file, f"{where} with other content") for file, where in _places(new)]
-    differences = []
-    for at, name in enumerate(_CONTENTS.values()):
-        changed = [is_ for was, is_ in moved if was.contents[at] != is_.contents[at]]
-        differences += [(file, f"{name} of {where}") for file, where in _places(changed)]
-    if differences:
-        return differences
-    pairs = list(zip(before, now, strict=True))
-    renumbered = [is_ for was, is_ in pairs if was.rows != is_.rows]
-    other_side = [is_ for was, is_ in pairs if was.held_out != is_.held_out]
-    return [(file, f"numbers of {where}") for file, where in _places(renumbered)] + [
-        (file, f"{where} held out, or no longer so") for file, where in _places(other_side)
-    ]
+
+def _by_place(groups: Iterable[_Group], among: Iterable[_Group]) -> dict[tuple[int, tuple[int, ...]], _Group]:
+    """Groups by the number of their file, which may have another name now, and their rows."""
+    files = list(dict.fromkeys(group.file for group in among))
+    return {(files.index(group.file), group.rows): group for group in groups}
 
 
 def _without(groups: Sequence[_Group], others: Sequence[_Group]) -> list[_Group]:
@@ -270,12 +251,12 @@ def _without(groups: Sequence[_Group], others: Sequence[_Group]) -> list[_Group]
     return missing
 
 
-def _places(groups: Iterable[_Group]) -> list[tuple[str | None, str]]:
-    """Files with the rows of these groups in them."""
+def _at(what: str, groups: Iterable[_Group]) -> list[Finding]:
+    """A finding per file that says what is with the rows of these groups, which stand in place of `{}`."""
     rows: dict[str | None, dict[int, None]] = {}
     for group in groups:
         rows.setdefault(group.file, {}).update(dict.fromkeys(group.rows))
-    return [(file, _listed(list(found))) for file, found in rows.items()]
+    return [Finding("changed-data", what.format(_listed(list(found))), file=file) for file, found in rows.items()]
 
 
 def _listed(rows: Sequence[int]) -> str:

@@ -53,13 +53,13 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def cannot_resume(checkpoint: Path, *, run: Path) -> str | None:
-    """Why a run cannot go on from a checkpoint: it, the metrics or the ledger up to it are not whole; else `None`."""
+    """Why a run cannot resume from a checkpoint: it, the metrics or the ledger up to it are not whole; else `None`."""
     problem = damage(checkpoint)
     written = _read(checkpoint)
     if problem is not None or written is None:
         return problem
     if not written["resumable"]:
-        return "it holds weights alone (`train.save_only_model`), and no optimizer to go on with"
+        return "it holds weights alone (`train.save_only_model`), and no optimizer to resume with"
     step = written["step"]
     try:
         records, rows = count_records(run / "metrics.jsonl", step), count_rows(run / "pairs.parquet", step)

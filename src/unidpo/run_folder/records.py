@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from unidpo.files.writing import write_atomically
+from unidpo.files.writing import replacing, write_atomically
 
 
 class Metrics:
@@ -103,7 +103,7 @@ class Ledger:
     def __init__(self, path: Path, *, resume_step: int = 0, rows_per_part: int = 4096) -> None:
         self.path = path
         self.rows_per_part = rows_per_part
-        self._rows: dict[str, list[Any]] = {column.name: [] for column in LEDGER_COLUMNS}
+        self._tables: list[pa.Table] = []
         path.mkdir(parents=True, exist_ok=True)
         for unfinished in path.glob(".*"):
             unfinished.unlink()
@@ -116,30 +116,29 @@ class Ledger:
         Raises:
             ValueError: columns are missing, unknown or of different lengths, or one that must have values is `None`.
         """
-        if rows.keys() != self._rows.keys():
-            raise ValueError(f"columns missing or unknown: {sorted(rows.keys() ^ self._rows.keys())}")
-        lengths = {len(values) for values in rows.values() if values is not None}
-        if len(lengths) != 1:
-            raise ValueError(f"columns of different lengths: {sorted(lengths)}")
-        empty = [column.name for column in LEDGER_COLUMNS if rows[column.name] is None and not column.nullable]
-        if empty:
-            raise ValueError(f"columns without values: {empty}")
-        (count,) = lengths
-        for name, values in rows.items():
-            self._rows[name].extend([None] * count if values is None else values)
-        if len(self._rows["step"]) >= self.rows_per_part:
+        if others := rows.keys() ^ set(LEDGER_SCHEMA.names):
+            raise ValueError(f"columns missing or unknown: {sorted(others)}")
+        arrays = []
+        for column in LEDGER_COLUMNS:
+            values = rows[column.name]
+            if values is None and column.nullable:
+                arrays.append(pa.nulls(len(rows["step"] or ()), column.type))
+            elif values is None:
+                raise ValueError(f"columns without values: {column.name}")
+            else:  # a missing score arrives as NaN; a NaN loss is a fact and stays one
+                arrays.append(pa.array(values, column.type, from_pandas=column.nullable))
+        table = pa.Table.from_arrays(arrays, schema=LEDGER_SCHEMA)
+        table.validate()
+        self._tables.append(table)
+        if sum(map(len, self._tables)) >= self.rows_per_part:
             self.flush()
 
     def flush(self) -> None:
         """Put every row added so far on disk. Call it before a checkpoint is written, and at the end."""
-        steps = self._rows["step"]
-        if not steps:
-            return
-        # A missing score arrives as NaN; a NaN loss is a fact and stays one.
-        arrays = [pa.array(self._rows[c.name], c.type, from_pandas=c.nullable) for c in LEDGER_COLUMNS]
-        self._write(pa.Table.from_arrays(arrays, schema=LEDGER_SCHEMA), self._free_name(min(steps), max(steps)))
-        for values in self._rows.values():
-            values.clear()
+        if self._tables and len(table := pa.concat_tables(self._tables)):
+            steps = table["step"].to_pylist()
+            _write(table, self._free_name(min(steps), max(steps)))
+        self._tables.clear()
 
     def _drop_after(self, step: int, part: Path) -> None:
         first, last = _steps_of(part)
@@ -148,7 +147,7 @@ class Ledger:
         elif last > step:
             table = pq.read_table(part, schema=LEDGER_SCHEMA)
             # In place, then renamed: at no moment are there two parts with the same rows.
-            self._write(table.filter(pa.compute.less_equal(table["step"], step)), part)
+            _write(table.filter(pa.compute.less_equal(table["step"], step)), part)
             part.rename(self._free_name(first, step))
 
     def _free_name(self, first: int, last: int) -> Path:
@@ -160,10 +159,10 @@ class Ledger:
             path = self.path / f"{stem}_{number:04d}.parquet"
         return path
 
-    def _write(self, table: pa.Table, path: Path) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, write_page_checksum=True)
-        write_atomically(path, sink.getvalue())
+
+def _write(table: pa.Table, path: Path) -> None:
+    with replacing(path) as unfinished:
+        pq.write_table(table, unfinished, write_page_checksum=True)
 
 
 def count_rows(path: Path, step: int) -> int:

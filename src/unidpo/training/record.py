@@ -25,7 +25,7 @@ class RunRecord(PairsCallback):
     Args:
         folder: where they go.
         step: the optimizer step that the training is resumed from; what is recorded of later ones is dropped.
-        files: other names for data files in the ledger, see `Inputs.see_data`.
+        files: other names for data files in the ledger, see `Inputs.check_data`.
         on_begin: called when nothing forbids the training any more.
     """
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from unidpo.cache.feature_pass import FeaturePass, features_problem
-from unidpo.cache.feature_store import vision_fingerprint
+from unidpo.cache.features import FeaturePass
+from unidpo.cache.keys import Keys, content_keys, vision_fingerprint, weights_fingerprint
 from unidpo.cache.reference import ReferencePass
-from unidpo.cache.store import Keys, content_keys, numbers_folder, weights_fingerprint
+from unidpo.cache.store import numbers_folder
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import on_main, rank, world_size
 from unidpo.errors import Finding
@@ -24,7 +24,7 @@ from unidpo.model.batches import BatchMaker, RefLogps
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.lengths import Fitted
 from unidpo.model.load import load_policy
-from unidpo.model.pack_check import choose_layout, smallest
+from unidpo.model.pack_check import choose_layout, features_problem, smallest
 from unidpo.model.packs import Layout, pack, to_device
 from unidpo.model.policy import Policy
 from unidpo.training.objective import Objective
@@ -105,7 +105,7 @@ class Setup:
             self.encoder,
             dummy_group,
             attention=self.attention,
-            arithmetic=self._compute_dtype(policy),
+            compute_dtype=self._compute_dtype(policy),
             device=self.args.device,
         )
         ref_logps: RefLogps | None = None
@@ -143,7 +143,7 @@ class Setup:
 
     def _folder(self, policy: Policy, kind: str, fingerprint: str) -> Path:
         """Where numbers are stored."""
-        return numbers_folder(self.cache, kind, fingerprint, self.encoder, arithmetic=self._compute_dtype(policy))
+        return numbers_folder(self.cache, kind, fingerprint, self.encoder, compute_dtype=self._compute_dtype(policy))
 
     def _keys(self) -> Keys | None:
         """Of all groups; `None` where nothing is stored by them."""
@@ -182,7 +182,7 @@ class Setup:
             encoder=encoder,
             layout=layout,
             device=self.args.device,
-            stand_in=smallest(self.train.groups, encoder) if world_size() > 1 else None,
+            dummy_group=smallest(self.train.groups, encoder) if world_size() > 1 else None,
             workers=self.args.dataloader_num_workers,
             on_lost=self.on_lost,
             on_progress=partial(self.on_progress, "reference, responses"),

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from unidpo.cache.feature_store import images_are_frozen, vision_fingerprint
-from unidpo.cache.store import weights_fingerprint
+from unidpo.cache.keys import vision_fingerprint, weights_fingerprint
 from unidpo.errors import ModelError, RecipeError
 from unidpo.model.adapters import adds_nothing_yet, with_adapter
+from unidpo.model.features import images_are_frozen
 from unidpo.model.load import Part, freeze, keep_trainable_in_float32
 from unidpo.training.arguments import checkpoints_are_reentrant
 

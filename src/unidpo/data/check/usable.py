@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from unidpo.data.formats.files import is_same, write_json
 from unidpo.data.formats.reading import read_rows
 from unidpo.data.pairs import PromptGroup
 from unidpo.errors import DataError
+from unidpo.files.writing import replacing
 
 
 def write_usable(report: CheckReport, to: str | Path) -> int:
@@ -42,16 +41,12 @@ def write_usable(report: CheckReport, to: str | Path) -> int:
     if is_same(target, Path(report.file)):
         raise DataError(f"{target}: this is the checked file itself; give another one")
     usable = {group.pairs[0].row for group in report.groups}
-    unproved = target.with_name(f".{target.stem}.{os.getpid()}{target.suffix}")
     try:
-        write_json((row.given for row in read_rows(report.file) if row.number in usable), unproved)
-        _require_same(unproved, report, target)
-        unproved.replace(target)
+        with replacing(target) as unproved:
+            write_json((row.given for row in read_rows(report.file) if row.number in usable), unproved)
+            _require_same(unproved, report, target)
     except OSError as error:
         raise DataError(f"{target}: the file cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            unproved.unlink()
     return len(usable)
 
 

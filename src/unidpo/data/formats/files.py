@@ -6,7 +6,6 @@ import base64
 import contextlib
 import io
 import json
-import os
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, BinaryIO
 
 from unidpo.data.formats import tables
 from unidpo.errors import DataError, Finding, shown
+from unidpo.files import writing
 from unidpo.files.places import missing_here
 from unidpo.files.regular import open_regular
 
@@ -144,16 +144,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         path = path.resolve()  # of a link, the file behind it is replaced
         if path.exists() and not path.is_file():
             raise DataError(f"{path}: this is a folder, a device or a pipe, and is not replaced; give another name")
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with writing.replacing(path) as unfinished, unfinished.open("wb") as file:
+            yield file
     except (OSError, RuntimeError) as error:
         raise DataError(f"{path}: the file cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
