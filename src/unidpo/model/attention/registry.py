@@ -64,8 +64,8 @@ def backend(**needs: Any) -> Callable[[Attend], Attend]:
 
     def register(attend: Attend) -> Attend:
         name: str = attend.__name__
-        # transformers takes every name with "flash" in it for one of its own.
-        attention = "unidpo_pack_" + name.replace("flash", "fa")
+        # transformers takes every name with "flash" or "sdpa" in it for one of its own.
+        attention = "unidpo_pack_" + name.replace("flash", "fa").replace("sdpa", "dot_product")
         BACKENDS[name] = Backend(attend, attention, **needs)
         # No mask function has this name, so transformers builds no mask.
         AttentionInterface.register(attention, partial(pack_attention, attend=attend))
