@@ -287,7 +287,7 @@ methods:
         calls, ends = commands
         ends[1e-3] = 143
         assert unidpo_command("train", "--sweep", two_runs_file, "train.seed=7", "--nproc", "2") == 143
-        assert "the same command goes on from there" in capfd.readouterr().err
+        assert "the same command resumes it" in capfd.readouterr().err
         assert calls[0][-2:] == ["--nproc", "2"]
 
 

@@ -64,12 +64,12 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def wait_for_all() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has come here."""
     PartialState().wait_for_everyone()
 
 
 def whole(tensor: Tensor) -> AbstractContextManager[object]:
-    """Within it, a weight that ZeRO-3 has spread over the processes is in one piece. Every process must enter it."""
+    """Within it, a weight that ZeRO-3 has sharded is in one piece. Every process must enter it."""
     if not hasattr(tensor, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed

@@ -17,7 +17,7 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing noticed in an input.
+    """One thing found in an input.
 
     Attributes:
         kind: a short stable name, e.g. ``missing-image``; findings are grouped and counted by it.
@@ -114,7 +114,7 @@ def from_findings(error: type[E], title: str, findings: Sequence[Finding], *, mo
 
 
 def printable(text: str, *, most: int = 2000) -> str:
-    """Foreign text as it may stand in a message: on one line, at most about ``most`` long, and without a character
+    """Foreign text as it may be shown in a message: on one line, at most about ``most`` long, and without a character
     that a terminal would obey or hide. Line breaks, escape sequences, and marks that turn the direction of writing
     are written as in a Python string.
     """
@@ -126,7 +126,7 @@ def printable(text: str, *, most: int = 2000) -> str:
 
 
 def shown(value: object, *, most: int = 120) -> str:
-    """A value of the user's as it may stand in a message: as `printable`, and quoted."""
+    """A value of the user's as it may be shown in a message: as `printable`, and quoted."""
     try:
         text = repr(str(value) if isinstance(value, Path) else value)
     except (ValueError, RecursionError):  # a number of too many digits, a list in a list in a list ...

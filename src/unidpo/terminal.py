@@ -15,7 +15,7 @@ class Terminal(Console):
     """A console that shows control characters instead of sending them.
 
     File names, keys and texts of a data set may hold escape sequences that recolour, erase or retitle a terminal. Here
-    they pass one by one as `unidpo.errors.printable` writes them, whoever printed them; rich's own colours and
+    they are printed one by one as `unidpo.errors.printable` writes them, whoever printed them; rich's own colours and
     movements do not come as text. What the output's encoding lacks is written as an escape, too.
     """
 

@@ -106,7 +106,7 @@ def demo(
         run = RunFolder(out / "run")
         if run.config.is_file() and not run.finished:
             again = shlex.join(["unidpo", "train", str(out / "recipe.yaml"), "--resume"])
-            reason += f"; the training alone goes on with: {again}"
+            reason += f"; resume the training alone with: {again}"
         code = stopped.exit_code if isinstance(stopped, Interrupted) else INTERRUPTED
         raise Interrupted(reason, exit_code=code) from None
 

@@ -110,7 +110,7 @@ def evaluation(
                 on_progress=stages.update,
             )
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command goes on where it was", exit_code=INTERRUPTED) from None
+        raise Interrupted("interrupted; the same command resumes it", exit_code=INTERRUPTED) from None
     results().print(str(found), markup=False, highlight=False, soft_wrap=True)
     if found.failed:
         raise typer.Exit(WORK_FAILED)

@@ -54,7 +54,7 @@ OWNED_BY_RECIPE: Mapping[str, str] = {
     ),
     "parallelism_config": "is not supported; use `fsdp` or `deepspeed`",
     "local_rank": "is not set here; the launcher sets it",
-    "enable_jit_checkpoint": "is not needed; SIGTERM always ends the step at hand and saves it",
+    "enable_jit_checkpoint": "is not needed; SIGTERM always finishes the current step and saves it",
 }
 """Keys of `TrainingArguments` that a recipe may not set, each with the reason and the place to go."""
 

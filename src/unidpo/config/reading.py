@@ -1,4 +1,4 @@
-"""From YAML to a configuration: a file, the overrides laid over it, and the secrets that stand in it."""
+"""From YAML to a configuration: a file, the overrides put on top of it, and the secrets in it."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Processes:
             for _, answers in as_they_come(self._pool, functools.partial(_answer, generation=generation), shares):
                 yield answers
         except BrokenProcessPool as error:
-            raise GenerationFailed(f"{error}; run the command again to go on") from error
+            raise GenerationFailed(f"{error}; run the command again to resume") from error
         self._interrupted = False
 
     def close(self) -> None:

@@ -47,11 +47,11 @@ class Setting:
     Attributes:
         learns: parts whose weights learn; none where an adapter does.
         adapter: weights of an adapter.
-        narrow: whether the arithmetic is in 16 bits.
+        narrow: whether the compute dtype has 16 bits.
         quantize: as `model.quantize`.
         checkpointing: whether layers are computed again in the backward pass.
         optimizer: as `train.optim`.
-        sharding: how the work is spread over GPUs.
+        sharding: how weights, gradients and states are sharded over GPUs.
         gpus: how many.
         live_reference: whether a frozen copy of the model is held beside it.
     """
@@ -100,7 +100,7 @@ def state_bytes(optimizer: str) -> int:
 
 
 def sharding_of(recipe: Recipe, gpus: int) -> Sharding:
-    """How a recipe spreads its work over GPUs. Raises `RecipeError` where DeepSpeed's file cannot be read."""
+    """How a recipe shards its work over GPUs. Raises `RecipeError` where DeepSpeed's file cannot be read."""
     given = recipe.train.given()
     if (deepspeed := given.get("deepspeed")) is not None:
         try:
@@ -206,8 +206,8 @@ class _Held:
         weights = learning_bytes + frozen_bytes
         if setting.live_reference and not setting.adapter:
             weights += own * 4 + frozen * size  # whole in every process
-        spread = stage > 1 or setting.sharding == "fsdp"
-        head = 0 if spread or "language" not in setting.learns else shape.largest_weight
+        sharded = stage > 1 or setting.sharding == "fsdp"
+        head = 0 if sharded or "language" not in setting.learns else shape.largest_weight
         return cls(weights, gradient, states, copies, wide * head, size * head if size < wide else 0)
 
 

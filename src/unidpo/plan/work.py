@@ -23,7 +23,7 @@ class Load:
         targets: positions whose logits are computed.
         again: those of `targets` whose logits are computed a second time in the backward pass, see `head`.
         image_tokens: those of `tokens` that stand for images.
-        projected: image tokens that the projector makes; the features of others are at hand.
+        projected: image tokens that the projector makes; the features of others are read from disk.
         patches: image patches through the vision tower.
         patch_pairs: pairs of patches that see each other where a layer sees a whole image (or tile).
     """
@@ -46,7 +46,7 @@ class Load:
         return Load(*(count * getattr(self, name) for name in self.__slots__))
 
     def with_features(self) -> Load:
-        """The same where the features of all images are at hand: neither vision tower nor projector runs."""
+        """The same where the features of all images are read from disk: neither vision tower nor projector runs."""
         return replace(self, projected=0, patches=0, patch_pairs=0)
 
 

@@ -146,7 +146,7 @@ def _home(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """A name as it may stand in a heading."""
+    """A name as it may be shown in a heading."""
     return re.sub(r"[^\w .+-]", "_", text)
 
 

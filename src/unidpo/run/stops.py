@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def stopped_by_signals(trainer: PreferenceTrainer) -> Iterator[None]:
-    """SIGTERM, and the first Ctrl-C, let the step at hand end and save it; the second Ctrl-C stops at once."""
+    """SIGTERM, and the first Ctrl-C, let the current step finish and save it; the second Ctrl-C stops at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

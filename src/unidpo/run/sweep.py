@@ -54,7 +54,7 @@ def run_sweep(runs: Sequence[SweepRun], *, options: Sequence[str] = (), console:
             resume = ["--resume"] if folder.config.is_file() else []
             code = _exit_code(["train", str(run.recipe_file), *run.overrides, *options, *resume])
             if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-                raise Interrupted(f"stopped in {run.name}; the same command goes on from there", exit_code=code)
+                raise Interrupted(f"stopped in {run.name}; the same command resumes it", exit_code=code)
             if code != 0:
                 failed.append(run.name)
         summary = _summary(folders, failed)
@@ -69,7 +69,7 @@ def run_sweep(runs: Sequence[SweepRun], *, options: Sequence[str] = (), console:
 
 def _exit_code(arguments: Sequence[str]) -> int:
     """Of `unidpo` with these arguments, in a process of its own; a signal's number plus 128 where one ended it."""
-    # A run whose sweep was killed saves the step at hand.
+    # A run whose sweep was killed saves its current step.
     process = start(arguments, when_parent_dies=signal.SIGTERM)
     with signals_to([process]):
         code = process.wait()

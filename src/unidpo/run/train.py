@@ -112,7 +112,7 @@ def _locked(folder: RunFolder, *, resume: bool) -> Iterator[None]:
 
 
 def _finish(folder: RunFolder, trainer: PreferenceTrainer, dtype: torch.dtype) -> None:
-    # Weights that are spread over processes come together here, so every process must take part.
+    # Sharded weights are gathered here, so every process must take part.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
 
     def save(target: Path) -> None:

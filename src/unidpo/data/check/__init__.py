@@ -48,8 +48,8 @@ def check_data(
 ) -> CheckReport:
     """Read a data set whole and note every problem of every row.
 
-    Each distinct image is decoded once, whoever uses it. What needs a model (its special tokens, its lengths, prompts
-    too long for it) comes in through arguments, so that checking without one needs no torch.
+    Each distinct image is decoded once, however many rows use it. What needs a model (its special tokens,
+    its lengths, prompts too long for it) comes in through arguments, so that checking without one needs no torch.
 
     Args:
         path: a data file in any layout.

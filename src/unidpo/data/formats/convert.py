@@ -37,7 +37,7 @@ class ConvertReport:
         rows_read: rows of the source, good and bad.
         rows_written: rows of the new file.
         pairs: preference pairs in it.
-        findings: what was noticed in the source. Rows with an error were left out, which only ``on_bad_row="skip"``
+        findings: what was found in the source. Rows with an error were left out, which only ``on_bad_row="skip"``
             allows.
         dropped: columns and nested keys left out because ``keep_extra=False`` said so, with the number of rows.
         images: distinct image files that the source names.

@@ -61,7 +61,7 @@ def load_pairs(
             folder by default.
         group_by_prompt: join rows that share prompt and images into one group, over all sources.
         min_score_margin: leave out pairs whose chosen minus rejected score is smaller. Needs scores.
-        on_bad_row: ``error`` raises if any row cannot be used, ``skip`` goes on without those rows.
+        on_bad_row: ``error`` raises if any row cannot be used, ``skip`` leaves those rows out.
         require_scores: a pair without scores is a bad row.
         seed: which groups of a source with a broken weight are met once more.
 

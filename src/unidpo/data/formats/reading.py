@@ -36,7 +36,7 @@ class Read:
         file: the file, or the name of the data set.
         rows: how many rows it has, good and bad.
         groups: one prompt group per usable row, in file order; a row of ranked responses has several pairs.
-        findings: what was noticed, in file order. A row with an error has no group.
+        findings: what was found, in file order. A row with an error has no group.
         image_uses: every mention of an image, those of bad rows included. Nothing was opened yet.
     """
 
@@ -77,7 +77,7 @@ def groups_of(
             layout that is read from files. Images may be decoded; relative paths start from the working directory.
         name: what findings call it.
         require_scores: a pair without scores is a bad row.
-        on_bad_row: ``error`` raises if any row cannot be used, ``skip`` names them in a warning and goes on.
+        on_bad_row: ``error`` raises if any row cannot be used, ``skip`` names them in a warning and leaves them out.
 
     Raises:
         DataError: this is no data set in memory, or a row cannot be used (all are listed).

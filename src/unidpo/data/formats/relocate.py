@@ -30,7 +30,7 @@ class RelocateReport:
         to: the file written.
         rows: how many rows it has.
         found: paths that were found under the new root.
-        not_found: those that were not, as findings with row and key. They stand in the new file as they were.
+        not_found: those that were not, as findings with row and key. The new file has them unchanged.
         embedded: images that need no path, being in the file themselves.
     """
 

@@ -33,7 +33,7 @@ _DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 class Row:
     """One row while it is read: hands out checked values, and writes down everything that is wrong with them.
 
-    Whoever asks for a bad value gets an empty one and goes on, so that one reading finds all errors of a row.
+    A bad value is returned as an empty one, so that one reading finds all errors of a row.
 
     Attributes:
         given: the row as it stands in the file.

@@ -63,7 +63,7 @@ def plainest_form(group: PromptGroup) -> Form:
 
 
 def written(messages: Sequence[Message], form: Form) -> Any:
-    """Messages as they stand in a file."""
+    """Messages as a file has them."""
     if form == "text":
         return messages[0].text
     return [{"role": m.role, "content": m.text if form == "messages" else _parts(m)} for m in messages]

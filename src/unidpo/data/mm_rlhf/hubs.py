@@ -12,7 +12,7 @@ from unidpo.errors import DataError, require_known
 
 Source = Literal["huggingface", "modelscope"]
 _NAME = "unidpo"
-"""What the Hugging Face hub is told of who asks."""
+"""The user agent that the Hugging Face hub sees."""
 
 
 @dataclass(frozen=True, slots=True)
