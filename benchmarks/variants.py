@@ -17,7 +17,8 @@ from benchmarks.world import as_pairs, make_prompts
 from unidpo.data.pairs import PromptGroup
 from unidpo.losses import DPO
 from unidpo.model.encode import CHATML
-from unidpo.model.load import freeze, keep_trainable_in_float32, load_policy, load_processor
+from unidpo.model.load import load_policy, load_processor
+from unidpo.model.parts import freeze, keep_trainable_in_float32
 from unidpo.training.callbacks import Hooks, PairsCallback
 from unidpo.training.metrics import Columns
 from unidpo.training.trainer import PreferenceTrainer

@@ -47,16 +47,10 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
 from unidpo.model.attention import PACK_ATTENTION, set_text_attention
 from unidpo.model.encode import CHATML, Encoder, prompt_positions
-from unidpo.model.load import (
-    compose_processor,
-    freeze,
-    language_linear_layers,
-    load_policy,
-    load_processor,
-    save_model,
-)
+from unidpo.model.load import compose_processor, load_policy, load_processor, save_model
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import pack, pad
+from unidpo.model.parts import freeze, language_linear_layers
 from worlds import GOLDEN, SMALL, picture, sentence
 
 Tuning = Literal["full", "LoRA"]

@@ -14,7 +14,8 @@ from unidpo.config import LoraSection
 from unidpo.errors import ModelError
 from unidpo.losses import DPO, SimPO, UniDPO
 from unidpo.model.adapters import adds_nothing_yet, lora_config, with_adapter
-from unidpo.model.load import language_linear_layers, load_policy, parts
+from unidpo.model.load import load_policy
+from unidpo.model.parts import language_linear_layers, parts
 from unidpo.training.arguments import spelled_for_transformers
 from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group

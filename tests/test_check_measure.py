@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidpo.data.check import GroupLengths, check_data
+from unidpo.data.check import check_data
 from unidpo.data.check.measure import epoch_tokens, estimated_lengths, spread
 from unidpo.data.check.report import sparkline
-from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response
+from unidpo.data.pairs import IMAGE, GroupTokens, Message, Pair, PromptGroup, Response
 from unidpo.terminal import Terminal
 
 
@@ -22,9 +22,9 @@ def group(prompt: str, texts: str, pairs: list[tuple[int, int]], row: int = 1) -
     return PromptGroup((Message("user", (prompt,)),), (), responses, tuple(Pair(*pair, row) for pair in pairs))
 
 
-def letters(group: PromptGroup) -> GroupLengths:
+def letters(group: PromptGroup) -> GroupTokens:
     """A token per letter."""
-    return GroupLengths(len(group.messages[0].text), tuple(len(response.text) for response in group.responses))
+    return GroupTokens(len(group.messages[0].text), tuple(len(response.text) for response in group.responses))
 
 
 def test_an_epoch_is_counted_as_padded_pairs_and_as_packs() -> None:
@@ -49,9 +49,9 @@ def test_lengths_are_estimated_without_a_model() -> None:
     prompt = PromptGroup((Message("user", content),), images, responses, (Pair(0, 1, 1),))
     estimate = estimated_lengths({images[0]: (560, 280), images[1]: (4000, 3000)})
     # 8 bytes and 12 bytes of text; 20 x 10 patches; 768 x 768 pixels make 752 twice; 10 patches.
-    assert estimate(prompt) == GroupLengths(2 + 3 + 200 + 752 + 752 + 10, (2, 2))
+    assert estimate(prompt) == GroupTokens(2 + 3 + 200 + 752 + 752 + 10, (2, 2))
     small = estimated_lengths({images[0]: (560, 280), images[1]: (4000, 3000)}, max_pixels=28 * 28 * 50)
-    assert small(prompt) == GroupLengths(2 + 3 + 50 + 50 + 50 + 10, (2, 2))
+    assert small(prompt) == GroupTokens(2 + 3 + 50 + 50 + 50 + 10, (2, 2))
 
 
 def test_a_spread_counts_what_it_shows() -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unidpo.data.check import CheckReport, GroupLengths, check_data, special_token_check
+from unidpo.data.check import CheckReport, check_data, special_token_check
 from unidpo.data.check.scores import mixed_scales
-from unidpo.data.pairs import Message, Pair, PromptGroup, Response
+from unidpo.data.pairs import GroupTokens, Message, Pair, PromptGroup, Response
 from unidpo.errors import Finding, ImageError, ModelError
 
 
@@ -222,10 +222,10 @@ class TestImages:
 
 class TestModel:
     def test_a_row_the_model_refuses_is_an_error(self, tmp_path):
-        def lengths(group: PromptGroup) -> GroupLengths:
+        def lengths(group: PromptGroup) -> GroupTokens:
             if "system" in [message.role for message in group.messages]:
                 raise ModelError("the template takes no system prompt")
-            return GroupLengths(10, (3, 5))
+            return GroupTokens(10, (3, 5))
 
         def extra(group: PromptGroup) -> list[Finding]:
             if group.messages[-1].text == "narrow":

@@ -30,9 +30,10 @@ from unidpo.errors import ModelError
 from unidpo.model.attention import PackAttentionError
 from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.lengths import TokenCounter
-from unidpo.model.load import freeze, language_linear_layers, load_policy, load_processor, parts
+from unidpo.model.load import load_policy, load_processor
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import pack
+from unidpo.model.parts import freeze, language_linear_layers, parts
 from worlds import GOLDEN, SMALL, save_text_model
 
 # peft asks transformers by a name that is on its way out.

@@ -19,10 +19,11 @@ from unidpo.cache.stored_pass import _Outcome
 from unidpo.config import recipe_from
 from unidpo.errors import ImageError, ModelError, RecipeError, UserError
 from unidpo.model.encode import Encoder, prompt_positions
-from unidpo.model.load import freeze, load_policy
+from unidpo.model.load import load_policy
 from unidpo.model.logps import response_logps
 from unidpo.model.pack_check import features_problem, padded_rows
 from unidpo.model.packs import pack
+from unidpo.model.parts import freeze
 from unidpo.model.policy import Policy
 from worlds import GOLDEN, group, tiny_policy
 

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from trainers import some_groups, trainer_of
-from unidpo.data.pairs import IMAGE, Message, Pair, PromptGroup, Response, ranked_pairs
+from unidpo.data.pairs import IMAGE, GroupTokens, Message, Pair, PromptGroup, Response, ranked_pairs
 from unidpo.errors import DataError, ImageError, ModelError
 from unidpo.model.encode import Encoder, PromptTooLong, plain_positions
-from unidpo.model.lengths import GroupTokens, TokenCounter, fit_to_length
+from unidpo.model.lengths import TokenCounter, fit_to_length
 from unidpo.model.load import load_processor
 from worlds import GOLDEN, group, picture
 
@@ -73,7 +73,7 @@ def test_counting_reads_no_pixels(make, tmp_path):
 
 def test_a_shape_the_models_processor_refuses(make):
     one = ask(IMAGE, images=[Image.new("RGB", (1, 300))])
-    with pytest.raises(ImageError, match=r"row 7: .*aspect ratio"):
+    with pytest.raises(DataError, match=r"row 7: .*aspect ratio"):
         fit_to_length([one], make())
 
 

@@ -9,15 +9,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from unidpo.errors import ModelError
 from unidpo.model.encode import Encoder, prompt_positions
-from unidpo.model.load import (
-    freeze,
-    keep_trainable_in_float32,
-    language_linear_layers,
-    load_policy,
-    load_processor,
-    parts,
-    save_model,
-)
+from unidpo.model.load import load_policy, load_processor, save_model
+from unidpo.model.parts import freeze, keep_trainable_in_float32, language_linear_layers, parts
 from worlds import GOLDEN, group, tiny_policy
 
 # peft asks transformers by a name that is on its way out.

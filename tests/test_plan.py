@@ -23,11 +23,12 @@ from unidpo.errors import ModelError, RecipeError, UserError
 from unidpo.losses import SimPO
 from unidpo.model.encode import EncodedGroup, Encoder, plain_positions
 from unidpo.model.features import image_features
+from unidpo.model.lengths import fit_to_length
 from unidpo.model.load import load_processor
 from unidpo.model.packs import pack
 from unidpo.model.policy import Policy
 from unidpo.plan import GPUS, Speed, gpu_by_name, plan_recipe
-from unidpo.plan.data import count_tokens, vision_of
+from unidpo.plan.data import vision_of
 from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of, state_bytes
 from unidpo.plan.report import clock
 from unidpo.plan.shape import adapter_weights, build_model, from_config, shape_of
@@ -171,7 +172,7 @@ class TestAgainstTorch:
 
     def load(self, groups, *, stored=False):
         encoder = Encoder(load_processor(GOLDEN / "model"), plain_positions)
-        counted = count_tokens(groups, encoder, skip_unreadable=False, on_progress=lambda *_: None)
+        counted = fit_to_length(groups, encoder)
         tower = replace(vision_of(encoder, patch_size=14), stored=stored)
         each = [packed(t.prompt, t.responses, tower.load(t.images)) for t in counted.tokens]
         return sum(each, Load())
@@ -387,7 +388,7 @@ class TestTokens:
     def test_images_have_the_processors_own_count(self):
         encoder = Encoder(load_processor(GOLDEN / "model"), plain_positions)
         groups = [group(images=2, side=112), group(images=1, seed=1, side=56)]
-        counted = count_tokens(groups, encoder, skip_unreadable=False, on_progress=lambda *_: None)
+        counted = fit_to_length(groups, encoder)
         assert [tokens.images for tokens in counted.tokens] == [(16, 16), (4,)]
         for each, tokens in zip(groups, counted.tokens, strict=True):
             encoded = encoder.encode(each)

@@ -22,13 +22,13 @@ from torch import Tensor
 from unidpo.cache.keys import ImageDigests, Keys, prompt_key
 from unidpo.cache.store import DamagedPart, Store, damage, make_folder, put_aside
 from unidpo.cache.stored_pass import StoredPass, Task
-from unidpo.data.pairs import PromptGroup
+from unidpo.data.pairs import GroupTokens, PromptGroup
 from unidpo.distributed import gather, is_main, on_main, rank, world_size
 from unidpo.errors import ImageError, ModelError, UserError
 from unidpo.files.regular import open_regular
 from unidpo.model.encode import EncodedGroup, Encoder
 from unidpo.model.features import ImageFeatures, without_pixels
-from unidpo.model.lengths import GroupTokens, TokenCounter
+from unidpo.model.lengths import TokenCounter
 from unidpo.model.pack_check import features_problem, padded_rows, smallest
 from unidpo.model.packs import join_vision, to_device
 

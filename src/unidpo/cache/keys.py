@@ -17,7 +17,7 @@ from unidpo.data.lost_rows import lost_rows
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import whole
 from unidpo.errors import Finding, ImageError
-from unidpo.model.load import parts
+from unidpo.model.parts import parts
 
 UNREADABLE = b""
 """Stands for the key of what cannot be read any more."""

@@ -14,7 +14,6 @@ from unidpo.errors import printable
 
 if TYPE_CHECKING:
     from unidpo.data.formats.convert import ConvertReport
-    from unidpo.data.pairs import PromptGroup
 
 data = typer.Typer(help="Check, convert, move and fetch preference data.", no_args_is_help=True)
 
@@ -192,22 +191,16 @@ def from_mm_rlhf(
 
 def _limits_of(model: str, max_length: int) -> dict[str, Any]:
     """What `check_data` needs to hold data against a model."""
-    from unidpo.data.check import GroupLengths
     from unidpo.model.encode import Encoder, plain_positions
     from unidpo.model.lengths import TokenCounter
     from unidpo.model.load import load_processor
 
     encoder = Encoder(load_processor(model), plain_positions, max_length=max_length)
     counter = TokenCounter(encoder)
-
-    def lengths(group: PromptGroup) -> GroupLengths:
-        tokens = counter.one(group)
-        return GroupLengths(tokens.prompt, tokens.responses)
-
     return {
         "special_tokens": encoder.tokenizer.all_special_tokens,
         "max_pixels": encoder.max_pixels,
-        "lengths": lengths,
+        "lengths": counter.one,
         "extra": [counter.findings],
     }
 

@@ -105,6 +105,30 @@ class PromptGroup:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class GroupTokens:
+    """Lengths of a group in tokens.
+
+    Attributes:
+        prompt: of the prompt, images included.
+        responses: of each response, with what closes its turn.
+        images: of each image.
+    """
+
+    prompt: int
+    responses: tuple[int, ...]
+    images: tuple[int, ...] = ()
+
+    def within(self, limit: int) -> GroupTokens | None:
+        """The same with responses as long as a limit on prompt plus response leaves them; `None` if it leaves none."""
+        room = limit - self.prompt
+        return replace(self, responses=tuple(min(room, each) for each in self.responses)) if room > 0 else None
+
+    def in_batch(self, responses: Sequence[int], *, packs: bool) -> int:
+        """Of some responses with their prompt, which stands once in a pack, else before each of them."""
+        return sum(self.responses[i] for i in responses) + self.prompt * (1 if packs else len(responses))
+
+
 def ranked_pairs(responses: Sequence[Response], row: int) -> tuple[Pair, ...]:
     """Every pair of responses whose first has the strictly larger score, in index order.
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from unidpo.config import LoraSection
 from unidpo.errors import ModelError, did_you_mean
-from unidpo.model.load import keep_trainable_in_float32, language_linear_layers, quiet_peft
+from unidpo.model.load import quiet_peft
+from unidpo.model.parts import keep_trainable_in_float32, language_linear_layers
 
 # Ways to begin in which peft takes the adapter's share out of the weights beneath it.
 _TAKES_FROM_THE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")

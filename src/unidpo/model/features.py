@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from unidpo.errors import ModelError
-from unidpo.model.load import parts
+from unidpo.model.parts import parts
 
 
 @dataclass(frozen=True, slots=True)

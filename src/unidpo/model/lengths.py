@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import PIL.Image
 
 from unidpo.data.images import capped_size, image_size
-from unidpo.data.pairs import PromptGroup
+from unidpo.data.pairs import GroupTokens, PromptGroup
 from unidpo.distributed import on_main
 from unidpo.errors import DataError, Finding, ImageError, UserError, from_findings
 from unidpo.model.encode import Encoder, refused_images
@@ -20,34 +19,6 @@ from unidpo.model.encode import Encoder, refused_images
 _LOG = logging.getLogger(__name__)
 # Groups whose texts the tokenizer gets at once, which it deals to threads of its own.
 _TOGETHER = 500
-
-
-@dataclass(frozen=True, slots=True)
-class GroupTokens:
-    """Lengths of a group in tokens.
-
-    Attributes:
-        prompt: of the prompt, images included.
-        responses: of each response, with what closes its turn.
-        images: of each image.
-    """
-
-    prompt: int
-    responses: tuple[int, ...]
-    images: tuple[int, ...] = ()
-
-    def within(self, limit: int) -> GroupTokens | None:
-        """The same with responses as long as a limit on prompt plus response leaves them; `None` if it leaves none."""
-        room = limit - self.prompt
-        return replace(self, responses=tuple(min(room, each) for each in self.responses)) if room > 0 else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    tokens: int
-    images: tuple[int, ...]
-    group: PromptGroup
-    """One that has it: prompts with decoded images are known by these images, which must stay."""
 
 
 class TokenCounter:
@@ -59,7 +30,9 @@ class TokenCounter:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._prompts: dict[Hashable, _Prompt | UserError] = {}
+        self._prompts: dict[Hashable, GroupTokens | UserError] = {}
+        # Prompts with decoded images are known by these images, which must stay.
+        self._groups: list[PromptGroup] = []
         self._responses: dict[str, int] = {}
         self._added: dict[tuple[tuple[int, int], ...], int] = {}
         self._patches_agree = False
@@ -83,7 +56,7 @@ class TokenCounter:
                     yield prompt
                 else:
                     responses = tuple(self._responses[response.text] for response in group.responses)
-                    yield GroupTokens(prompt.tokens, responses, prompt.images)
+                    yield replace(prompt, responses=responses)
             if on_progress:
                 on_progress(start + len(some), len(groups))
 
@@ -121,6 +94,7 @@ class TokenCounter:
         for (key, (group, text)), tokens in zip(prompts.items(), counts[: len(prompts)], strict=True):
             try:
                 self._prompts[key] = self._with_images(group, text, tokens)
+                self._groups.append(group)
             except UserError as error:
                 self._prompts[key] = error
         self._responses |= zip(responses, counts[len(prompts) :], strict=True)
@@ -131,9 +105,9 @@ class TokenCounter:
         encoded = self._encoder.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         return [len(ids) for ids in encoded["input_ids"]]
 
-    def _with_images(self, group: PromptGroup, text: str, text_tokens: int) -> _Prompt:
+    def _with_images(self, group: PromptGroup, text: str, text_tokens: int) -> GroupTokens:
         if not group.images:
-            return _Prompt(text_tokens, (), group)
+            return GroupTokens(text_tokens, ())
         sizes = tuple(capped_size(image_size(source), self._encoder.max_pixels) for source in group.images)
         added = self._tokens_beside_marks(sizes, text, text_tokens)
         # In the text each image is one mark. Processors do not say which image has how many: large ones have more.
@@ -141,7 +115,7 @@ class TokenCounter:
         areas = [math.prod(size) for size in sizes]
         images = [round(total * area / sum(areas)) for area in areas]
         images[-1] += total - sum(images)
-        return _Prompt(text_tokens + added, tuple(images), group)
+        return GroupTokens(text_tokens + added, (), tuple(images))
 
     def _tokens_beside_marks(self, sizes: tuple[tuple[int, int], ...], text: str, text_tokens: int) -> int:
         """What images of these sizes add to a prompt that has so many tokens with a mark for each of them."""
@@ -192,62 +166,74 @@ def length_findings(group: PromptGroup, tokens: GroupTokens, max_length: int) ->
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Groups that fit the length limit, and the tokens of each, responses as long as the limit leaves them."""
+    """Groups that fit the length limit, and what became of the others.
 
-    groups: list[PromptGroup]
-    tokens: list[GroupTokens]
+    Attributes:
+        tokens: of each group, responses as long as the limit leaves them.
+        too_long: prompts that leave no room for a response.
+        cut: responses that lose their end.
+        unreadable: groups with an image that cannot be read, or that the model's processor refuses.
+    """
+
+    groups: list[PromptGroup] = field(default_factory=list)
+    tokens: list[GroupTokens] = field(default_factory=list)
+    too_long: list[Finding] = field(default_factory=list)
+    cut: list[Finding] = field(default_factory=list)
+    unreadable: list[Finding] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> int:
+        return sum(len(group.pairs) for group in self.groups)
 
 
 def fit_to_length(
     groups: Sequence[PromptGroup],
     encoder: Encoder,
     *,
+    skip_unreadable: bool = False,
+    warn: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Fitted:
-    """The groups whose prompts leave room for a response. Skipped prompts and cut responses are counted and named.
+    """The groups whose prompts leave room for a response, in tokens.
 
     Every process must call it; the main one counts for all.
 
     Args:
+        skip_unreadable: leave out groups whose images cannot be read.
+        warn: log which prompts are skipped and which responses are cut.
         on_progress: see `TokenCounter.count`.
 
     Raises:
-        DataError: no group is left.
-        ImageError: an image cannot be read, or the model's processor refuses it; names the row.
+        DataError: no group is left, or an image cannot be read, or the model's processor refuses it; names the rows.
         ModelError: see `Encoder.encode`.
     """
-    counted = on_main(lambda: _count_all(groups, TokenCounter(encoder), on_progress))
-    fitted = Fitted([], [])
-    findings: dict[str, list[Finding]] = defaultdict(list)
+    fitted = Fitted()
+    counted = on_main(lambda: list(TokenCounter(encoder).count(groups, on_progress)))
     for group, tokens in zip(groups, counted, strict=True):
-        for finding in length_findings(group, tokens, encoder.max_length):
-            findings[finding.kind].append(finding)
-        if (fitting := tokens.within(encoder.max_length)) is not None:
-            fitted.groups.append(group)
-            fitted.tokens.append(fitting)
+        if isinstance(tokens, ImageError):
+            kind = tokens.findings[0].kind if tokens.findings else "refused-row"
+            fitted.unreadable.append(Finding(kind, str(tokens), group.pairs[0].file, group.pairs[0].row))
+            continue
+        if isinstance(tokens, UserError):
+            raise tokens
+        findings = length_findings(group, tokens, encoder.max_length)
+        if (fitting := tokens.within(encoder.max_length)) is None:
+            fitted.too_long.extend(findings)
+            continue
+        fitted.cut.extend(findings)
+        fitted.groups.append(group)
+        fitted.tokens.append(fitting)
+    if fitted.unreadable and not skip_unreadable:
+        title = f"{len(fitted.unreadable)} groups have images that cannot be read"
+        raise from_findings(DataError, title, fitted.unreadable)
     if groups and not fitted.groups:
         raise from_findings(
             DataError,
             f"no prompt fits data.max_length={encoder.max_length}; raise it, or lower data.max_pixels",
-            findings["prompt-too-long"],
+            fitted.too_long,
         )
-    for kind, found in findings.items():
-        rows = ", ".join(str(finding.row) for finding in found[:10]) + (", ..." if len(found) > 10 else "")
-        what = "prompts skipped" if kind == "prompt-too-long" else "responses cut"
-        _LOG.warning("data.max_length=%d: %d %s (rows %s)", encoder.max_length, len(found), what, rows)
+    for findings, what in ((fitted.too_long, "prompts skipped"), (fitted.cut, "responses cut")):
+        if findings and warn:
+            rows = ", ".join(str(finding.row) for finding in findings[:10]) + (", ..." if len(findings) > 10 else "")
+            _LOG.warning("data.max_length=%d: %d %s (rows %s)", encoder.max_length, len(findings), what, rows)
     return fitted
-
-
-def _count_all(
-    groups: Sequence[PromptGroup], counter: TokenCounter, on_progress: Callable[[int, int], None] | None
-) -> list[GroupTokens]:
-    counted = []
-    for group, tokens in zip(groups, counter.count(groups, on_progress), strict=True):
-        if isinstance(tokens, ImageError):
-            kind = tokens.findings[0].kind if tokens.findings else "refused-row"
-            located = Finding(kind, str(tokens), group.pairs[0].file, group.pairs[0].row)
-            raise ImageError(str(located), findings=[located]) from tokens
-        if isinstance(tokens, UserError):
-            raise tokens
-        counted.append(tokens)
-    return counted

@@ -1,4 +1,4 @@
-"""Load a policy and its processor, and decide which of its parameters learn."""
+"""Load and save a policy and its processor."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import copy
 import importlib.util
 import inspect
 import json
-import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -38,12 +37,11 @@ from transformers.utils import is_torchvision_available
 
 from unidpo.errors import ModelError, RecipeError, UserError
 from unidpo.files.places import missing_here
+from unidpo.model.parts import language_linear_layers
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """What turns a prompt into tensors: a processor for vision-language models, a tokenizer for text models."""
-Part: TypeAlias = Literal["vision", "projector", "language"]
 Quantization: TypeAlias = Literal["nf4", "int8"]
-_LOG = logging.getLogger(__name__)
 
 
 def load_policy(
@@ -58,7 +56,7 @@ def load_policy(
     A folder that holds an adapter, such as the `model/` of a run with one, gives its model with the adapter merged in.
 
     Args:
-        dtype: of the weights; of the arithmetic alone where they are quantized.
+        dtype: of the weights; only of what is computed where they are quantized.
         quantize: hold the linear layers of the language model in 4 bits (`"nf4"`) or 8 bits (`"int8"`) per weight, to
             train an adapter on. Vision tower, projector and head, in which rounding hurts most, stay as they are.
 
@@ -67,39 +65,36 @@ def load_policy(
         RecipeError: `quantize` is given and bitsandbytes is not installed.
     """
     base = _base_of_adapter(name)
-    if base is not None and quantize is not None:
-        raise ModelError(
-            f"{name}: model.quantize={quantize} needs whole weights, and this is an adapter of {base}; save the merged "
-            "model first, `load_policy(...).save_pretrained(...)` with its processor beside it, and name that"
-        )
     if base is not None:
+        if quantize is not None:
+            raise ModelError(
+                f"{name}: model.quantize={quantize} needs whole weights, and this is an adapter of {base}; save the "
+                "merged model first (`load_policy(...).save_pretrained(...)`, its processor beside it) and name that"
+            )
         return _with_adapter(load_policy(base, dtype=dtype, trust_remote_code=trust_remote_code), name)
     config = load_config(name, trust_remote_code=trust_remote_code)
-    vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    if quantize is None:
-        return load_weights(auto, name, config=config, dtype=dtype, trust_remote_code=trust_remote_code)
-    with _as_model_error(name, "the model"), init_empty_weights():
-        plan = auto.from_config(config, trust_remote_code=trust_remote_code)
-    quantization = _quantization(plan, quantize, dtype=dtype)
-    return load_weights(
-        auto, name, config=config, dtype=dtype, trust_remote_code=trust_remote_code, quantization_config=quantization
-    )
+    auto = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantize is not None:
+        with _as_model_error(name, "the model"), init_empty_weights():
+            empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+        options["quantization_config"] = _quantization(empty, quantize, dtype=dtype)
+    return load_weights(auto, name, **options)
 
 
-def _quantization(plan: PreTrainedModel, kind: Quantization, *, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What bitsandbytes is told: quantize the linear layers of the language model and nothing else.
+def _takes_images(config: PreTrainedConfig) -> bool:
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    Args:
-        plan: the model without its weights.
-    """
+
+def _quantization(empty: PreTrainedModel, kind: Quantization, *, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Quantize the linear layers of the language model and nothing else; `empty` is the model without its weights."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(
             f"model.quantize={kind} needs the package bitsandbytes; install it with `pip install 'unidpo[quantize]'`"
         )
-    inside = set(language_linear_layers(plan))
+    inside = set(language_linear_layers(empty))
     # Given here, these replace the names of transformers' own guess, which differs between model families.
-    skip = [name for name, m in plan.named_modules() if isinstance(m, torch.nn.Linear) and name not in inside]
+    skip = [name for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and name not in inside]
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     return BitsAndBytesConfig(
@@ -178,8 +173,8 @@ def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrai
 def load_processor(name: str | Path, *, trust_remote_code: bool = False) -> Processor:
     """The processor of the model at `name`, or its tokenizer where it is a text model.
 
-    Some processors (Qwen2-VL's among them) hold a video processor, which cannot be built without torchvision. Where
-    that is missing, the same processor is put together without one: images and text are processed as ever.
+    Some processors (Qwen2-VL's among them) hold a video processor, which needs torchvision. Where that is missing, the
+    same processor is put together without one.
 
     Raises:
         ModelError: there is no processor or tokenizer at `name`.
@@ -187,7 +182,7 @@ def load_processor(name: str | Path, *, trust_remote_code: bool = False) -> Proc
     config = load_config(name, trust_remote_code=trust_remote_code)
     load = {"trust_remote_code": trust_remote_code}
     with _as_model_error(name, "the processor"):
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        if not _takes_images(config):
             return _usable(name, AutoTokenizer.from_pretrained(str(name), **load))
         cls = PROCESSOR_MAPPING.get(type(config), None)
         processor: ProcessorMixin
@@ -225,12 +220,11 @@ def compose_processor(
 ) -> ProcessorMixin:
     """A processor of class `cls` for images and text only.
 
-    transformers reads a processor's parts and what it saves off the signature of `__init__`; one without
-    `video_processor` is a processor that needs none. The name stays, so that `save_pretrained` writes what any other
-    machine can load.
+    transformers reads a processor's parts off the signature of `__init__`, so one without `video_processor` needs none.
+    The class keeps its name, so that any machine can load what `save_pretrained` writes.
 
     Args:
-        settings: what else `cls` takes, such as the number of tokens per image; other keys are passed over.
+        settings: what else `cls` takes, such as the number of tokens per image; other keys are ignored.
     """
     signature = inspect.signature(cls.__init__)
     kept = [parameter for name, parameter in signature.parameters.items() if name != "video_processor"]
@@ -247,93 +241,8 @@ def compose_processor(
     return composed
 
 
-def parts(model: PreTrainedModel) -> Mapping[Part, list[tuple[str, torch.nn.Parameter]]]:
-    """The model's named parameters as vision tower, projector and language model.
-
-    The language model is transformers' `get_decoder()` with the embeddings and the head, the vision tower its
-    `get_encoder(modality="image")`; the projector is what is in neither, and the `merger` modules that the Qwen-VL
-    family keeps inside its vision tower. Each parameter is in exactly one part; in a text model all are language.
-
-    Raises:
-        ModelError: the model takes images, and transformers does not tell its vision tower or its language model.
-    """
-    decoder, encoder = _decoder(model), model.get_encoder(modality="image")
-    if encoder is model or encoder is model.base_model or encoder is decoder:
-        if "image" in model.input_modalities:
-            raise _unknown("vision tower", model)
-        encoder = torch.nn.Module()
-        decoder = model
-    language_modules = [decoder, model.get_input_embeddings(), model.get_output_embeddings()]
-    language = {id(p) for module in language_modules if module is not None for p in module.parameters()}
-    vision = {id(p) for n, p in encoder.named_parameters() if "merger" not in n}
-    found: dict[Part, list[tuple[str, torch.nn.Parameter]]] = {"vision": [], "projector": [], "language": []}
-    for name, parameter in model.named_parameters():
-        part: Part = "vision" if id(parameter) in vision else "projector"
-        found["language" if id(parameter) in language else part].append((name, parameter))
-    return found
-
-
-def _decoder(model: PreTrainedModel) -> torch.nn.Module:
-    decoder: torch.nn.Module = model.get_decoder()
-    if "image" in model.input_modalities and (decoder is model or decoder is model.base_model):
-        raise _unknown("language model", model)
-    return decoder
-
-
-def _unknown(what: str, model: PreTrainedModel) -> ModelError:
-    modules = ", ".join(name for name, _ in model.base_model.named_children())
-    return ModelError(
-        f"cannot tell which part of {type(model).__name__} is its {what} (its modules are {modules}); "
-        "set model.freeze=none to train all of it, or train an adapter and name its lora.target_modules"
-    )
-
-
-def freeze(model: PreTrainedModel, frozen: Iterable[Part]) -> None:
-    """Freeze the named parts and let everything else learn.
-
-    An output head that shares its weight with the embeddings is frozen and learns with them, as language.
-
-    Raises:
-        ModelError: nothing would be left to learn, or the model's parts are unknown, see `parts`.
-    """
-    frozen = set(frozen)
-    model.requires_grad_(True)
-    if not frozen:
-        return
-    by_part = parts(model)
-    for part in frozen:
-        for _, parameter in by_part[part]:
-            parameter.requires_grad_(False)
-    missing = sorted(part for part in frozen if not by_part[part])
-    if missing:
-        _LOG.info("nothing to freeze: this model has no %s", " and no ".join(missing))
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError(f"freezing {', '.join(sorted(frozen))} leaves nothing of this model to train")
-
-
-def language_linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers of the language model, without its head: where an adapter goes by default.
-
-    Raises:
-        ModelError: the model takes images, and transformers does not tell its language model.
-    """
-    inside = {id(module) for module in _decoder(model).modules()}
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and id(m) in inside]
-
-
-def keep_trainable_in_float32(model: torch.nn.Module) -> None:
-    """Hold the weights that learn in float32, the frozen ones as loaded.
-
-    At learning rates of 1e-6 an update is below the resolution of bfloat16; the arithmetic stays in the narrow type
-    through autocast.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
 def save_model(
-    model: PreTrainedModel,
+    model: Any,
     processor: Processor,
     folder: Path,
     state: Mapping[str, torch.Tensor] | None = None,
@@ -343,6 +252,7 @@ def save_model(
     """Write weights (safetensors, in `dtype`) and processor, so that `from_pretrained(folder)` loads both.
 
     Args:
+        model: a transformers model, or one with an adapter around it.
         state: the model's state, where it is not in the model: brought together from several processes.
     """
     state = {

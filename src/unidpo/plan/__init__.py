@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
@@ -10,12 +11,11 @@ from unidpo.config import Recipe
 from unidpo.errors import ModelError
 from unidpo.model.encode import Encoder, plain_positions
 from unidpo.model.features import images_are_frozen, takes_features
-from unidpo.model.load import Part, load_processor
+from unidpo.model.lengths import Fitted, fit_to_length
+from unidpo.model.load import load_processor
 from unidpo.plan.data import (
-    Counted,
-    Layout,
-    count_tokens,
-    distinct_images,
+    BatchForm,
+    distinct_prompts,
     micro_batches,
     padded_pairs,
     prompt_packs,
@@ -31,8 +31,6 @@ from unidpo.progress import Stages
 from unidpo.run.data import training_data
 
 __all__ = ["GPUS", "UTILISATION", "Plan", "Speed", "gpu_by_name", "plan_recipe"]
-
-_PARTS: tuple[Part, ...] = ("vision", "projector", "language")
 
 
 def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1, console: Console) -> Plan:
@@ -64,10 +62,14 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     loss = recipe.loss
     with Stages(console) as stages:
         groups, _ = training_data(recipe, stages, scan_images=False)
-        counted = count_tokens(
-            groups, encoder, skip_unreadable=recipe.data.on_bad_row == "skip", on_progress=stages.update
+        fitted = fit_to_length(
+            groups,
+            encoder,
+            skip_unreadable=recipe.data.on_bad_row == "skip",
+            warn=False,
+            on_progress=partial(stages.update, "counting tokens, groups"),
         )
-    with_images = any(tokens.images for tokens in counted.tokens)
+    with_images = any(tokens.images for tokens in fitted.tokens)
     vision = vision_of(encoder, patch_size=shape.patch_size) if with_images else Vision()
     stores = recipe.data.cache_image_features and with_images
     if stores and not takes:
@@ -75,16 +77,16 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
             f"{recipe.model.name}: data.cache_image_features needs a forward that takes features of images, and a "
             "vision tower and projector that do not learn, nor an adapter in them; set it to false"
         )
-    features = _features(shape, setting, distinct_images(counted, vision)) if stores else None
-    layout = Layout(shape.packs and recipe.model.attention != "padded", replace(vision, stored=stores))
-    steps = list(micro_batches(recipe, counted, layout, gpus=gpus))
+    features = _features(shape, setting, fitted, vision) if stores else None
+    form = BatchForm(shape.packs and recipe.model.attention != "padded", replace(vision, stored=stores))
+    steps = list(micro_batches(recipe, fitted, form, gpus=gpus))
     epoch = sum((in_chunks(load, shape) for step in steps for load in step), Load())
     largest = max((load for step in steps for load in step), key=lambda load: load.tokens)
     passes_per_step = -(-max(map(len, steps)) // gpus)
     epochs = _epochs(recipe, steps=len(steps))
     once = training(shape, epoch, learns=setting.learns, checkpointing=setting.checkpointing, adapter=setting.adapter)
     beside = epoch.with_features() if takes else epoch  # a live reference takes the policy's features
-    reference = _reference(recipe, shape, counted, layout, beside, epochs) if loss.needs_reference else None
+    reference = _reference(recipe, shape, fitted, form, beside, epochs) if loss.needs_reference else None
     apart = (reference.total if reference else 0.0) + (features.work.total if features else 0.0)
     return Plan(
         model=recipe.model.name,
@@ -92,7 +94,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         setting=setting,
         weights=sum(shape.weights.values()),
         learning=setting.adapter or sum(shape.weights[part] for part in setting.learns),
-        data=_data(counted, epoch, layout),
+        data=_data(fitted, epoch, form),
         epochs=epochs,
         steps=round(epochs * len(steps)),
         passes_per_step=passes_per_step,
@@ -101,9 +103,9 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         reference_work=reference,
         features=features,
         total_work=epochs * once.total + apart,
-        ways=_ways(shape, setting, counted, layout, referenced=loss.needs_reference, features=features),
+        ways=_ways(shape, setting, fitted, form, referenced=loss.needs_reference, features=features),
         memory=peak_memory(shape, setting, largest, passes_per_step=passes_per_step, margin=True),
-        times=tuple(_time(speed, recipe, counted, once, reference, features, epochs, gpus) for speed in speeds),
+        times=tuple(_time(speed, recipe, fitted, once, reference, features, epochs, gpus) for speed in speeds),
         reference=recipe.reference if loss.needs_reference else None,
     )
 
@@ -112,9 +114,9 @@ def setting_of(recipe: Recipe, shape: ModelShape, *, gpus: int = 1) -> Setting:
     """What a recipe says about memory and work; an adapter's weights are not counted yet. Raises `RecipeError`."""
     given = recipe.train.given()
     checkpointing = given.get("gradient_checkpointing") or given.get("activation_checkpointing")
-    whole = () if recipe.lora is not None else (p for p in _PARTS if p not in recipe.model.freeze and shape.weights[p])
+    trainable = {part for part, weights in shape.weights.items() if weights and part not in recipe.model.freeze}
     return Setting(
-        learns=frozenset(whole),
+        learns=frozenset(trainable if recipe.lora is None else ()),
         narrow=recipe.model.dtype != "float32",
         quantize=recipe.model.quantize,
         checkpointing=bool(checkpointing),
@@ -130,36 +132,34 @@ def _epochs(recipe: Recipe, *, steps: int) -> float:
     return most / steps if most > 0 else recipe.train.num_train_epochs
 
 
-def _features(shape: ModelShape, setting: Setting, images: Load) -> Features:
+def _features(shape: ModelShape, setting: Setting, fitted: Fitted, vision: Vision) -> Features:
+    images = sum((vision.load(tokens.images) for tokens in distinct_prompts(fitted)), Load())
     disk = features_bytes(shape, images.image_tokens, narrow=setting.narrow)
     return Features(forward(shape, images), disk)
 
 
-def _reference(recipe: Recipe, shape: ModelShape, counted: Counted, layout: Layout, epoch: Load, epochs: float) -> Work:
+def _reference(recipe: Recipe, shape: ModelShape, fitted: Fitted, form: BatchForm, epoch: Load, epochs: float) -> Work:
     """Work of the reference: one pass over the distinct responses, or, live, a forward pass in each step."""
     if recipe.reference == "live":
-        once = forward(shape, epoch)
-        return Work(
-            *(epochs * part for part in (once.language, once.attention, once.head, once.projector, once.vision))
-        )
+        return forward(shape, epoch).times(epochs)
     if recipe.reference != "stored":
         shape = shape_of(build_model(recipe.reference, trust_remote_code=recipe.model.trust_remote_code))
         # Whether its tower is the policy's only the weights would tell.
-        layout = replace(layout, vision=replace(layout.vision, stored=False))
-    return forward(shape, sum(reference_passes(counted, layout), Load()))
+        form = replace(form, vision=replace(form.vision, stored=False))
+    return forward(shape, sum(reference_passes(fitted, form), Load()))
 
 
 def _ways(
     shape: ModelShape,
     setting: Setting,
-    counted: Counted,
-    layout: Layout,
+    fitted: Fitted,
+    form: BatchForm,
     *,
     referenced: bool,
     features: Features | None,
 ) -> tuple[Way, ...]:
     """One epoch of this data, policy and reference, laid out in other ways."""
-    plain, once = replace(layout.vision, stored=False), features.work.total if features else 0.0
+    plain, once = replace(form.vision, stored=False), features.work.total if features else 0.0
 
     def work(load: Load, reference: Load) -> float:
         found = training(
@@ -167,50 +167,50 @@ def _ways(
         )
         return found.total + (forward(shape, reference).total if referenced else 0.0)
 
-    every = padded_pairs(counted, plain, every_logit=True)
-    selective = padded_pairs(counted, plain, every_logit=False)
+    every = padded_pairs(fitted, plain, every_logit=True)
+    selective = padded_pairs(fitted, plain, every_logit=False)
     ways = [
         Way("padded pairs, every logit", work(every, every)),
         Way("padded pairs, logits of responses", work(selective, selective)),
     ]
-    if layout.packs:
-        stored = sum(reference_passes(counted, layout), Load())
-        pairs = sum((in_chunks(load, shape) for load in prompt_packs(counted, layout, together=False)), Load())
-        prompts = [in_chunks(load, shape) for load in prompt_packs(counted, layout, together=True)]
+    if form.packs:
+        stored = sum(reference_passes(fitted, form), Load())
+        pairs = sum((in_chunks(load, shape) for load in prompt_packs(fitted, form, together=False)), Load())
+        prompts = [in_chunks(load, shape) for load in prompt_packs(fitted, form, together=True)]
         ways.append(Way("a pack per pair", once + work(pairs, stored)))
         together = sum(prompts, Load())
         ways.append(Way("a pack per prompt", once + work(together, together)))
     return tuple(ways)
 
 
-def _data(counted: Counted, epoch: Load, layout: Layout) -> Data:
-    prompts = {group.prompt_key(): tokens for group, tokens in zip(counted.groups, counted.tokens, strict=True)}
+def _data(fitted: Fitted, epoch: Load, form: BatchForm) -> Data:
+    prompts = distinct_prompts(fitted)
     return Data(
-        groups=len(counted.groups),
-        pairs=counted.pairs,
+        groups=len(fitted.groups),
+        pairs=fitted.pairs,
         prompts=len(prompts),
-        images=sum(len(tokens.images) for tokens in prompts.values()),
+        images=sum(len(tokens.images) for tokens in prompts),
         tokens=epoch.tokens,
         image_tokens=epoch.image_tokens,
         response_tokens=epoch.targets,
-        too_long=counted.too_long,
-        cut=counted.cut,
-        unreadable=counted.unreadable,
-        packs=layout.packs,
+        too_long=len(fitted.too_long),
+        cut=len(fitted.cut),
+        unreadable=len(fitted.unreadable),
+        packs=form.packs,
     )
 
 
 def _time(
     speed: Speed,
     recipe: Recipe,
-    counted: Counted,
+    fitted: Fitted,
     once: Work,
     reference: Work | None,
     features: Features | None,
     epochs: float,
     gpus: int,
 ) -> Time:
-    training_seconds = speed.seconds(once.total, pairs=counted.pairs, gpus=gpus) * epochs
+    training_seconds = speed.seconds(once.total, pairs=fitted.pairs, gpus=gpus) * epochs
     # At the rate at which the training's own work is done.
     per_operation = training_seconds / (epochs * once.total)
     # Measured pairs per second hold the work of a live reference already.

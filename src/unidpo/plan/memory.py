@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from unidpo.config import Recipe
+from unidpo.config.schema import ModelPart
 from unidpo.errors import RecipeError
 from unidpo.files.regular import read_regular
 from unidpo.model.head import LOGITS_CHUNK_BYTES, STEP_BYTES
-from unidpo.model.load import Part
 from unidpo.plan.shape import ModelShape, Transformer
 from unidpo.plan.work import Load
 
@@ -56,7 +56,7 @@ class Setting:
         live_reference: whether a frozen copy of the model is held beside it.
     """
 
-    learns: frozenset[Part]
+    learns: frozenset[ModelPart]
     adapter: int = 0
     narrow: bool = True
     quantize: str | None = None

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from unidpo.config import LoraSection
+from unidpo.config.schema import ModelPart
 from unidpo.errors import ModelError
 from unidpo.model.adapters import lora_config, with_adapter
-from unidpo.model.load import Part, language_linear_layers, load_config, parts
+from unidpo.model.load import load_config
+from unidpo.model.parts import language_linear_layers, parts
 
 _MATRICES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -65,7 +67,7 @@ class ModelShape:
     vision: Transformer | None
     vocabulary: int
     projector_matrices: int
-    weights: Mapping[Part, int]
+    weights: Mapping[ModelPart, int]
     tied: bool
     largest_weight: int
     quantizable: int

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
 
+from unidpo.config.schema import ModelPart
 from unidpo.model.head import LOGITS_CHUNK_BYTES
-from unidpo.model.load import Part
 from unidpo.plan.shape import ModelShape, Transformer
 
 
@@ -116,8 +116,9 @@ class Work:
     def total(self) -> float:
         return self.language + self.attention + self.head + self.projector + self.vision
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+    def times(self, count: float) -> Work:
+        """The same work `count` times."""
+        return Work(*(count * part for part in astuple(self)))
 
 
 def forward(shape: ModelShape, load: Load) -> Work:
@@ -132,7 +133,9 @@ def forward(shape: ModelShape, load: Load) -> Work:
     )
 
 
-def training(shape: ModelShape, load: Load, *, learns: Iterable[Part], checkpointing: bool, adapter: int = 0) -> Work:
+def training(
+    shape: ModelShape, load: Load, *, learns: Iterable[ModelPart], checkpointing: bool, adapter: int = 0
+) -> Work:
     """Work of forward and backward passes.
 
     The gradient of a weight costs a forward pass of that weight, and so does handing the gradient on to what lies

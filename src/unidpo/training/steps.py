@@ -9,10 +9,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from unidpo.data.pairs import PromptGroup
+from unidpo.data.pairs import GroupTokens, PromptGroup
 from unidpo.errors import Finding
 from unidpo.model.batches import Batch, BatchMaker, Share
-from unidpo.model.lengths import GroupTokens
 from unidpo.model.packs import used_responses
 
 ShareTokens: TypeAlias = Callable[[Share], int]
@@ -89,8 +88,7 @@ def share_tokens(groups: Sequence[PromptGroup], tokens: Sequence[GroupTokens], *
     def size(share: Share) -> int:
         index, places = share
         used = used_responses([groups[index].pairs[place] for place in places])
-        responses = sum(tokens[index].responses[response] for response in used)
-        return responses + tokens[index].prompt * (1 if packs else len(used))
+        return tokens[index].in_batch(used, packs=packs)
 
     return size
 

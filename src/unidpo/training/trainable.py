@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from unidpo.cache.keys import vision_fingerprint, weights_fingerprint
+from unidpo.config.schema import ModelPart
 from unidpo.errors import ModelError, RecipeError
 from unidpo.model.adapters import adds_nothing_yet, with_adapter
 from unidpo.model.features import images_are_frozen
-from unidpo.model.load import Part, freeze, keep_trainable_in_float32
+from unidpo.model.parts import freeze, keep_trainable_in_float32
 from unidpo.training.arguments import checkpoints_are_reentrant
 
 
@@ -42,7 +43,7 @@ def make_trainable(
     args: TrainingArguments,
     *,
     peft_config: Any,
-    frozen: Iterable[Part],
+    frozen: Iterable[ModelPart],
     reference: str | None,
     cache_image_features: bool,
     needs_fingerprint: bool,

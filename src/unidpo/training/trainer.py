@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 
 from unidpo.cache.store import default_cache
+from unidpo.config.schema import ModelPart
 from unidpo.data.lost_rows import LostRows
 from unidpo.distributed import gather, is_main, on_main
 from unidpo.errors import Interrupted
@@ -20,7 +21,7 @@ from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.model.batches import Batch
 from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.lengths import Fitted
-from unidpo.model.load import Part, Processor, load_policy, load_processor
+from unidpo.model.load import Processor, load_policy, load_processor
 from unidpo.model.policy import Policy
 from unidpo.training.arguments import checkpoints_are_reentrant, refuse_settings_without_effect
 from unidpo.training.callbacks import BeforeFirstStep, Hooks
@@ -92,7 +93,7 @@ class PreferenceTrainer(StepTrainer):
         processing_class: Processor | None = None,
         peft_config: Any = None,
         reference: str = "stored",
-        frozen: Iterable[Part] = ("vision", "projector"),
+        frozen: Iterable[ModelPart] = ("vision", "projector"),
         template: str | None = None,
         max_length: int = 4096,
         max_pixels: int = 768 * 768,

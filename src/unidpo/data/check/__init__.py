@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from unidpo.data.check.measure import GroupLengths, Lengths, estimated_lengths
+from unidpo.data.check.measure import Lengths, estimated_lengths
 from unidpo.data.check.report import CheckReport, describe
 from unidpo.data.check.rows import (
     IMAGE_TOKENS,
@@ -24,11 +24,11 @@ from unidpo.data.check.scores import DEFAULTS, ScoreKnobs, mixed_scales, partly_
 from unidpo.data.check.usable import write_usable
 from unidpo.data.formats import ImageUse, read_groups
 from unidpo.data.images import MAX_PIXELS, inspect_image
-from unidpo.data.pairs import ImageSource, PromptGroup
+from unidpo.data.pairs import GroupTokens, ImageSource, PromptGroup
 from unidpo.errors import Finding, UserError
 from unidpo.progress import OnProgress
 
-__all__ = ["CheckReport", "GroupLengths", "ScoreKnobs", "check_data", "special_token_check", "write_usable"]
+__all__ = ["CheckReport", "ScoreKnobs", "check_data", "special_token_check", "write_usable"]
 
 _TICK = 100
 
@@ -120,7 +120,7 @@ def _inspect_images(
 
 def _examine(
     group: PromptGroup, checks: Iterable[GroupCheck], measure: Lengths
-) -> tuple[list[Finding], GroupLengths | None]:
+) -> tuple[list[Finding], GroupTokens | None]:
     """What is wrong with one row, and its lengths, or ``None`` if it cannot be used."""
     findings: list[Finding] = []
     length = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from unidpo.data.images import MAX_PIXELS
-from unidpo.data.pairs import ImageSource, PromptGroup
+from unidpo.data.pairs import GroupTokens, ImageSource, PromptGroup
 
 _STEPS = 20
 _PIXELS_PER_TOKEN = 28 * 28
@@ -40,15 +40,7 @@ class Spread:
     histogram_end: float
 
 
-@dataclass(frozen=True, slots=True)
-class GroupLengths:
-    """Tokens of a prompt, images included, and of each of its responses."""
-
-    prompt: int
-    responses: tuple[int, ...]
-
-
-Lengths: TypeAlias = Callable[[PromptGroup], GroupLengths]
+Lengths: TypeAlias = Callable[[PromptGroup], GroupTokens]
 """How many tokens a group has for a model."""
 
 
@@ -69,7 +61,7 @@ class EpochTokens:
     prompt_packs: int
 
 
-def epoch_tokens(groups: Sequence[PromptGroup], lengths: Sequence[GroupLengths], *, estimated: bool) -> EpochTokens:
+def epoch_tokens(groups: Sequence[PromptGroup], lengths: Sequence[GroupTokens], *, estimated: bool) -> EpochTokens:
     """Count what packing saves; ``lengths`` has one entry per group."""
     distinct: dict[Hashable, int] = {}
     padded = packed = 0
@@ -101,10 +93,10 @@ def estimated_lengths(
         pixels = max_pixels if size is None else min(math.prod(size), max_pixels)
         return max(1, round(pixels / _PIXELS_PER_TOKEN))
 
-    def estimate(group: PromptGroup) -> GroupLengths:
+    def estimate(group: PromptGroup) -> GroupTokens:
         text = sum(_text_tokens(part) for m in group.messages for part in m.content if isinstance(part, str))
         prompt = text + sum(image_tokens(image) for image in group.images)
-        return GroupLengths(prompt, tuple(_text_tokens(response.text) for response in group.responses))
+        return GroupTokens(prompt, tuple(_text_tokens(response.text) for response in group.responses))
 
     return estimate
 

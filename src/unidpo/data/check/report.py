@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from unidpo.data.check.measure import EpochTokens, GroupLengths, Spread, epoch_tokens, spread
+from unidpo.data.check.measure import EpochTokens, Spread, epoch_tokens, spread
 from unidpo.data.check.scores import scored_pairs
-from unidpo.data.pairs import PromptGroup
+from unidpo.data.pairs import GroupTokens, PromptGroup
 from unidpo.errors import Finding, printable
 
 _EXAMPLES = 3
@@ -160,7 +160,7 @@ def describe(
     rows: int,
     findings: list[Finding],
     groups: list[PromptGroup],
-    lengths: list[GroupLengths],
+    lengths: list[GroupTokens],
     *,
     estimated: bool,
 ) -> CheckReport:
