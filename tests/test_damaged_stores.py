@@ -115,7 +115,7 @@ def packs():
 
 def reference_pass(packs, groups, folder, **options):
     model, encoder = packs
-    forward = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), layout=pack)
+    forward = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), collate=pack)
     return forward.logps(groups, content_keys(groups).responses, folder, **options)
 
 

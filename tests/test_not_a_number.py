@@ -149,7 +149,7 @@ def test_a_step_without_a_pair_stops_the_run_and_no_loss_of_it_is_logged(tmp_pat
 
 
 def reference_pass(model, encoder, groups, folder, **options):
-    reference = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), layout=pack, **options)
+    reference = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), collate=pack, **options)
     return reference.logps(groups, content_keys(groups).responses, folder)
 
 

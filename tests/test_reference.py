@@ -50,11 +50,11 @@ def lookup(store, keys):
     return [store.lookup(of_group) for of_group in keys]
 
 
-def fill(policy, store, groups, *, layout=pack, keys=None, **options):
+def fill(policy, store, groups, *, collate=pack, keys=None, **options):
     """Compute what is missing; returns how many that were."""
     model, encoder = policy
     before = len(store)
-    reference_pass = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), layout=layout, **options)
+    reference_pass = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), collate=collate, **options)
     reference_pass.fill(store, reference_pass.plan(groups, keys or keys_of(groups), store))
     return len(store) - before
 
@@ -147,7 +147,7 @@ def test_the_padded_path_stores_the_same_numbers(groups, filled, tmp_path):
     model, _, encoder = tiny_policy()
     keys = keys_of(groups)
     store = LogpStore(tmp_path / "padded")
-    fill((model, encoder), store, groups, layout=lambda g: pad(g, pad_token_id=0))
+    fill((model, encoder), store, groups, collate=lambda g: pad(g, pad_token_id=0))
     for ours, theirs in zip(lookup(store, keys), lookup(filled, keys), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
@@ -212,7 +212,9 @@ def test_a_row_that_goes_bad_before_its_turn_is_told_and_the_others_are_computed
     keys, told = keys_of(groups), []
     path.unlink()
     model, encoder = policy
-    reference_pass = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), on_lost=told.append, layout=pack)
+    reference_pass = ReferencePass(
+        Policy(model, model), encoder, torch.device("cpu"), on_lost=told.append, collate=pack
+    )
     logps = reference_pass.logps(groups, keys, tmp_path / "store")
     ((lost,),) = told
     assert lost.row == 2

@@ -276,7 +276,7 @@ def test_a_text_model_packs(make, text_model):
         model=text_model,
         attention="sdpa",
         max_steps=1,
-        on_pairs=lambda _: layouts.append(trainer.prepared.train.batches.layout),
+        on_pairs=lambda _: layouts.append(trainer.prepared.train.batches.collate),
     )
     packed = losses(trainer)
     batch = layouts[0]([trainer.encoder.encode(groups[0])])
@@ -312,7 +312,7 @@ def test_packs_that_disagree_are_not_used(make, monkeypatch, caplog):
     trainer = make(max_steps=1)
     trainer.train()
     assert "differ by" in caplog.text
-    assert not isinstance(trainer.prepared.train.batches.layout([trainer.encoder.encode(some_groups()[0])]), Pack)
+    assert not isinstance(trainer.prepared.train.batches.collate([trainer.encoder.encode(some_groups()[0])]), Pack)
     trainer = make(attention="sdpa")
     with pytest.raises(ModelError, match="differ by"):
         trainer.train()

@@ -19,7 +19,7 @@ from unidpo.cache.stored_pass import StoredPass
 from unidpo.data.pairs import PromptGroup
 from unidpo.errors import ModelError
 from unidpo.model.encode import EncodedGroup
-from unidpo.model.packs import Layout, to_device
+from unidpo.model.packs import Collate, to_device
 
 ROUNDING = 1e-4
 """How far above 0 a log-softmax may come out, in nats per token: float32 rounds it by 1e-7 of the largest logit."""
@@ -97,10 +97,10 @@ class ReferencePass(StoredPass[Logp]):
     """Computes the log-probabilities of all responses that a store does not hold yet. Every process makes it.
 
     Attributes:
-        layout: how encoded groups become a batch, `packs.pack` or the padded path.
+        collate: how encoded groups become a batch, `packs.pack` or the padded path.
     """
 
-    layout: Layout = field(kw_only=True)
+    collate: Collate = field(kw_only=True)
     batch_tokens = 8192  # without gradients this is small beside a training step
     of_responses = True
 
@@ -136,6 +136,6 @@ class ReferencePass(StoredPass[Logp]):
         return len(group.prompt_ids) + sum(map(len, group.response_ids))
 
     def _compute(self, groups: Sequence[EncodedGroup]) -> list[Logp]:
-        responses = to_device(self.layout(groups), self.device)
+        responses = to_device(self.collate(groups), self.device)
         logps = self.policy.response_logps(responses).tolist()
         return [Logp(*each) for each in zip(logps, responses.response_tokens.tolist(), strict=True)]

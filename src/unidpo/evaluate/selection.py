@@ -43,7 +43,7 @@ def select(
 
     Raises:
         UserError: a name is unknown or comes twice, a file is missing or cannot be used, VLMEvalKit is missing, or a
-            download broke off.
+            download was interrupted.
     """
     words = [name for word in words for name in (PAPER if word == "paper" else [word])]
     own: dict[str, Benchmark] = {word: load_benchmark(Path(word)) for word in words if word.endswith((".yaml", ".yml"))}

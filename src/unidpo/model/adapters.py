@@ -17,7 +17,7 @@ _TAKES_FROM_THE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_config(lora: LoraSection, model: PreTrainedModel) -> Any:
-    """What peft is told of a recipe's `lora` section. Raises `ModelError` where a layer it names is not there."""
+    """Peft's configuration of a recipe's `lora` section. Raises `ModelError` where a layer it names is not there."""
     from peft import LoraConfig
 
     targets = lora.target_modules

@@ -14,7 +14,7 @@ from unidpo.data.lost_rows import lost_rows
 from unidpo.data.pairs import Pair, PromptGroup
 from unidpo.errors import Finding, ImageError, UserError
 from unidpo.model.encode import EncodedGroup, GroupEncoder
-from unidpo.model.packs import Layout, Pack, PaddedRows, PairIndex, index_pairs, pack, used_responses
+from unidpo.model.packs import Collate, Pack, PaddedRows, PairIndex, index_pairs, pack, used_responses
 
 Share: TypeAlias = tuple[int, tuple[int, ...]]
 """A group by its index, and which of its pairs take part, by their places."""
@@ -45,7 +45,7 @@ class BatchMaker:
     Attributes:
         groups: the data set.
         encoder: what encodes groups.
-        layout: how groups become a batch.
+        collate: how groups become a batch.
         ref_logps: `None` where no numbers are stored.
         dummy_group: a small group, with an image where the data has any, that joins batches without an image and makes
             up those without anything; no pair refers to it. Processes that train together then all go through the same
@@ -54,7 +54,7 @@ class BatchMaker:
 
     groups: Sequence[PromptGroup]
     encoder: GroupEncoder
-    layout: Layout = pack
+    collate: Collate = pack
     ref_logps: RefLogps | None = None
     dummy_group: EncodedGroup | None = None
 
@@ -94,4 +94,4 @@ class BatchMaker:
                 ref_logps.append(torch.zeros(len(self.dummy_group.response_ids), dtype=torch.float64))
         if not encoded:
             return None, lost
-        return Batch(self.layout(encoded), index_pairs(taken), torch.cat(ref_logps) if ref_logps else None), lost
+        return Batch(self.collate(encoded), index_pairs(taken), torch.cat(ref_logps) if ref_logps else None), lost

@@ -50,7 +50,7 @@ def token_logps(
         return target_logps(capped(head(hidden), soft_cap), targets)
 
     of_head: Tensor = head.weight  # type: ignore[assignment]
-    # A weight that ZeRO-3 has spread has no rows until the head is called.
+    # A weight that ZeRO-3 has sharded has no rows until the head is called.
     rows: int = getattr(of_head, "ds_shape", of_head.shape)[0]
     size = max(1, LOGITS_CHUNK_BYTES // (4 * rows))
     if weight is not None and soft_cap is None:

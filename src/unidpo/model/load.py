@@ -267,7 +267,7 @@ def save_model(
         config.save_pretrained(folder)
     processor.save_pretrained(folder)
     if isinstance(processor, ProcessorMixin) and "video_processor" not in processor.get_attributes():
-        # A machine with torchvision looks for a video processor's settings; the older layout has them all in this file.
+        # A machine with torchvision looks for a video processor's settings; older versions have them all in this file.
         processor.image_processor.save_pretrained(folder)
 
 

@@ -18,7 +18,7 @@ from unidpo.errors import ModelError, UserError
 from unidpo.model.attention import BACKENDS, PackAttentionError, missing
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.features import takes_features
-from unidpo.model.packs import Layout, Pack, PaddedRows, pack, pad, to_device, with_features
+from unidpo.model.packs import Collate, Pack, PaddedRows, pack, pad, to_device, with_features
 from unidpo.model.policy import Policy
 
 _LOG = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ _TOLERANCE_8_BIT = 0.1
 _NO_NUMBERS = "the model's log-probabilities are no finite numbers"
 
 
-def padded_rows(encoder: Encoder) -> Layout:
-    """The layout with one padded row per response."""
+def padded_rows(encoder: Encoder) -> Collate:
+    """One padded row per response."""
     return functools.partial(pad, pad_token_id=encoder.tokenizer.pad_token_id or 0)
 
 
@@ -39,15 +39,15 @@ class Choice:
     """What a model can take.
 
     Attributes:
-        layout: how its batches are laid out.
+        collate: how its batches are made.
         attention: the language model's attention that goes with it, by the name transformers knows.
     """
 
-    layout: Layout
+    collate: Collate
     attention: str
 
 
-def choose_layout(
+def choose_batch_form(
     policy: Policy,
     encoder: Encoder,
     group: EncodedGroup,
@@ -139,7 +139,7 @@ def _mean_logps(
 ) -> Float[Tensor, " responses"]:
     """Of a group's responses, in nats per token, without gradient."""
     policy.set_attention(choice.attention)
-    batch = to_device(choice.layout([group]), device)
+    batch = to_device(choice.collate([group]), device)
     with policy.measuring():
         return policy.response_logps(batch) / batch.response_tokens
 
@@ -172,7 +172,7 @@ def features_problem(policy: Policy, batch: Pack | PaddedRows) -> str | None:
 def smallest(groups: Sequence[PromptGroup], encoder: GroupEncoder) -> EncodedGroup:
     """The group to try a model on: one with an image where there is any, then the least text.
 
-    Groups that cannot be read any more are passed over; their rows are told of where they are met.
+    Groups that cannot be read any more are skipped here; their rows are named where they are met.
 
     Raises:
         UserError: none can be read.

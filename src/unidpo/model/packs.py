@@ -103,7 +103,7 @@ class PairIndex:
     source_rejected: Int[Tensor, " pairs"]
 
 
-Layout: TypeAlias = Callable[[Sequence[EncodedGroup]], Pack | PaddedRows]
+Collate: TypeAlias = Callable[[Sequence[EncodedGroup]], Pack | PaddedRows]
 """How encoded groups become what one forward pass takes: `pack`, or `pad` with a padding token."""
 
 

@@ -137,7 +137,7 @@ def _published(args: TrainingArguments, state: TrainerState) -> Iterator[Path]:
         kept = "there is none yet" if last is None else f"the last good one is {last}"
         raise TrainingError(
             f"the checkpoint of step {state.global_step} could not be written ({' '.join(str(error).split())}); "
-            f"{kept}; free some space and go on with `--resume`"
+            f"{kept}; free some space and resume with `--resume`"
         ) from error
 
 

@@ -57,7 +57,7 @@ class StepTrainer(CheckpointTrainer):
         raise NotImplementedError
 
     def request_stop(self) -> None:
-        """Let the training end after the step at hand or the next, with a checkpoint; any process may be asked.
+        """Let the training end after the current step or the next, with a checkpoint; any process may be asked.
 
         A training whose last step is done ends as usual.
         """

@@ -1,4 +1,4 @@
-"""What comes before the first step, as one value: layout, attention, features of images, and the reference."""
+"""What comes before the first step, as one value: packs or rows, attention, features of images, the reference."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from unidpo.model.batches import BatchMaker, RefLogps
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.lengths import Fitted
 from unidpo.model.load import load_policy
-from unidpo.model.pack_check import choose_layout, features_problem, smallest
-from unidpo.model.packs import Layout, pack, to_device
+from unidpo.model.pack_check import choose_batch_form, features_problem, smallest
+from unidpo.model.packs import Collate, pack, to_device
 from unidpo.model.policy import Policy
 from unidpo.training.objective import Objective
 from unidpo.training.steps import Dealer, StepMaker, share_tokens
@@ -60,7 +60,7 @@ class Setup:
         encoder: opens images.
         train, held_out: groups to train on and to measure on.
         reference: `"stored"`, `"live"` or a model, see `PreferenceTrainer`; `None` where the loss needs none.
-        attention: as for `pack_check.choose_layout`.
+        attention: as for `pack_check.choose_batch_form`.
         max_tokens_per_pack: see `PreferenceTrainer`.
         args: of the training.
         cache: where numbers are stored.
@@ -84,9 +84,9 @@ class Setup:
     on_progress: Callable[[str, int, int], None]
 
     def prepare(self, policy: Policy, *, complete: bool = False) -> Prepared:
-        """Choose the layout; compute or find features and reference. Every process must call it.
+        """Choose packs or padded rows; compute or find features and reference. Every process must call it.
 
-        The model is left with the attention of the layout where there is a reference, else with its own.
+        The model is left with the attention of the packs where there is a reference, else with its own.
 
         Args:
             policy: in its wrapper, with the weights it came with.
@@ -100,7 +100,7 @@ class Setup:
         if keys is not None and self.trainable.vision_fingerprint is not None:
             encoder = self._with_features(policy, keys, self.trainable.vision_fingerprint)
         dummy_group = smallest(self.train.groups, encoder)
-        choice = choose_layout(
+        choice = choose_batch_form(
             policy,
             self.encoder,
             dummy_group,
@@ -115,11 +115,13 @@ class Setup:
         if self.reference == "live":
             if not policy.has_adapter:
                 live_reference = self._beside(policy, copy.deepcopy(policy.plain))
-            shares_features = self._can_share_features(policy, dummy_group, choice.layout)
+            shares_features = self._can_share_features(policy, dummy_group, choice.collate)
         elif self.reference is not None:
             assert keys is not None
-            ref_logps = self._ref_logps(policy, keys, encoder, choice.layout, complete=complete)
-        batches = BatchMaker(self._groups, encoder, choice.layout, ref_logps, dummy_group if world_size() > 1 else None)
+            ref_logps = self._ref_logps(policy, keys, encoder, choice.collate, complete=complete)
+        batches = BatchMaker(
+            self._groups, encoder, choice.collate, ref_logps, dummy_group if world_size() > 1 else None
+        )
         own = len(self.train.groups)
         return Prepared(
             attention=choice.attention,
@@ -135,7 +137,7 @@ class Setup:
 
     def _steps(self, batches: BatchMaker, data: Fitted, max_pairs: int) -> StepMaker:
         dealer = Dealer(max_pairs, self.max_tokens_per_pack, rank(), world_size())
-        return StepMaker(batches, dealer, share_tokens(data.groups, data.tokens, packs=batches.layout is pack))
+        return StepMaker(batches, dealer, share_tokens(data.groups, data.tokens, packs=batches.collate is pack))
 
     def _compute_dtype(self, policy: Policy) -> torch.dtype:
         compute_dtype = torch.float16 if self.args.fp16 else policy.plain.dtype
@@ -166,7 +168,7 @@ class Setup:
             return features.run(self._groups, keys, self._folder(policy, "features", fingerprint))
 
     def _ref_logps(
-        self, policy: Policy, keys: Keys, encoder: GroupEncoder, layout: Layout, *, complete: bool
+        self, policy: Policy, keys: Keys, encoder: GroupEncoder, collate: Collate, *, complete: bool
     ) -> RefLogps:
         reference, fingerprint = policy, self.trainable.fingerprint
         if self.reference != "stored":
@@ -180,7 +182,7 @@ class Setup:
         reference_pass = ReferencePass(
             policy=reference,
             encoder=encoder,
-            layout=layout,
+            collate=collate,
             device=self.args.device,
             dummy_group=smallest(self.train.groups, encoder) if world_size() > 1 else None,
             workers=self.args.dataloader_num_workers,
@@ -191,12 +193,12 @@ class Setup:
         with policy.without_adapter():
             return reference_pass.logps(self._groups, keys.responses, folder, complete=complete)
 
-    def _can_share_features(self, policy: Policy, dummy_group: EncodedGroup, layout: Layout) -> bool:
+    def _can_share_features(self, policy: Policy, dummy_group: EncodedGroup, collate: Collate) -> bool:
         """Whether a live reference and the policy make the same of images and need not make it twice."""
         known = dummy_group.features is not None or not dummy_group.has_images
         if not self.trainable.images_are_frozen or known:
             return False
-        problem = features_problem(policy, to_device(layout([dummy_group]), self.args.device))
+        problem = features_problem(policy, to_device(collate([dummy_group]), self.args.device))
         if problem is not None:
             _LOG.info("policy and reference each compute the features of images: %s", problem)
         return problem is None

@@ -126,7 +126,7 @@ class Dealer:
         each = -(-len(micro_batches) // self.world_size)
         dealt: list[list[list[Share]]] = [[] for _ in range(self.world_size)]
         work = [0] * self.world_size
-        # The longest first, each to whoever has least to do and still has a place.
+        # The longest first, each to the process with the least to do that still has a place.
         for shares in sorted(micro_batches, key=size, reverse=True):
             taker = min((r for r in range(self.world_size) if len(dealt[r]) < each), key=lambda r: work[r])
             dealt[taker].append(shares)

@@ -193,7 +193,7 @@ class PreferenceTrainer(StepTrainer):
         return self._setup.prepare(self.policy, complete=self._resumed and self.is_deepspeed_enabled)
 
     def _prepare(self) -> None:
-        """Prepare, once, and give the model the attention that the layout needs."""
+        """Prepare, once, and give the model the attention that packs need."""
         self.policy.set_attention(self.prepared.attention)
         if not checkpoints_are_reentrant(self.args):
             # With checkpointing transformers has every embedding ask for a gradient, that of image patches included,
