@@ -7,15 +7,14 @@ As `unidpo plan` does, for a pair of average length and one of the greatest. Not
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import Qwen2VLConfig
 
 from unidpo.config import Recipe, load_recipe
 from unidpo.plan import setting_of
-from unidpo.plan.memory import Memory, peak_memory, sum_of
-from unidpo.plan.shape import adapter_weights, from_config, shape_of
+from unidpo.plan.memory import Memory, peak_memory
+from unidpo.plan.shape import from_config, shape_of
 from unidpo.plan.work import Load, Vision, packed
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "qwen2_vl_2b"
@@ -33,9 +32,7 @@ def memory(recipe: Recipe, load: Load) -> Memory:
     """What a recipe holds while a pack goes through it."""
     model = from_config(Qwen2VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True))
     shape = shape_of(model)
-    setting = setting_of(recipe, shape)
-    if recipe.lora is not None:
-        setting = replace(setting, adapter=adapter_weights(recipe.lora, model))
+    setting = setting_of(recipe, model, shape)
     return peak_memory(shape, setting, load, passes_per_step=recipe.train.global_batch_pairs or 1, margin=True)
 
 
@@ -57,8 +54,8 @@ def main() -> None:
     for name in NAMES:
         recipe = load_recipe(RECIPES / f"{name}.yaml")
         for title, load in (("average", average(recipe)), ("longest", longest(recipe))):
-            parts = sum_of(memory(recipe, load))
-            cells = " | ".join(f"{parts[column] / 1e9:.1f}" for column in columns)
+            found = memory(recipe, load)
+            cells = " | ".join(f"{getattr(found, column) / 1e9:.1f}" for column in columns)
             print(f"| `{name}` | {title}, {load.tokens} tokens | {cells} |")
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from unidpo.config import Recipe
 from unidpo.errors import ModelError
@@ -47,9 +49,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     trust = recipe.model.trust_remote_code
     model = build_model(recipe.model.name, trust_remote_code=trust)
     shape = shape_of(model)
-    setting = setting_of(recipe, shape, gpus=gpus)
-    if recipe.lora is not None:
-        setting = replace(setting, adapter=adapter_weights(recipe.lora, model))
+    setting = setting_of(recipe, model, shape, gpus=gpus)
     frozen = images_are_frozen(model) if setting.adapter else not setting.learns & {"vision", "projector"}
     takes = frozen and takes_features(model)
     encoder = Encoder(
@@ -59,7 +59,6 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         max_length=recipe.data.max_length,
         max_pixels=recipe.data.max_pixels,
     )
-    loss = recipe.loss
     with Stages(console) as stages:
         groups, _ = training_data(recipe, stages, scan_images=False)
         fitted = fit_to_length(
@@ -77,18 +76,32 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
             f"{recipe.model.name}: data.cache_image_features needs a forward that takes features of images, and a "
             "vision tower and projector that do not learn, nor an adapter in them; set it to false"
         )
-    features = _features(shape, setting, fitted, vision) if stores else None
+    features = None
+    if stores:
+        images = sum((vision.load(tokens.images) for tokens in distinct_prompts(fitted)), Load())
+        disk = features_bytes(shape, images.image_tokens, narrow=setting.narrow)
+        features = Features(forward(shape, images), disk)
     form = BatchForm(shape.packs and recipe.model.attention != "padded", replace(vision, stored=stores))
     steps = list(micro_batches(recipe, fitted, form, gpus=gpus))
-    epoch = sum((in_chunks(load, shape) for step in steps for load in step), Load())
-    largest = max((load for step in steps for load in step), key=lambda load: load.tokens)
+    loads = [load for step in steps for load in step]
+    epoch = sum((in_chunks(load, shape) for load in loads), Load())
+    largest = max(loads, key=lambda load: load.tokens)
     passes_per_step = -(-max(map(len, steps)) // gpus)
-    epochs = _epochs(recipe, steps=len(steps))
-    once = training(shape, epoch, learns=setting.learns, checkpointing=setting.checkpointing, adapter=setting.adapter)
+    max_steps = recipe.train.given().get("max_steps") or 0
+    epochs = max_steps / len(steps) if max_steps > 0 else recipe.train.num_train_epochs
+    work_of = partial(
+        training, shape, learns=setting.learns, checkpointing=setting.checkpointing, adapter=setting.adapter
+    )
+    once = work_of(epoch)
     beside = epoch.with_features() if takes else epoch  # a live reference takes the policy's features
-    reference = _reference(recipe, shape, fitted, form, beside, epochs) if loss.needs_reference else None
+    reference = _reference(recipe, shape, fitted, form, beside, epochs) if recipe.loss.needs_reference else None
     apart = (reference.total if reference else 0.0) + (features.work.total if features else 0.0)
-    return Plan(
+
+    def both(load: Load) -> float:
+        """Work of training on a load, and of the reference."""
+        return work_of(load).total + (forward(shape, load).total if reference else 0.0)
+
+    plan = Plan(
         model=recipe.model.name,
         gpus=gpus,
         setting=setting,
@@ -103,20 +116,26 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         reference_work=reference,
         features=features,
         total_work=epochs * once.total + apart,
-        ways=_ways(shape, setting, fitted, form, referenced=loss.needs_reference, features=features),
+        ways=_ways(shape, fitted, form, both, first=features.work.total if features else 0.0),
         memory=peak_memory(shape, setting, largest, passes_per_step=passes_per_step, margin=True),
-        times=tuple(_time(speed, recipe, fitted, once, reference, features, epochs, gpus) for speed in speeds),
-        reference=recipe.reference if loss.needs_reference else None,
+        times=(),
+        reference=recipe.reference if recipe.loss.needs_reference else None,
     )
+    return replace(plan, times=tuple(_time(plan, speed) for speed in speeds))
 
 
-def setting_of(recipe: Recipe, shape: ModelShape, *, gpus: int = 1) -> Setting:
-    """What a recipe says about memory and work; an adapter's weights are not counted yet. Raises `RecipeError`."""
+def setting_of(recipe: Recipe, model: PreTrainedModel, shape: ModelShape, *, gpus: int = 1) -> Setting:
+    """What a recipe says about memory and work. `model`, on the `meta` device, has the recipe's adapter afterwards.
+
+    Raises:
+        UserError: the adapter does not fit the model, or DeepSpeed's file cannot be read.
+    """
     given = recipe.train.given()
     checkpointing = given.get("gradient_checkpointing") or given.get("activation_checkpointing")
     trainable = {part for part, weights in shape.weights.items() if weights and part not in recipe.model.freeze}
     return Setting(
         learns=frozenset(trainable if recipe.lora is None else ()),
+        adapter=0 if recipe.lora is None else adapter_weights(recipe.lora, model),
         narrow=recipe.model.dtype != "float32",
         quantize=recipe.model.quantize,
         checkpointing=bool(checkpointing),
@@ -125,17 +144,6 @@ def setting_of(recipe: Recipe, shape: ModelShape, *, gpus: int = 1) -> Setting:
         gpus=gpus,
         live_reference=recipe.reference == "live",
     )
-
-
-def _epochs(recipe: Recipe, *, steps: int) -> float:
-    most = recipe.train.given().get("max_steps") or 0
-    return most / steps if most > 0 else recipe.train.num_train_epochs
-
-
-def _features(shape: ModelShape, setting: Setting, fitted: Fitted, vision: Vision) -> Features:
-    images = sum((vision.load(tokens.images) for tokens in distinct_prompts(fitted)), Load())
-    disk = features_bytes(shape, images.image_tokens, narrow=setting.narrow)
-    return Features(forward(shape, images), disk)
 
 
 def _reference(recipe: Recipe, shape: ModelShape, fitted: Fitted, form: BatchForm, epoch: Load, epochs: float) -> Work:
@@ -150,37 +158,16 @@ def _reference(recipe: Recipe, shape: ModelShape, fitted: Fitted, form: BatchFor
 
 
 def _ways(
-    shape: ModelShape,
-    setting: Setting,
-    fitted: Fitted,
-    form: BatchForm,
-    *,
-    referenced: bool,
-    features: Features | None,
+    shape: ModelShape, fitted: Fitted, form: BatchForm, work: Callable[[Load], float], *, first: float
 ) -> tuple[Way, ...]:
-    """One epoch of this data, policy and reference, laid out in other ways."""
-    plain, once = replace(form.vision, stored=False), features.work.total if features else 0.0
-
-    def work(load: Load, reference: Load) -> float:
-        found = training(
-            shape, load, learns=setting.learns, checkpointing=setting.checkpointing, adapter=setting.adapter
-        )
-        return found.total + (forward(shape, reference).total if referenced else 0.0)
-
-    every = padded_pairs(fitted, plain, every_logit=True)
-    selective = padded_pairs(fitted, plain, every_logit=False)
-    ways = [
-        Way("padded pairs, every logit", work(every, every)),
-        Way("padded pairs, logits of responses", work(selective, selective)),
-    ]
-    if form.packs:
-        stored = sum(reference_passes(fitted, form), Load())
-        pairs = sum((in_chunks(load, shape) for load in prompt_packs(fitted, form, together=False)), Load())
-        prompts = [in_chunks(load, shape) for load in prompt_packs(fitted, form, together=True)]
-        ways.append(Way("a pack per pair", once + work(pairs, stored)))
-        together = sum(prompts, Load())
-        ways.append(Way("a pack per prompt", once + work(together, together)))
-    return tuple(ways)
+    """One epoch of this data laid out in other ways. Packs need the work `first` before it."""
+    seeing = replace(form.vision, stored=False)
+    every, selective = (padded_pairs(fitted, seeing, every_logit=every) for every in (True, False))
+    ways = (Way("padded pairs, every logit", work(every)), Way("padded pairs, logits of responses", work(selective)))
+    if not form.packs:
+        return ways
+    together = sum((in_chunks(load, shape) for load in prompt_packs(fitted, form)), Load())
+    return *ways, Way("a pack per prompt", first + work(together))
 
 
 def _data(fitted: Fitted, epoch: Load, form: BatchForm) -> Data:
@@ -200,24 +187,16 @@ def _data(fitted: Fitted, epoch: Load, form: BatchForm) -> Data:
     )
 
 
-def _time(
-    speed: Speed,
-    recipe: Recipe,
-    fitted: Fitted,
-    once: Work,
-    reference: Work | None,
-    features: Features | None,
-    epochs: float,
-    gpus: int,
-) -> Time:
-    training_seconds = speed.seconds(once.total, pairs=fitted.pairs, gpus=gpus) * epochs
+def _time(plan: Plan, speed: Speed) -> Time:
+    once = plan.epoch_work.total
+    seconds = speed.seconds(once, pairs=plan.data.pairs, gpus=plan.gpus) * plan.epochs
     # At the rate at which the training's own work is done.
-    per_operation = training_seconds / (epochs * once.total)
+    per_operation = seconds / (plan.epochs * once)
     # Measured pairs per second hold the work of a live reference already.
-    held = speed.pairs_per_second is not None and recipe.reference == "live"
+    measured = speed.pairs_per_second is not None and plan.reference == "live"
     return Time(
         speed,
-        training=training_seconds,
-        reference=0.0 if reference is None or held else per_operation * reference.total,
-        features=0.0 if features is None else per_operation * features.work.total,
+        training=seconds,
+        reference=0.0 if plan.reference_work is None or measured else per_operation * plan.reference_work.total,
+        features=0.0 if plan.features is None else per_operation * plan.features.work.total,
     )

@@ -80,7 +80,7 @@ def micro_batches(recipe: Recipe, fitted: Fitted, form: BatchForm, *, gpus: int)
 def reference_passes(fitted: Fitted, form: BatchForm) -> Iterator[Load]:
     """The forward passes that give every distinct response its reference log-probability."""
     seen: set[tuple[Hashable, str]] = set()
-    shares: list[tuple[GroupTokens, Sequence[int]]] = []
+    batches: list[list[tuple[GroupTokens, Sequence[int]]]] = []
     together = 0
     for group, tokens in zip(fitted.groups, fitted.tokens, strict=True):
         prompt = group.prompt_key()
@@ -89,13 +89,12 @@ def reference_passes(fitted: Fitted, form: BatchForm) -> Iterator[Load]:
         if not missing:
             continue
         size = tokens.in_batch(missing, packs=True)
-        if shares and together + size > ReferencePass.batch_tokens:
-            yield form.load(shares)
-            shares, together = [], 0
-        shares.append((tokens, missing))
+        if not batches or together + size > ReferencePass.batch_tokens:
+            batches.append([])
+            together = 0
+        batches[-1].append((tokens, missing))
         together += size
-    if shares:
-        yield form.load(shares)
+    return map(form.load, batches)
 
 
 def distinct_prompts(fitted: Fitted) -> list[GroupTokens]:
@@ -104,14 +103,10 @@ def distinct_prompts(fitted: Fitted) -> list[GroupTokens]:
     return list(dict(zip(keys, fitted.tokens, strict=True)).values())
 
 
-def prompt_packs(fitted: Fitted, form: BatchForm, *, together: bool) -> Iterator[Load]:
-    """An epoch with a pack per pair, or with a pack per distinct prompt that holds all its distinct responses."""
+def prompt_packs(fitted: Fitted, form: BatchForm) -> Iterator[Load]:
+    """An epoch with a pack per distinct prompt that holds all its distinct responses."""
     prompts: dict[Hashable, tuple[GroupTokens, dict[str, int]]] = {}
     for group, tokens in zip(fitted.groups, fitted.tokens, strict=True):
-        if not together:
-            for pair in group.pairs:
-                yield form.load([(tokens, used_responses([pair]))])
-            continue
         _, lengths = prompts.setdefault(group.prompt_key(), (tokens, {}))
         lengths.update(zip((response.text for response in group.responses), tokens.responses, strict=True))
     for tokens, lengths in prompts.values():

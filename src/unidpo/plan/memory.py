@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -66,6 +65,16 @@ class Setting:
     gpus: int = 1
     live_reference: bool = False
 
+    @property
+    def compute_bytes(self) -> int:
+        """Of a number in the compute dtype."""
+        return 2 if self.narrow else 4
+
+    @property
+    def trainable_bytes(self) -> int:
+        """Of a trainable weight and of its gradient: DeepSpeed holds both in the compute dtype."""
+        return self.compute_bytes if self.sharding.startswith("zero") else 4
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -102,19 +111,17 @@ def state_bytes(optimizer: str) -> int:
 def sharding_of(recipe: Recipe, gpus: int) -> Sharding:
     """How a recipe shards its work over GPUs. Raises `RecipeError` where DeepSpeed's file cannot be read."""
     given = recipe.train.given()
-    if (deepspeed := given.get("deepspeed")) is not None:
-        try:
-            values: Mapping[str, Any] = (
-                deepspeed if isinstance(deepspeed, dict) else json.loads(read_regular(Path(deepspeed)))
-            )
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"train.deepspeed={deepspeed}: cannot be read as a DeepSpeed file: {error}") from error
-        stage = dict(values.get("zero_optimization") or {}).get("stage", 0)
-        stages: dict[Any, Sharding] = {1: "zero1", 2: "zero2", 3: "zero3"}
-        return stages.get(stage, "ddp")
-    if gpus == 1:
-        return "none"
-    return "fsdp" if recipe.train.fsdp else "ddp"
+    deepspeed = given.get("deepspeed")
+    if deepspeed is None:
+        sharded: Sharding = "fsdp" if recipe.train.fsdp else "ddp"
+        return sharded if gpus > 1 else "none"
+    try:
+        values = deepspeed if isinstance(deepspeed, dict) else json.loads(read_regular(Path(deepspeed)))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"train.deepspeed={deepspeed}: cannot be read as a DeepSpeed file: {error}") from error
+    stage = dict(values.get("zero_optimization") or {}).get("stage", 0)
+    stages: dict[Any, Sharding] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    return stages.get(stage, "ddp")
 
 
 def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_step: int, margin: bool) -> Memory:
@@ -125,24 +132,26 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_s
             pass.
         margin: add what CUDA and its allocator take.
     """
-    held = _Held.of(shape, setting)
-    layer, kept = _layer_bytes(shape.language, setting, load.tokens), load.tokens * _ends(shape, setting)
-    layers, residual = shape.language.layers, load.tokens * shape.language.hidden * _residual(setting)
-    kept += layers * (residual if setting.checkpointing else layer.kept)
+    held, head = _held(shape, setting), _head_weights(shape, setting)
+    made, head_gradient = setting.compute_bytes * head, setting.trainable_bytes * head
+    layer_kept, passing = _layer_bytes(shape.language, setting, load.tokens)
+    layers, hidden, residual = shape.language.layers, shape.language.hidden, _residual(setting)
     tower, tower_passing = _tower_bytes(shape, setting, load)
+    # Before the first and behind the last layer, in the layers, and in the tower.
+    kept = load.tokens * float(hidden * (4 + 3 * residual))
+    kept += layers * (load.tokens * hidden * residual if setting.checkpointing else layer_kept)
     kept += tower
-    passing = layer.passing + (layer.kept if setting.checkpointing else 0)
-    before = held.gradients if passes_per_step > 1 else 0.0
+    passing += layer_kept if setting.checkpointing else 0
     late_copies = held.copies / (layers if setting.checkpointing else 1)
     logits = _logits_bytes(shape, setting, load.targets)
-    at_head = before + (held.narrow_head_gradient or held.head_gradient)
-    widened = before + held.narrow_head_gradient + held.head_gradient
+    before = held.gradients if passes_per_step > 1 else 0.0
+    widened = before + head_gradient + (made if made < head_gradient else 0)
     # A tied table's gradient waits for that of the lookups; another's is added to those that are there at once.
-    behind_head = before if passes_per_step > 1 and not shape.tied else before + held.head_gradient
-    at_end = held.gradients + held.head_gradient * (passes_per_step > 1)
+    behind_head = before if passes_per_step > 1 and not shape.tied else before + head_gradient
+    at_end = held.gradients + head_gradient * (passes_per_step > 1)
     moments = {
         "images": (before, held.copies, tower + tower_passing, 0.0),
-        "logits": (at_head, held.copies, kept, logits),
+        "logits": (before + made, held.copies, kept, logits),
         "gradient of the head": (widened, held.copies, kept, 0.0),
         "first layer of the backward pass": (behind_head, late_copies, kept + passing, 0.0),
         "end of the backward pass": (at_end, late_copies, tower + passing, 0.0),
@@ -153,66 +162,45 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_s
     return replace(worst, margin=_CONTEXT + _FRAGMENTS * worst.total) if margin else worst
 
 
-def sum_of(memory: Memory) -> Mapping[str, float]:
-    """The parts and their sum, in bytes."""
-    names = ("weights", "gradients", "optimizer", "copies", "activations", "logits", "margin")
-    return {name: getattr(memory, name) for name in names} | {"total": memory.total}
+def _held(shape: ModelShape, setting: Setting) -> Memory:
+    """What does not depend on the data, at the end of the backward pass."""
+    every = sum(shape.weights.values())
+    own = sum(count for part, count in shape.weights.items() if part in setting.learns)
+    learning, frozen = own + setting.adapter, every - own
+    size, gpus = setting.compute_bytes, setting.gpus
+    engine, fsdp = setting.sharding.startswith("zero"), setting.sharding == "fsdp"
+    stage = int(setting.sharding[-1]) if engine else 0
+    quantized = {"nf4": _NF4_BITS / 8, "int8": 1.0}.get(setting.quantize or "", float(size))
+    frozen_bytes: float = frozen * size + shape.quantizable * (quantized - size)
+    learning_bytes: float = learning * setting.trainable_bytes
+    gradient = learning_bytes
+    # DeepSpeed keeps float32 weights with the optimizer's states.
+    states: float = learning * (state_bytes(setting.optimizer) + (4 if engine and setting.narrow else 0))
+    copies: float = 2 * learning if setting.narrow and not engine else 0
+    if setting.sharding == "ddp":
+        gradient *= 2  # its buckets
+    if engine or fsdp:
+        states /= gpus
+    if stage > 1 or fsdp:
+        gradient /= gpus
+    if engine:
+        gradient += size * min(learning, 2 * _BUCKET)
+    if stage == 3 or fsdp:
+        learning_bytes, frozen_bytes = learning_bytes / gpus, frozen_bytes / gpus
+    if fsdp:
+        copies = size * (shape.largest_weight + 2 * shape.language.matrices / shape.language.layers)
+    if stage == 3:
+        copies = size * min(every, _LIVE)
+    weights = learning_bytes + frozen_bytes
+    if setting.live_reference and not setting.adapter:
+        weights += own * 4 + frozen * size  # whole in every process
+    return Memory("", weights, gradient, states, copies, activations=0.0, logits=0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """Bytes that do not depend on the data.
-
-    Attributes:
-        gradients: at the end of the backward pass.
-        head_gradient: of the head's weight, or of a table of embeddings, before it is added to those that are there.
-        narrow_head_gradient: the same in 16 bits, as it is made, where the weight is wider.
-    """
-
-    weights: float
-    gradients: float
-    optimizer: float
-    copies: float
-    head_gradient: float
-    narrow_head_gradient: float
-
-    @classmethod
-    def of(cls, shape: ModelShape, setting: Setting) -> _Held:
-        every = sum(shape.weights.values())
-        own = sum(count for part, count in shape.weights.items() if part in setting.learns)
-        learning, frozen = own + setting.adapter, every - own
-        size = 2 if setting.narrow else 4
-        engine = setting.sharding.startswith("zero")
-        gpus, stage = setting.gpus, int(setting.sharding[-1]) if engine else 0
-        frozen_bytes: float = frozen * size + shape.quantizable * (_weight_bytes(setting, size) - size)
-        wide = size if engine else 4
-        learning_bytes: float = learning * wide
-        gradient: float = learning * wide
-        # DeepSpeed keeps float32 weights with the optimizer's states.
-        states: float = learning * (state_bytes(setting.optimizer) + (4 if engine and setting.narrow else 0))
-        copies: float = 2 * learning if setting.narrow and not engine else 0
-        if setting.sharding == "ddp":
-            gradient *= 2  # its buckets
-        if engine:
-            states /= gpus
-            gradient = gradient / (gpus if stage > 1 else 1) + size * min(learning, 2 * _BUCKET)
-        if stage == 3 or setting.sharding == "fsdp":
-            learning_bytes, frozen_bytes = learning_bytes / gpus, frozen_bytes / gpus
-        if setting.sharding == "fsdp":
-            states, gradient = states / gpus, gradient / gpus
-            copies = size * (shape.largest_weight + 2 * shape.language.matrices / shape.language.layers)
-        if stage == 3:
-            copies = size * min(every, _LIVE)
-        weights = learning_bytes + frozen_bytes
-        if setting.live_reference and not setting.adapter:
-            weights += own * 4 + frozen * size  # whole in every process
-        sharded = stage > 1 or setting.sharding == "fsdp"
-        head = 0 if sharded or "language" not in setting.learns else shape.largest_weight
-        return cls(weights, gradient, states, copies, wide * head, size * head if size < wide else 0)
-
-
-def _weight_bytes(setting: Setting, size: int) -> float:
-    return {"nf4": _NF4_BITS / 8, "int8": 1.0}.get(setting.quantize or "", float(size))
+def _head_weights(shape: ModelShape, setting: Setting) -> int:
+    """Weights of a head, or of a table of embeddings, whose gradient is whole before it joins the others."""
+    sharded = setting.sharding in ("zero2", "zero3", "fsdp")
+    return 0 if sharded or "language" not in setting.learns else shape.largest_weight
 
 
 def _residual(setting: Setting) -> int:
@@ -221,16 +209,9 @@ def _residual(setting: Setting) -> int:
     return 4 if learns or not setting.narrow else 2
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Bytes of one layer in training: kept for its backward pass, and passing through that."""
-
-    kept: float
-    passing: float
-
-
-def _layer_bytes(stack: Transformer, setting: Setting, tokens: int) -> _Layer:
-    size, residual = 2 if setting.narrow else 4, _residual(setting)
+def _layer_bytes(stack: Transformer, setting: Setting, tokens: int) -> tuple[float, float]:
+    """Bytes that one layer keeps for its backward pass, and of what passes through that."""
+    size, residual = setting.compute_bytes, _residual(setting)
     hidden, wide = stack.hidden, stack.intermediate
     # Two norms: what comes in, as float32, and what comes out.
     norms = 2 * (4 + residual) * hidden
@@ -240,12 +221,7 @@ def _layer_bytes(stack: Transformer, setting: Setting, tokens: int) -> _Layer:
     feed_forward = 4 * size * wide
     adapter = 2 * (6 * hidden + wide) if setting.adapter else 0
     kept = norms + inputs + attention + feed_forward + adapter
-    return _Layer(tokens * kept, tokens * (3 * size * wide + 2 * residual * hidden))
-
-
-def _ends(shape: ModelShape, setting: Setting) -> float:
-    """Bytes per token of what lies before the first and behind the last layer."""
-    return float(shape.language.hidden * (4 + 3 * _residual(setting)))
+    return tokens * kept, tokens * (3 * size * wide + 2 * residual * hidden)
 
 
 def features_bytes(shape: ModelShape, image_tokens: int, *, narrow: bool) -> int:
@@ -257,15 +233,15 @@ def _tower_bytes(shape: ModelShape, setting: Setting, load: Load) -> tuple[float
     """Bytes of the images and what the vision tower keeps, and of what passes through it in its forward pass."""
     if shape.vision is None or not load.patches:
         return float(features_bytes(shape, load.image_tokens, narrow=setting.narrow)), 0.0
-    size = 2 if setting.narrow else 4
-    tower = shape.vision
+    size, tower = setting.compute_bytes, shape.vision
     pixels = 4 * 3 * 2 * shape.patch_size**2 * load.patches
     passing = load.patches * (size * (4 * tower.hidden + 2 * tower.intermediate) + 8 * tower.hidden)
     if "vision" not in setting.learns:
         return pixels, passing
-    layer = _layer_bytes(tower, setting, load.patches)
-    each = load.patches * tower.hidden * size if setting.checkpointing else layer.kept
-    return pixels + tower.layers * each, passing
+    kept, _ = _layer_bytes(tower, setting, load.patches)
+    if setting.checkpointing:
+        kept = load.patches * tower.hidden * size
+    return pixels + tower.layers * kept, passing
 
 
 def _logits_bytes(shape: ModelShape, setting: Setting, targets: int) -> float:
@@ -274,4 +250,4 @@ def _logits_bytes(shape: ModelShape, setting: Setting, targets: int) -> float:
     logits = min(targets, chunk) * shape.vocabulary
     # Logits in 16 bits are widened for it first.
     step = min(4 * logits, STEP_BYTES) * (2 if setting.narrow else 1)
-    return float(logits * (2 if setting.narrow else 4) + step)
+    return float(logits * setting.compute_bytes + step)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from unidpo.plan.gpus import GPU, GPUS, UTILISATION
-from unidpo.plan.memory import Memory, Setting, sum_of
+from unidpo.plan.memory import Memory, Setting
 from unidpo.plan.work import Work
 
 _SIZES = tuple(sorted({gpu.memory for gpu in GPUS} | {16}))
@@ -85,6 +85,12 @@ class Time:
     def total(self) -> float:
         return self.training + self.reference + self.features
 
+    def row(self) -> tuple[str, str, str]:
+        """The speed, the whole time, and what of it comes before the steps."""
+        first = {"the reference": self.reference, "features of images": self.features}
+        said = ", ".join(f"{what} {clock(seconds)}" for what, seconds in first.items() if seconds)
+        return str(self.speed), clock(self.total), f"of it {said}" if said else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Features:
@@ -151,103 +157,82 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values; work in floating-point operations, memory in bytes, time in seconds."""
-        plain = asdict(self)
-        plain["setting"]["learns"] = sorted(self.setting.learns)
-        plain["memory"] |= sum_of(self.memory)
-        plain["epoch_work"]["total"] = self.epoch_work.total
-        if self.reference_work is not None:
-            plain["reference_work"]["total"] = self.reference_work.total
-        if self.features is not None:
-            plain["features"]["work"]["total"] = self.features.work.total
-        for time, values in zip(self.times, plain["times"], strict=True):
-            values["total"] = time.total
-        plain["utilisation"] = UTILISATION
-        return plain | {"fits": list(self.fits), "notes": self.notes()}
+        own: dict[str, Any] = plain(self)
+        return own | {"utilisation": UTILISATION, "fits": list(self.fits), "notes": self.notes()}
 
     def notes(self) -> list[str]:
-        """What the figures do not say themselves."""
-        notes = []
-        data = self.data
-        for count, what in (
-            (data.too_long, "prompts leave no room for a response and are skipped"),
-            (data.cut, "responses are cut at data.max_length"),
-            (data.unreadable, "groups are left out because of their images"),
-        ):
-            if count:
-                notes.append(f"{count:,} {what}")
-        if self.reference not in (None, "live"):
-            notes.append("the reference costs nothing where its numbers are stored already; the weights would tell")
-        if self.features is not None:
-            notes.append("features of images cost nothing where they are stored already; the weights would tell")
-        if any(time.speed.gpu for time in self.times):
-            notes.append(
-                f"that a card reaches {UTILISATION:.0%} of its peak is assumed; --tflops or --rate take a measured rate"
-            )
-        if not data.packs and self.setting.quantize is None:
-            notes.append("padded rows: each prompt once per response")
-        return notes
+        """What of the data is left out."""
+        counts = {
+            "prompts leave no room for a response and are skipped": self.data.too_long,
+            "responses are cut at data.max_length": self.data.cut,
+            "groups are left out because of their images": self.data.unreadable,
+        }
+        return [f"{count:,} {what}" for what, count in counts.items() if count]
 
     def render(self, console: Console) -> None:
         """Print it."""
-        for title, rows in self._sections():
-            table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
-            table.add_column(no_wrap=True)
-            table.add_column(justify="right", no_wrap=True)
-            table.add_column(style="dim", overflow="fold")
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
-            console.print()
-        for note in self.notes():
-            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-        console.print("all figures are estimates; what they leave out is in docs/plan.md", soft_wrap=True)
-
-    def _sections(self) -> list[tuple[str, list[tuple[str, ...]]]]:
         data, per_gpu = self.data, "" if self.gpus == 1 else " per GPU"
         text = data.tokens - data.image_tokens - data.response_tokens
-        learns = f"{rounded(self.weights)} weights, {rounded(self.learning)} learn"
-        tokens: list[tuple[str, ...]] = [
+        longest = f"at most,{per_gpu} the longest has {self.largest_pass:,} tokens"
+        tokens = [
             ("pairs", f"{data.pairs:,}", f"of {data.prompts:,} prompts with {data.images:,} images"),
             ("tokens an epoch", rounded(data.tokens), "in packs" if data.packs else "in padded rows, padding included"),
-            ("  of images", rounded(data.image_tokens)),
-            ("  of prompts", rounded(text)),
-            ("  of responses", rounded(data.response_tokens)),
+            ("  of images", rounded(data.image_tokens), ""),
+            ("  of prompts", rounded(text), ""),
+            ("  of responses", rounded(data.response_tokens), ""),
             ("optimizer steps", f"{self.steps:,}", f"in {self.epochs:.3g} epochs"),
-            (
-                "passes a step",
-                f"{self.passes_per_step:,}",
-                f"at most,{per_gpu} the longest has {self.largest_pass:,} tokens",
-            ),
+            ("passes a step", f"{self.passes_per_step:,}", longest),
         ]
-        work: list[tuple[str, ...]] = [("training, an epoch", operations(self.epoch_work.total))]
+        _print(console, f"{self.model}: {rounded(self.weights)} weights, {rounded(self.learning)} learn", tokens)
+        work = [("training, an epoch", operations(self.epoch_work.total), "")]
         if self.features is not None:
             disk = f"once, before the reference; {gigabytes(self.features.disk)} on disk"
             work.append(("features of images", operations(self.features.work.total), disk))
         if self.reference_work is not None:
             when = "in each step" if self.reference == "live" else "once, before the first step"
             work.append(("reference", operations(self.reference_work.total), when))
-        work.append(("the run", operations(self.total_work)))
-        ways: list[tuple[str, ...]] = [
-            (way.name, operations(way.work), f"{way.work / self.ways[-1].work:.1f} x") for way in self.ways
-        ]
-        memory = [(name, gigabytes(size)) for name, size in sum_of(self.memory).items() if size]
+        work.append(("the run", operations(self.total_work), ""))
+        _print(console, "Floating-point work", work)
+        last = self.ways[-1].work
+        ways = [(way.name, operations(way.work), f"{way.work / last:.1f} x") for way in self.ways]
+        _print(console, "An epoch and its reference, laid out in other ways", ways)
+        held: dict[str, Any] = plain(self.memory)
+        moment = held.pop("moment")
+        memory = [(name, gigabytes(size), "") for name, size in held.items() if size]
         fits = f"{self.fits[0]} GB" if self.fits else "none"
-        held: list[tuple[str, ...]] = [*memory, ("smallest card", fits, f"of those up to {_SIZES[-1]} GB")]
-        times: list[tuple[str, ...]] = [(str(time.speed), clock(time.total), _said_apart(time)) for time in self.times]
-        cards = f" on {self.gpus} GPUs" if self.gpus > 1 else ""
-        return [
-            (f"{self.model}: {learns}", tokens),
-            ("Floating-point work", work),
-            ("An epoch and its reference, laid out in other ways", ways),
-            (f"Memory{per_gpu}, at its worst in: {self.memory.moment}", held),
-            *([(f"Time{cards}", times)] if times else []),
-        ]
+        memory.append(("smallest card", fits, f"of those up to {_SIZES[-1]} GB"))
+        _print(console, f"Memory{per_gpu}, at its worst in: {moment}", memory)
+        if self.times:
+            cards = f" on {self.gpus} GPUs" if self.gpus > 1 else ""
+            _print(console, f"Time{cards}", [time.row() for time in self.times])
+        for note in self.notes():
+            console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        console.print("all figures are estimates; what they leave out is in docs/plan.md", soft_wrap=True)
 
 
-def _said_apart(time: Time) -> str:
-    apart = (("the reference", time.reference), ("features of images", time.features))
-    said = ", ".join(f"{what} {clock(seconds)}" for what, seconds in apart if seconds)
-    return f"of it {said}" if said else ""
+def plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, each with its total if it has one."""
+    if isinstance(value, tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if not is_dataclass(value):
+        return value
+    names = [field.name for field in fields(value)]
+    if hasattr(value, "total"):
+        names.append("total")
+    return {name: plain(getattr(value, name)) for name in names}
+
+
+def _print(console: Console, title: str, rows: list[tuple[str, str, str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
 
 
 def rounded(count: float) -> str:

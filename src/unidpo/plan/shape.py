@@ -109,14 +109,15 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     outside = {id(head.weight), id(model.get_input_embeddings().weight)}
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    linear = [model.get_submodule(layer) for layer in language_linear_layers(model)]
+    linear: list[Any] = [model.get_submodule(layer) for layer in language_linear_layers(model)]
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     vision_config = getattr(model.config, "vision_config", None)
+    patch_size = getattr(vision_config, "patch_size", 14)
     return ModelShape(
         language=Transformer(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=_widest(linear, config),
+            intermediate=getattr(config, "intermediate_size", None) or max(layer.out_features for layer in linear),
             query=heads * width,
             key_value=(getattr(config, "num_key_value_heads", None) or heads) * width,
             matrices=_matrices(model, ids["language"] - outside) + _experts(by_part["language"], config),
@@ -130,7 +131,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
         quantizable=sum(layer.weight.numel() for layer in linear),
         features=1 + len(getattr(vision_config, "deepstack_visual_indexes", None) or ()),
         packs=kinds == {"full_attention"} and getattr(config, "attn_logit_softcapping", None) is None,
-        patch_size=_patch_size(vision_config),
+        patch_size=patch_size[0] if isinstance(patch_size, list | tuple) else patch_size,
     )
 
 
@@ -159,11 +160,6 @@ def _experts(named: Iterable[tuple[str, torch.nn.Parameter]], config: Any) -> in
     return round(weights * chosen / experts)
 
 
-def _widest(linear: Iterable[torch.nn.Module], config: Any) -> int:
-    named: int | None = getattr(config, "intermediate_size", None)
-    return named or max(int(layer.out_features) for layer in linear)  # type: ignore[arg-type]
-
-
 def _vision(config: Any, matrices: int) -> Transformer:
     """Families name the same things differently."""
     layers = getattr(config, "depth", None) or config.num_hidden_layers
@@ -174,8 +170,3 @@ def _vision(config: Any, matrices: int) -> Transformer:
     return Transformer(
         layers, hidden, intermediate, hidden, hidden, matrices, window=window, whole_layers=len(whole or ())
     )
-
-
-def _patch_size(config: Any) -> int:
-    size = getattr(config, "patch_size", 14)
-    return int(size[0] if isinstance(size, list | tuple) else size)
