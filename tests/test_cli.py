@@ -118,10 +118,6 @@ class TestExitCodes:
         code, _, err = unidpo_command("demo", "--out", tmp_path)
         assert code == 130
         assert f"{tmp_path} keeps what is done, the same command starts over" in err
-        assert "--resume" not in err
-        RunFolder(tmp_path / "run").create({}, {})
-        again = f"unidpo train {tmp_path / 'recipe.yaml'} --resume"
-        assert again in unidpo_command("demo", "--out", tmp_path)[2]
 
     def test_interrupted_otherwise(self, unidpo_command, monkeypatch):
         def interrupted(*_, **__):

@@ -47,17 +47,6 @@ def test_the_layouts_offered_are_those_there_are():
     assert set(LAYOUT.split("|")) == set(LAYOUTS)
 
 
-def test_what_is_ready_is_trained_on_next(pairs, tmp_path):
-    assert "unidpo train" not in unidpo("check", pairs).output
-    unidpo("relocate", pairs, "--images", tmp_path / "here", "--to", tmp_path / "moved.json")
-    moved = tmp_path / "moved.json"
-    for options in ((), ("--images", tmp_path)):
-        said = unidpo("check", moved, *options)
-        words = [f"data.path={moved}", *(f"data.images={folder}" for folder in options[1:])]
-        assert f"train on it: unidpo train RECIPE.yaml {' '.join(words)}" in said.stderr.splitlines()
-    assert "train on it" not in unidpo("check", moved, "--json").output
-
-
 def test_relocate_then_check(pairs, tmp_path):
     assert unidpo("check", pairs).exit_code == 2  # the images are not where it says
     moved = tmp_path / "moved.json"
@@ -216,9 +205,7 @@ class TestScalesOfScores:
 def test_convert_says_which_images_it_did_not_find(pairs, tmp_path):
     done = unidpo("convert", pairs, "--to", tmp_path / "new.jsonl")
     assert done.exit_code == 0
-    assert (
-        "2 of 2 images were not found: /data/there/train/a.png (row 1), /data/there/train/b.png (row 2)" in done.stderr
-    )
+    assert "2 of 2 images were not found, such as /data/there/train/a.png (row 1)" in done.stderr
     assert "give --images FOLDER" in done.stderr
     assert "unidpo data relocate" in done.stderr
     assert unidpo("relocate", pairs, "--images", tmp_path / "here", "--to", tmp_path / "found.json").exit_code == 0

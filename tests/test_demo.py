@@ -164,7 +164,7 @@ def test_ranked_data_merges_equal_answers_and_leaves_out_what_teaches_nothing(tm
     questions = [read("47"), read("12"), read("9")]
     answers = [["47", "74", "47", "4"], ["12", "12", "12", "12"], ["8", "7", "", "8"]]
     data = write_ranked_data(questions, answers, tmp_path, noise=0.0, rng=rng())
-    rows = [json.loads(line) for line in data.path.read_text().splitlines()]
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
     assert rows == [
         {
             "prompt": "<image>Read the number.",
@@ -172,7 +172,6 @@ def test_ranked_data_merges_equal_answers_and_leaves_out_what_teaches_nothing(tm
             "responses": [{"text": "47", "score": 5}, {"text": "74", "score": 1}, {"text": "4", "score": 3}],
         }
     ]
-    assert (data.rows, data.responses, data.left_out) == (1, 3, 2)
     with Image.open(tmp_path / "images/0001.png") as image:
         assert image.size == (CELL, CELL)
     assert len(list((tmp_path / "images").iterdir())) == 1
@@ -182,7 +181,7 @@ def test_ranked_data_is_read_by_the_package(tmp_path: Path) -> None:
     from unidpo.data.formats import read_groups
 
     data = write_ranked_data([read("47")], [["47", "74", "4"]], tmp_path, noise=0.0, rng=rng())
-    result = read_groups(data.path)
+    result = read_groups(data)
     assert not result.findings
     (group,) = result.groups
     assert len(group.pairs) == 3
@@ -279,11 +278,11 @@ def test_the_demo_replaces_its_own_folder_and_nothing_else(tmp_path: Path) -> No
     from unidpo.demo.story import _prepare
 
     out = tmp_path / "demo"
-    assert _prepare(out) is False
+    _prepare(out)
     (out / "run").mkdir()
     (out / "run" / "metrics.jsonl").touch()
     (out / "notes.txt").touch()
-    assert _prepare(out) is True
+    _prepare(out)
     assert {path.name for path in out.iterdir()} == {".unidpo-demo", "notes.txt"}
 
     other = tmp_path / "thesis"
@@ -313,9 +312,8 @@ def test_a_short_demo_leaves_all_it_promises(tmp_path: Path, monkeypatch: pytest
         "yes_no": 10,
         "choice": 10,
     }
-    for picture in ("answers.png", "training.png"):
-        with Image.open(out / picture) as image:
-            assert min(image.size) > 500
+    with Image.open(out / "answers.png") as image:
+        assert min(image.size) > 500
     records = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["rewards/margins"] > records[0]["rewards/margins"]
     # What is trained is the language model's behaviour, not its sight.

@@ -1,4 +1,4 @@
-"""A run goes on with what it began with: other contents are refused and named, other places are not."""
+"""A run resumes with what it began with: other contents are refused and named, other places are not."""
 
 import hashlib
 import json
@@ -142,8 +142,8 @@ CHANGES = {
         (),
         "order of the rows, or which are held out: rows 1, 2, 3, 4",
     ),
-    "a prompt": (with_keys(3, instruction="<image>Which?"), (), FILE + "prompt text of row 4"),
-    "a system prompt": (with_keys(3, system="Be brief."), (), FILE + "prompt text of row 4"),
+    "a prompt": (with_keys(3, instruction="<image>Which?"), (), FILE + "prompt of row 4"),
+    "a system prompt": (with_keys(3, system="Be brief."), (), FILE + "prompt of row 4"),
     "a response": (with_keys(3, rejected="Nothing."), (), FILE + "responses of row 4"),
     "a space in a response": (
         rewritten(lambda rows: rows[3].update(chosen=rows[3]["chosen"] + " ")),
@@ -426,5 +426,5 @@ def test_other_threads_processes_and_devices_are_recorded_and_said(world):
         code, printed = unidpo("train", "recipe.yaml", "--resume")
     assert code == 130
     assert f"resumed with threads {torch.get_num_threads()} (before: 7), processes 1 (before: 2), devices " in printed
-    assert "(before: H100, H100): the results will not be those of an uninterrupted run bit for bit" in printed
+    assert "(before: ['H100', 'H100']): the results will not be those of an uninterrupted run bit for bit" in printed
     assert len(json.loads(environment.read_text())["starts"]) == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -69,11 +68,10 @@ def _complain(message: str) -> None:
     messages().print(speaker + message, style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _version(wanted: bool) -> bool:
+def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"unidpo {unidpo.__version__}")
         raise typer.Exit
-    return wanted
 
 
 @app.callback()
@@ -97,16 +95,11 @@ def demo(
 
     require_digits()  # before torch takes its seconds to import
     from unidpo.demo.story import run_demo
-    from unidpo.run_folder.folder import RunFolder
 
     try:
         run_demo(out, seed=seed, console=results())
     except (KeyboardInterrupt, Interrupted) as stopped:
         reason = f"{str(stopped) or 'interrupted'}; {out} keeps what is done, the same command starts over"
-        run = RunFolder(out / "run")
-        if run.config.is_file() and not run.finished:
-            again = shlex.join(["unidpo", "train", str(out / "recipe.yaml"), "--resume"])
-            reason += f"; resume the training alone with: {again}"
         code = stopped.exit_code if isinstance(stopped, Interrupted) else INTERRUPTED
         raise Interrupted(reason, exit_code=code) from None
 

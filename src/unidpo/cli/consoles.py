@@ -75,19 +75,19 @@ class _KeptOpen:
         return _KeptOpen(self._stream.buffer, self._required)  # type: ignore[attr-defined]
 
     def write(self, text: str | bytes) -> int:
-        with self._goes_on():
+        with self._without_lost_reader():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._goes_on():
+        with self._without_lost_reader():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextlib.contextmanager
-    def _goes_on(self) -> Iterator[None]:
+    def _without_lost_reader(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

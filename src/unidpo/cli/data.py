@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from unidpo.cli.consoles import INPUT_WRONG, messages, results
 from unidpo.errors import printable
-
-if TYPE_CHECKING:
-    from unidpo.data.formats.convert import ConvertReport
 
 data = typer.Typer(help="Check, convert, move and fetch preference data.", no_args_is_help=True)
 
@@ -59,9 +54,6 @@ def check(
         _say(f"{fix}: {rows} usable rows written")
     if report.errors:
         raise typer.Exit(INPUT_WRONG)
-    if not as_json:
-        where = [f"data.path={file}", *([f"data.images={images}"] if images is not None else [])]
-        _say(f"train on it: {shlex.join(['unidpo', 'train', 'RECIPE.yaml', *where])}")
 
 
 @data.command()
@@ -94,19 +86,12 @@ def convert(
         f"{to}: {report.rows_written} rows with {report.pairs} pairs in layout {layout}, from {report.rows_read} rows",
         *(f"left out: {finding}" for finding in left_out),
         *(f"dropped column {name}: {rows} rows" for name, rows in report.dropped.items()),
-        *_images_not_found(report, images),
     )
-
-
-def _images_not_found(report: ConvertReport, images: Path | None) -> Iterator[str]:
-    missing = report.images_not_found
-    if missing:
-        some = ", ".join(f"{path} (row {row})" for path, row in list(missing.items())[:3])
-        more = ", ..." if len(missing) > 3 else ""
-        root = "the folder of the source; give --images FOLDER" if images is None else f"{images}"
-        yield (
-            f"{len(missing):,} of {report.images:,} images were not found: {some}{more}. Relative paths were taken "
-            f"from {root}, or mend the new file with `unidpo data relocate`"
+    if missing := report.images_not_found:
+        row, path = next((row, path) for path, row in missing.items())
+        _say(
+            f"{len(missing):,} of {report.images:,} images were not found, such as {path} (row {row}); give "
+            "--images FOLDER, or mend the new file with `unidpo data relocate`"
         )
 
 

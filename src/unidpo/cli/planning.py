@@ -17,18 +17,12 @@ if TYPE_CHECKING:
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Reckon the time for this card, e.g. H100.", show_default=False)
-    ] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Estimate the time for this card, e.g. H100.")] = None,
     tflops: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Reckon it for so many TFLOP/s reached by each GPU.", show_default=False),
+        float | None, typer.Option(metavar="X", help="Estimate it for so many TFLOP/s reached by each GPU.")
     ] = None,
     rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="PAIRS_PER_S", help="Reckon it for so many pairs a second on all GPUs.", show_default=False
-        ),
+        float | None, typer.Option(metavar="PAIRS_PER_S", help="Estimate it for so many pairs/s on all GPUs.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, metavar="N", help="GPUs that share the work.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

@@ -107,7 +107,6 @@ def _after(run: RunFolder, push_to_hub: str | None) -> None:
     if push_to_hub is not None:
         from unidpo.run.hub import push
 
-        messages().print(f"pushing {run.model} to {push_to_hub}", markup=False, soft_wrap=True)
         messages().print(f"pushed: {push(run.model, push_to_hub)}", markup=False, soft_wrap=True)
     messages().print("next:")
     evaluate = shlex.join(["unidpo", "eval", str(run.path), "--benchmarks", "paper"])

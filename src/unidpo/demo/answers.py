@@ -39,23 +39,6 @@ class Measured:
         return f"{100 * self.accuracy:.1f} ± {100 * self.standard_error:.1f} %"
 
 
-@dataclass(frozen=True, slots=True)
-class RankedData:
-    """What ``write_ranked_data`` wrote.
-
-    Attributes:
-        path: the JSONL file.
-        rows: prompts in it.
-        responses: distinct responses in it.
-        left_out: prompts not in it, because all their responses were graded alike.
-    """
-
-    path: Path
-    rows: int
-    responses: int
-    left_out: int
-
-
 def greedy_answers(
     model: PreTrainedModel, processor: Processor, questions: Sequence[DigitQuestion], *, batch_size: int = BATCH_SIZE
 ) -> list[str]:
@@ -105,11 +88,11 @@ def write_ranked_data(
     *,
     noise: float,
     rng: np.random.Generator,
-) -> RankedData:
+) -> Path:
     """Grade answers and write them as a data set in the ranked-responses layout, the pictures beside it.
 
     Equal answers to one question are one response with one grade. A question whose responses all got the same
-    grade teaches no preference and is left out.
+    grade teaches no preference and is left out. Returns the file.
 
     Args:
         questions: what was asked.
@@ -121,7 +104,6 @@ def write_ranked_data(
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
-    responses = 0
     for question, texts in zip(questions, answers, strict=True):
         distinct = [text for text in dict.fromkeys(texts) if text]
         scored = [{"text": text, "score": noisy_grade(question, text, rng, noise=noise)} for text in distinct]
@@ -131,10 +113,9 @@ def write_ranked_data(
         question.image.save(folder / name)
         row = {"prompt": f"<image>{question.prompt}", "images": [name], "responses": scored}
         lines.append(json.dumps(row) + "\n")
-        responses += len(scored)
     path = folder / "ranked.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
-    return RankedData(path, rows=len(lines), responses=responses, left_out=len(questions) - len(lines))
+    return path
 
 
 def write_benchmark(questions: Sequence[DigitQuestion], folder: Path) -> Path:

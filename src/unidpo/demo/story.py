@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +20,6 @@ from unidpo.data.check import check_data
 from unidpo.demo import CHECKPOINT
 from unidpo.demo.answers import (
     Measured,
-    RankedData,
     accuracies,
     sampled_answers,
     write_benchmark,
@@ -49,10 +46,9 @@ ASKED: tuple[Kind, ...] = ("read", "read", "yes_no", "choice")
 
 _NAMES: dict[Kind, str] = {"read": "read the number", "yes_no": "yes or no", "choice": "multiple choice"}
 _RECIPE = Path(__file__).with_name("recipe.yaml")
-_STEPS = 5
 # Written into a demo's folder, so that a later demo knows it may replace what is there.
 _MARK = ".unidpo-demo"
-_OURS = ("data", "run", "evals", "recipe.yaml", "accuracy.json", "answers.png", "training.png")
+_OURS = ("data", "run", "evals", "recipe.yaml", "accuracy.json", "answers.png")
 
 
 def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
@@ -68,10 +64,8 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
     """
     console = console or Terminal()
     transformers.logging.disable_progress_bar()
-    start = time.perf_counter()
     world = load_world()
-    if _prepare(out):
-        console.print(Text(f"{out} held an earlier demo: replaced.", "dim"), soft_wrap=True)
+    _prepare(out)
     console.print(
         "A small Qwen2-VL (2.3 M parameters, shipped with this package) sees handwritten digits well and answers "
         "sloppily: asked in some ways, it often reverses a number or drops its last digit. Uni-DPO is to mend that, "
@@ -81,15 +75,10 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
 
     _step(console, 1, f"Sample {SAMPLES_PER_PROMPT} answers to each of {TRAIN_PROMPTS} questions, and grade them")
     data = _make_data(world, out / "data", seed, console)
-    console.print(
-        f"{data.rows} questions with {data.responses} distinct answers, graded 1 to 5 by a program; "
-        f"{GRADING_NOISE:.0%} of the grades are drawn by chance, as graders err. {data.left_out} questions left out: "
-        "all their answers were graded alike.",
-        highlight=False,
-    )
+    console.print(f"A program graded them 1 to 5; {GRADING_NOISE:.0%} of the grades are random, as graders err.")
 
-    _step(console, 2, "Check the data", f"unidpo data check {data.path}")
-    report = check_data(data.path)
+    _step(console, 2, "Check the data", f"unidpo data check {data}")
+    report = check_data(data)
     report.render(console)
 
     recipe = _write_recipe(out, data, seed)
@@ -107,29 +96,16 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
 
     _step(console, 5, "Draw")
     draw_answers(questions, before, after, out / "answers.png")
-    draw_training(trained / "metrics.jsonl", out / "training.png")
     console.print()
     print_to_copy(
         console,
         {
             str(out / "answers.png"): "held-out pictures with both answers",
-            str(out / "training.png"): "the training curves",
-            str(out / "accuracy.json"): "the table above",
-            str(trained / "model"): "the trained model",
-            str(trained): "its run folder: metrics, and every pair with its weights",
+            str(trained): "the run: the trained model, metrics, and every pair with its weights",
             str(out / "evals"): "all answers of both models",
-            str(data.path): "the data it was trained on",
-        },
-    )
-    console.print("\nNext:")
-    print_to_copy(
-        console,
-        {
             f"unidpo train {recipe} loss.beta=4 output={out / 'run-beta-4'}": "the same with another beta",
-            "unidpo data check YOUR_PAIRS.json": "your own data",
         },
     )
-    console.print(f"{time.perf_counter() - start:.0f} s", style="dim", highlight=False)
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:
@@ -138,17 +114,16 @@ def _rng(seed: int, purpose: str) -> np.random.Generator:
 
 def _step(console: Console, number: int, title: str, command: str = "") -> None:
     console.print()
-    heading = Text.assemble((f"{number}/{_STEPS}", "bold"), "  ", (title, "bold"), "   ", (command, "cyan"))
+    heading = Text.assemble((f"{number}/5  {title}", "bold"), "   ", (command, "cyan"))
     console.print(heading, soft_wrap=True)
 
 
-def _prepare(out: Path) -> bool:
-    """Make the folder ready; whether an earlier demo was replaced."""
+def _prepare(out: Path) -> None:
+    """Make the folder ready, without an earlier demo's files."""
     mark = out / _MARK
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: this is a file; name a folder for the demo")
-    replaced = mark.exists()
-    if not replaced and out.exists() and any(out.iterdir()):
+    if not mark.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: this folder holds something else than a demo; name an empty or a new one")
     out.mkdir(parents=True, exist_ok=True)
     mark.touch()
@@ -158,10 +133,9 @@ def _prepare(out: Path) -> bool:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return replaced
 
 
-def _make_data(world: DigitsWorld, folder: Path, seed: int, console: Console) -> RankedData:
+def _make_data(world: DigitsWorld, folder: Path, seed: int, console: Console) -> Path:
     questions = world.questions(TRAIN_PROMPTS, split="train", rng=_rng(seed, "train"), kinds=ASKED)
     model, processor = load_policy(CHECKPOINT), load_processor(CHECKPOINT)
     with Stages(console) as stages:
@@ -176,10 +150,10 @@ def _make_data(world: DigitsWorld, folder: Path, seed: int, console: Console) ->
     return write_ranked_data(questions, answers, folder, noise=GRADING_NOISE, rng=_rng(seed, "grades"))
 
 
-def _write_recipe(out: Path, data: RankedData, seed: int) -> Path:
+def _write_recipe(out: Path, data: Path, seed: int) -> Path:
     path = out / "recipe.yaml"
     template = Template(_RECIPE.read_text("utf-8"))
-    places = {"output": out / "run", "model": CHECKPOINT, "data": data.path}
+    places = {"output": out / "run", "model": CHECKPOINT, "data": data}
     quoted = {key: json.dumps(str(place)) for key, place in places.items()}
     path.write_text(template.substitute(quoted, file=path, seed=seed), encoding="utf-8")
     return path
@@ -200,16 +174,10 @@ def _ask(models: Sequence[Path], benchmark: Path, out: Path, console: Console) -
 def _accuracy_table(base: dict[Kind, Measured], trained: dict[Kind, Measured]) -> Table:
     title = "Correct answers on held-out digits (greedy, ± standard error)"
     table = Table("kind", title=title, title_justify="left", title_style="")
-    for column in ("questions", "base", "trained", "difference"):
+    for column in ("questions", "base", "trained"):
         table.add_column(column, justify="right")
     for kind, before in base.items():
-        after = trained[kind]
-        points = 100 * (after.accuracy - before.accuracy)
-        # As if the two had answered different questions, which is cautious.
-        error = 100 * math.hypot(before.standard_error, after.standard_error)
-        color = "green" if points > 2 * error else "red" if points < -2 * error else "dim"
-        difference = f"[{color}]{points:+.1f} ± {error:.1f}[/]"
-        table.add_row(_NAMES[kind], str(before.questions), str(before), str(after), difference)
+        table.add_row(_NAMES[kind], str(before.questions), str(before), str(trained[kind]))
     return table
 
 
@@ -218,13 +186,11 @@ def draw_answers(
     base: Sequence[str],
     trained: Sequence[str],
     path: Path,
-    *,
-    columns: int = 4,
-    rows: int = 3,
 ) -> None:
     """Save the first pictures on which the two models differ, each with both answers; right ones are green."""
     from matplotlib.figure import Figure
 
+    columns, rows = 4, 3
     differing = [(q, b, t) for q, b, t in zip(questions, base, trained, strict=True) if b != t][: columns * rows]
     figure = Figure(figsize=(3 * columns, 2.3 * rows), layout="constrained")
     figure.suptitle("The first held-out questions on which the two models differ")
@@ -237,28 +203,4 @@ def draw_answers(
         for line, (name, text) in enumerate((("base", before), ("trained", after))):
             color = "tab:green" if is_correct(question, text) else "tab:red"
             axes.text(0, -0.1 - 0.25 * line, f"{name}: {text}", color=color, transform=axes.transAxes, va="top")
-    figure.savefig(path, dpi=120)
-
-
-def draw_training(metrics: Path, path: Path) -> None:
-    """Save loss, accuracy, reward margin and the two weights over the steps, from a run's `metrics.jsonl`."""
-    from matplotlib.figure import Figure
-
-    records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-    panels = {
-        "loss": ("loss",),
-        "share of pairs the policy ranks right": ("rewards/accuracies",),
-        "reward margin": ("rewards/margins",),
-        "mean weight": ("weights/quality", "weights/performance"),
-    }
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    for place, (title, keys) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(2, 2, place)
-        for key in keys:
-            points = [(record["step"], record[key]) for record in records if key in record]
-            axes.plot([step for step, _ in points], [value for _, value in points], label=key)
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        if len(keys) > 1:
-            axes.legend()
     figure.savefig(path, dpi=120)

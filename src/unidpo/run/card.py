@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import ModelCardData
 from omegaconf import OmegaConf
 
 from unidpo.run_folder.folder import RunFolder
@@ -42,18 +39,18 @@ def write_card(folder: RunFolder, model: Path) -> None:
     records = [json.loads(line) for line in folder.metrics.read_text("utf-8").splitlines()]
     trained = [record for record in records if "loss" in record]
     loss, base = config["loss"]["name"], config["model"]["name"]
+    name = re.sub(r"[^\w .+-]", "_", Path(base).name)  # as it may stand in a heading
     adapter = (model / "adapter_config.json").is_file()
     sources = began_with(folder.path)
     data_sets = dict.fromkeys(re.split("[:@]", source.path)[0] for source in sources)
     metadata = ModelCardData(
         base_model=base if _on_hub(base) else None,
         datasets=[name for name in data_sets if _on_hub(name)] or None,
-        license=_license(base),
         library_name="peft" if adapter else "transformers",
         tags=["unidpo", "preference-optimization", loss],
     )
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("unidpo", "."),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # Markdown; what is not ours goes through the filters
         keep_trailing_newline=True,
@@ -61,7 +58,7 @@ def write_card(folder: RunFolder, model: Path) -> None:
     environment.filters |= {"code": _code, "cell": _cell, "number": _number, "fenced": _fenced}
     text = environment.get_template("card.md.j2").render(
         metadata=f"---\n{metadata.to_yaml()}\n---\n",
-        title=f"{_plain(Path(base).name)}, {TITLES.get(loss, loss)}",
+        title=f"{name}, {TITLES.get(loss, loss)}",
         base=_home(base),
         loss=loss,
         adapter=adapter,
@@ -70,38 +67,17 @@ def write_card(folder: RunFolder, model: Path) -> None:
         held_out=[record for record in records if "eval_loss" in record][-HELD_OUT_ROWS:],
         held_out_share=f"{config['data']['eval_fraction']:.0%}",
         last={name: value for name, value in trained[-1].items() if name != "epoch"} if trained else {},
-        command=_home(_command(start["command"])),
+        command=_home(shlex.join(["unidpo", *start["command"][1:]])),
         recipe=_home(OmegaConf.to_yaml(OmegaConf.create(config))),
         python=start["python"],
         packages={name: version for name, version in start["packages"].items() if version},
-        **_statistics(pq.read_table(folder.ledger)),
+        **_counts(pq.read_table(folder.ledger)),
     )
     (model / "README.md").write_text(text, "utf-8")
 
 
 def _on_hub(name: str) -> bool:
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def _license(base: str) -> str | None:
-    """The base model's, from its own card where that lies here."""
-    card = Path(base) / "README.md"
-    if not card.is_file():
-        found = try_to_load_from_cache(base, "README.md") if _on_hub(base) else None
-        if not isinstance(found, str):
-            return None
-        card = Path(found)
-    try:
-        name = ModelCard.load(card, ignore_metadata_errors=True).data.license
-    except (OSError, ValueError):
-        return None
-    return name if isinstance(name, str) else None
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
 
 
 def _best(folder: RunFolder, train: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -113,31 +89,18 @@ def _best(folder: RunFolder, train: Mapping[str, Any]) -> dict[str, Any] | None:
     return None if step is None else {"step": step, "metric": train.get("metric_for_best_model") or "loss"}
 
 
-def _statistics(ledger: pa.Table) -> dict[str, Any]:
-    """How much was trained on, and what the pairs weighed: nothing of weights that are always 1."""
+def _counts(ledger: pa.Table) -> dict[str, int]:
+    """How much was trained on."""
 
     def distinct(*columns: str) -> int:
         return int(ledger.group_by(list(columns)).aggregate([]).num_rows)
 
-    weights = []
-    for name in ("quality_weight", "performance_weight"):
-        quartiles = pc.quantile(ledger[name], q=[0, 0.25, 0.5, 0.75, 1]).to_pylist()
-        if (quartiles[0], quartiles[-1]) != (1, 1):
-            mean = pc.mean(ledger[name]).as_py()
-            weights.append({"name": name.replace("_", " "), "mean": mean, "quartiles": quartiles[1:4]})
     return {
         "rows": distinct("file", "row"),
         "pairs": distinct("file", "row", "chosen", "rejected"),
         "visits": ledger.num_rows,
         "steps": distinct("step"),
-        "weights": weights,
-        "gate_rate": pc.mean(ledger["nll_gate"]).as_py(),
     }
-
-
-def _command(argv: Iterable[str]) -> str:
-    program, *arguments = argv
-    return shlex.join([*(["python", "-m", "unidpo"] if program.endswith(".py") else ["unidpo"]), *arguments])
 
 
 def _home(text: str) -> str:
@@ -145,20 +108,15 @@ def _home(text: str) -> str:
     return text if home == "/" else re.sub(rf"{re.escape(home)}(?=/|\b)", "~", text)
 
 
-def _plain(text: str) -> str:
-    """A name as it may be shown in a heading."""
-    return re.sub(r"[^\w .+-]", "_", text)
-
-
-def _code(text: str, clean: Callable[[str], str] = lambda text: text) -> str:
+def _code(text: str) -> str:
     """On one line, between more backticks than there are inside."""
-    line = clean(" ".join(str(text).split()))
+    line = " ".join(text.split())
     ticks = "`" * (_longest_ticks(line) + 1)
     return f"{ticks} {line} {ticks}" if "`" in line else f"`{line}`"
 
 
 def _cell(text: str) -> str:
-    return _code(text, lambda line: line.replace("|", "\\|"))
+    return _code(text).replace("|", "\\|")
 
 
 def _fenced(text: str, language: str) -> str:

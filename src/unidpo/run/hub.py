@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import LocalTokenNotFoundError
 
 from unidpo.errors import Interrupted, RecipeError, TrainingError
 
@@ -22,8 +21,8 @@ def check_hub_repository(repo_id: str) -> None:
         name = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
         api.auth_check(name, write=True)
     except Exception as error:  # of the hub's library, or of the one below it, which changes with its versions
-        hint = "; log in with `hf auth login`, or set HF_TOKEN" if _nobody(error) else ""
-        raise RecipeError(f"--push-to-hub {repo_id}: {_reason(error)}{hint}") from error
+        hint = "you must be logged in (`hf auth login` or HF_TOKEN) and may write there"
+        raise RecipeError(f"--push-to-hub {repo_id}: {_reason(error)}; {hint}") from error
 
 
 def push(model: Path, repo_id: str) -> str:
@@ -44,11 +43,6 @@ def push(model: Path, repo_id: str) -> str:
             f"try again with: {again}"
         ) from error
     return str(commit.repo_url)
-
-
-def _nobody(error: Exception) -> bool:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return isinstance(error, LocalTokenNotFoundError) or status == 401
 
 
 def _reason(error: Exception) -> str:

@@ -151,7 +151,7 @@ def signals_to(running: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int]
 def end_with_parent(number: signal.Signals) -> Callable[[], None]:
     """What a new process calls first (`Popen`'s `preexec_fn`), so that it gets a signal when this one dies (Linux).
 
-    One that went on alone would write into a run folder that somebody resumes.
+    One that continued alone would write into a run folder that somebody resumes.
     """
     parent = os.getpid()
 

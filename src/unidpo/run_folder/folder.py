@@ -242,14 +242,10 @@ def _other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     before, now = _flat(before), _flat(now)
     names = ("threads", "processes", "devices", "packages.torch", "packages.transformers", "packages.unidpo")
     return [
-        f"{name.removeprefix('packages.')} {_plain(now.get(name))} (before: {_plain(before[name])})"
+        f"{name.removeprefix('packages.')} {now.get(name)} (before: {before[name]})"
         for name in names
         if before.get(name) not in (None, now.get(name))
     ]
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -27,23 +27,14 @@ from unidpo.files.writing import replacing, write_json
 _LOG = logging.getLogger(__name__)
 _DIGEST = 8
 _RECORD = "inputs.json"
-_CONTENTS = {
-    "prompt": "prompt text",
-    "images": "images",
-    "responses": "responses",
-    "scores": "scores",
-    "pairs": "pairs",
-}
-"""Columns of digests, and what a message calls them."""
+_CONTENTS = ("prompt", "images", "responses", "scores", "pairs")
+"""Columns of digests."""
 _SCHEMA = pa.schema(
     [
         pa.field("held_out", pa.bool_(), metadata={"description": "whether it is measured on, and not trained on"}),
         pa.field("file", pa.string(), metadata={"description": "data file of the group's first pair"}),
         pa.field("rows", pa.list_(pa.int32()), metadata={"description": "rows of the file that its pairs come from"}),
-        *(
-            pa.field(name, pa.binary(_DIGEST), metadata={"description": f"digest of {what}"})
-            for name, what in _CONTENTS.items()
-        ),
+        *(pa.field(name, pa.binary(_DIGEST), metadata={"description": f"digest of the {name}"}) for name in _CONTENTS),
     ]
 )
 _MODELS = {
@@ -228,7 +219,7 @@ def _differences(before: Sequence[_Group], now: Sequence[_Group]) -> list[Findin
         return _at("order of the rows, or which are held out: {}", moved)
     changed = [(then[place], here[place]) for place in here if place in then]
     findings: list[Finding] = []
-    for at, what in enumerate(_CONTENTS.values()):
+    for at, what in enumerate(_CONTENTS):
         findings += _at(f"{what} of {{}}", [is_ for was, is_ in changed if was.contents[at] != is_.contents[at]])
     findings += _at("{} gone", [group for place, group in then.items() if place not in here])
     return findings + _at("{} added", [group for place, group in here.items() if place not in then])
