@@ -289,7 +289,7 @@ class TestMemory:
 
     def test_a_frozen_weight_takes_two_bytes_and_a_learning_one_sixteen(self, qwen2_vl_2b):
         setting = Setting(learns=frozenset(["language"]))
-        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), passes_per_step=2, margin=False)
+        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), passes_per_step=2)
         frozen = qwen2_vl_2b.weights["vision"] + qwen2_vl_2b.weights["projector"]
         assert memory.weights == 2 * frozen + 4 * qwen2_vl_2b.weights["language"]
         assert memory.optimizer == 8 * qwen2_vl_2b.weights["language"]
@@ -301,13 +301,7 @@ class TestMemory:
         setting = Setting(learns=frozenset(["language"]), narrow=narrow)
         shape = shape_of(text_model(2))
         small, large = (
-            peak_memory(
-                replace(shape, language=replace(shape.language, layers=n)),
-                setting,
-                LOAD,
-                passes_per_step=2,
-                margin=False,
-            )
+            peak_memory(replace(shape, language=replace(shape.language, layers=n)), setting, LOAD, passes_per_step=2)
             for n in (2, 4)
         )
         assert large.activations - small.activations == pytest.approx(many - few, rel=0.1)
@@ -318,9 +312,7 @@ class TestMemory:
     ):
         """Made in 16 bits where the arithmetic is, and then in 32."""
         setting = Setting(learns=frozenset(["language"]), narrow=narrow)
-        first, later = (
-            peak_memory(qwen2_vl_2b, setting, Load(tokens=1), passes_per_step=n, margin=False) for n in (1, 2)
-        )
+        first, later = (peak_memory(qwen2_vl_2b, setting, Load(tokens=1), passes_per_step=n) for n in (1, 2))
         table, learning = 151936 * 1536, qwen2_vl_2b.weights["language"]
         assert first.gradients == 4 * learning
         assert later.gradients == 4 * learning + made * table
@@ -329,7 +321,7 @@ class TestMemory:
     def test_logits_take_one_chunk_and_a_step(self, qwen2_vl_2b, narrow):
         setting = Setting(learns=frozenset(), adapter=1000, narrow=narrow)
         load = packed(1, [2**26 // 151936])  # which fills a chunk
-        memory = peak_memory(qwen2_vl_2b, setting, load, passes_per_step=1, margin=False)
+        memory = peak_memory(qwen2_vl_2b, setting, load, passes_per_step=1)
         chunk, step = 2**28, 2**25
         assert memory.moment == "logits"
         assert memory.logits == pytest.approx(chunk / 2 + 2 * step if narrow else chunk + step, rel=0.01)
@@ -347,7 +339,7 @@ class TestMemory:
     def test_sharding_divides_what_it_says(self, qwen2_vl_2b, sharding, weights, states):
         """Bytes of each of eight GPUs per weight that learns. DeepSpeed keeps float32 weights with the states."""
         setting = Setting(learns=frozenset(qwen2_vl_2b.weights), sharding=sharding, gpus=8)
-        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), passes_per_step=2, margin=False)
+        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), passes_per_step=2)
         every = sum(qwen2_vl_2b.weights.values())
         assert memory.weights == pytest.approx(weights * every)
         assert memory.optimizer == pytest.approx(states * every)
@@ -491,11 +483,8 @@ class TestFeatures:
 
     def test_leave_nothing_of_the_tower_in_memory(self, qwen2_vl_2b):
         setting, seeing = Setting(learns=frozenset(["language"])), packed(850, [100, 100], Vision(4).load([752]))
-        moments = [
-            peak_memory(replace(qwen2_vl_2b, language=replace(qwen2_vl_2b.language, layers=0)), setting, load, **once)
-            for once in [{"passes_per_step": 1, "margin": False}]
-            for load in (seeing, seeing.with_features())
-        ]
+        shape = replace(qwen2_vl_2b, language=replace(qwen2_vl_2b.language, layers=0))
+        moments = [peak_memory(shape, setting, load, passes_per_step=1) for load in (seeing, seeing.with_features())]
         pixels, features = 752 * 4 * 4 * 3 * 2 * 14**2, 752 * 1536 * 2
         assert moments[0].activations - moments[1].activations == pixels - features
 

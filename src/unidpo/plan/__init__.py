@@ -95,7 +95,8 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     once = work_of(epoch)
     beside = epoch.with_features() if takes else epoch  # a live reference takes the policy's features
     reference = _reference(recipe, shape, fitted, form, beside, epochs) if recipe.loss.needs_reference else None
-    apart = (reference.total if reference else 0.0) + (features.work.total if features else 0.0)
+    first = features.work.total if features else 0.0
+    apart = (reference.total if reference else 0.0) + first
 
     def both(load: Load) -> float:
         """Work of training on a load, and of the reference."""
@@ -116,8 +117,8 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         reference_work=reference,
         features=features,
         total_work=epochs * once.total + apart,
-        ways=_ways(shape, fitted, form, both, first=features.work.total if features else 0.0),
-        memory=peak_memory(shape, setting, largest, passes_per_step=passes_per_step, margin=True),
+        ways=_ways(shape, fitted, form, both, first=first),
+        memory=peak_memory(shape, setting, largest, passes_per_step=passes_per_step),
         times=(),
         reference=recipe.reference if recipe.loss.needs_reference else None,
     )

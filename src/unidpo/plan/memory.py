@@ -124,13 +124,12 @@ def sharding_of(recipe: Recipe, gpus: int) -> Sharding:
     return stages.get(stage, "ddp")
 
 
-def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_step: int, margin: bool) -> Memory:
+def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_step: int) -> Memory:
     """The worst moment of a training step whose largest pass is `load`.
 
     Args:
         passes_per_step: forward passes of one GPU before each update; from two on, gradients are there in the forward
             pass.
-        margin: add what CUDA and its allocator take.
     """
     held, head = _held(shape, setting), _head_weights(shape, setting)
     made, head_gradient = setting.compute_bytes * head, setting.trainable_bytes * head
@@ -159,7 +158,7 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_s
     }
     found = [Memory(name, held.weights, g, held.optimizer, c, a, lo) for name, (g, c, a, lo) in moments.items()]
     worst = max(found, key=lambda memory: memory.total)
-    return replace(worst, margin=_CONTEXT + _FRAGMENTS * worst.total) if margin else worst
+    return replace(worst, margin=_CONTEXT + _FRAGMENTS * worst.total)
 
 
 def _held(shape: ModelShape, setting: Setting) -> Memory:
