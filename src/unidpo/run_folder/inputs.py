@@ -34,7 +34,7 @@ _SCHEMA = pa.schema(
         pa.field("held_out", pa.bool_(), metadata={"description": "whether it is measured on, and not trained on"}),
         pa.field("file", pa.string(), metadata={"description": "data file of the group's first pair"}),
         pa.field("rows", pa.list_(pa.int32()), metadata={"description": "rows of the file that its pairs come from"}),
-        *(pa.field(name, pa.binary(_DIGEST), metadata={"description": f"digest of the {name}"}) for name in _CONTENTS),
+        *(pa.field(name, pa.binary(_DIGEST), metadata={"description": f"digest of {name}"}) for name in _CONTENTS),
     ]
 )
 _MODELS = {
