@@ -73,7 +73,7 @@ class FeatureStore(Store[Mapping[str, Tensor], str]):
 
     def merge(self) -> None:
         """Take in what the other processes have written. Raises `UserError` where one cannot see it."""
-        # Told and not looked up: on a network disk a folder may be listed without what others wrote just now.
+        # Gathered, not listed: a network disk may not show yet what others wrote just now.
         self.index = {key: part for index in gather([self.index]) for key, part in index.items()}
         self.require_seen()
 
@@ -176,7 +176,7 @@ class FeatureEncoder:
 
 @dataclass
 class FeaturePass(StoredPass[Mapping[str, Tensor]]):
-    """Computes the features of all images that a store does not hold yet. Every process makes it.
+    """Computes the features of all images that a store does not hold yet. Every process must run it.
 
     The policy's vision tower and projector must not be trained.
     """

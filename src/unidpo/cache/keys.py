@@ -1,4 +1,4 @@
-"""What stored numbers go by: digests of a model's weights, and of what is in a prompt and its responses."""
+"""Keys of stored numbers: digests of a model's weights, and of what is in a prompt and its responses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def vision_fingerprint(model: PreTrainedModel) -> str:
     """32 hex digits that name vision tower and projector: their weights, buffers and configuration.
 
     Raises:
-        ModelError: they are not known, see `load.parts`.
+        ModelError: they are not known, see `parts.parts`.
     """
     found = parts(model)
     of_language = {id(buffer) for buffer in model.get_decoder().buffers()}

@@ -94,7 +94,7 @@ class LogpStore(Store[Logp, float]):
 
 @dataclass
 class ReferencePass(StoredPass[Logp]):
-    """Computes the log-probabilities of all responses that a store does not hold yet. Every process makes it.
+    """Computes the log-probabilities of all responses that a store does not hold yet. Every process must run it.
 
     Attributes:
         collate: how encoded groups become a batch, `packs.pack` or the padded path.

@@ -64,7 +64,7 @@ class Store(ABC, Generic[Record, Entry]):
 
     Attributes:
         kind, unit: what messages call the records and what each belongs to.
-        requirement: what the numbers in a record must be, as an error says it.
+        requirement: what is wrong where `problem` finds records without numbers: how the error begins.
         each_process_writes: whether every process adds and writes its own records; else the main one writes for all,
             and all must add the same.
     """

@@ -1,6 +1,6 @@
-"""A pass over the data that computes what a store lacks, and can be interrupted at any moment.
+"""One pass over the data that computes what a store lacks, and can be interrupted at any moment.
 
-Where several processes train together, each computes its share, and what stops one stops all.
+Where several processes train together, each computes its share, and an error in one is raised in all.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ class _Outcome(Generic[Record]):
 
 @dataclass
 class StoredPass(ABC, Generic[Record]):
-    """Computes the records that a store does not hold yet. Every process makes it.
+    """Computes the records that a store does not hold yet. Every process must run it.
 
     Attributes:
         policy: the model; in eval mode meanwhile.
         encoder: what encodes groups for it.
         device: where batches go.
-        dummy_group: as in `batches.PlannedBatches`.
+        dummy_group: as in `batches.BatchMaker`.
         workers: processes that decode images and tokenize ahead of the model.
         on_lost: called with rows that cannot be read any more; may raise.
         on_progress: called with records done and records to do, over all processes.

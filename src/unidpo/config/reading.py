@@ -15,7 +15,7 @@ from unidpo.errors import Finding, RecipeError, did_you_mean, printable
 from unidpo.files.regular import read_regular
 from unidpo.redaction import holds_a_secret, names_a_secret
 
-PLACES = (
+MAY_USE_ENVIRONMENT = (
     *("output", "model.name", "reference", "data.path", "data.images", "data.template", "eval.benchmarks"),
     *("train.deepspeed", "train.fsdp_config", "train.accelerator_config"),
 )
@@ -84,11 +84,11 @@ def secrets(config: DictConfig) -> Iterator[tuple[str, str]]:
                     f"takes `{variable}` from the environment, and what a recipe holds is written down in the run "
                     "folder and the model card; a secret has no place in it (log in with `hf auth login`)",
                 )
-            elif re.sub(r"\[.*", "", key) not in PLACES:
+            elif re.sub(r"\[.*", "", key) not in MAY_USE_ENVIRONMENT:
                 yield (
                     key,
                     "cannot come from the environment, which only says where things are "
-                    f"({', '.join(PLACES)}): what a recipe holds is written down; give the value itself",
+                    f"({', '.join(MAY_USE_ENVIRONMENT)}): what a recipe holds is written down; give the value itself",
                 )
 
 

@@ -20,7 +20,7 @@ from unidpo.files.regular import open_regular
 
 MIN_PIXELS = 32 * 32
 MAX_PIXELS = 768 * 768
-"""What images are scaled down to by default, as the reference does."""
+"""What images are scaled down to by default, as in the authors' implementation."""
 MAX_ASPECT = 200
 """Qwen's image processors raise where one side is more than this many times the other."""
 HUGE_PIXELS = 25_000_000
@@ -44,7 +44,7 @@ class Inspection:
 def open_image(source: ImageSource) -> Image.Image:
     """Decode an image completely, as RGB.
 
-    Transparency is dropped and palettes are expanded by a plain ``convert("RGB")``, as the reference does. Unlike
+    Transparency is dropped and palettes are expanded by a plain ``convert("RGB")``, as the authors do. Unlike
     the reference, a rotation noted in the EXIF data is applied. Of an animation the first frame is taken.
 
     Args:

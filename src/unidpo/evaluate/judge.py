@@ -130,7 +130,7 @@ def consult(
         questions: those that were scored. One without choices has no ruling, nor has an answer that says nothing.
         answers: by index.
         folder: of the benchmark; rulings are kept in `judge.jsonl`.
-        on_progress: told how many of how many are done.
+        on_progress: called with how many are done and how many there are.
     """
     unmatched = {each.index for each in score.judged if not each.matched}
     asked = {q.index: q for q in questions if q.index in unmatched and q.choices and answers[q.index].strip()}

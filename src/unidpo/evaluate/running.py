@@ -89,7 +89,7 @@ def evaluate_all(
         options: how models are loaded.
         limit: ask about so many questions of each benchmark.
         judge: see `evaluate`.
-        on_progress: told how far it is.
+        on_progress: called with a stage, how many are done and how many there are.
 
     Raises:
         UserError: the only model cannot be used, results of another one are in its folder, or another process works
@@ -160,7 +160,7 @@ def evaluate(
         label: a shorter name for tables.
         limit: ask about so many questions of each benchmark.
         judge: reads answers in which no rule found a choice; see `unidpo.evaluate.judge`.
-        on_progress: told how far it is.
+        on_progress: called with a stage, how many are done and how many there are.
 
     Raises:
         EvaluationError: `out` holds answers that something else gave; nothing is generated then.

@@ -39,7 +39,7 @@ def select(
         worker: the process that VLMEvalKit runs in.
         generation: settings that take the place of VLMEvalKit's.
         download: fetch files of VLMEvalKit's benchmarks that are missing, once everything else is known to be right.
-        on_progress: told how far a download is.
+        on_progress: called with how much of a download is done.
 
     Raises:
         UserError: a name is unknown or comes twice, a file is missing or cannot be used, VLMEvalKit is missing, or a

@@ -40,7 +40,7 @@ class Prompter:
 
     `chat` renders a user's message with the model's own chat template, or in ChatML (`data.template: chatml`) where
     that cannot be used and the model knows ChatML's marks. `plain` writes texts and images one after the other and
-    nothing else, as the template of the base Qwen2-VL-2B does and the reference's evaluation with it.
+    nothing else, as the template of the base Qwen2-VL-2B does and the authors' evaluation with it.
 
     Args:
         processor: a processor, or the tokenizer of a text model.

@@ -14,7 +14,7 @@ class UniDPO(PreferenceLoss):
     """Uni-DPO (arXiv:2506.10054): `w_quality · w_performance · (−log σ(βΔ)) + calibrated NLL`.
 
     `Δ = (π_w − π_l) − (ρ_w − ρ_l)`, all in nats per token. The performance weight is differentiated through, as in
-    the reference implementation.
+    the authors' implementation.
     """
 
     name: Literal["uni_dpo"] = "uni_dpo"

@@ -21,7 +21,7 @@ class DPO(PreferenceLoss):
     label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.0
     """Assumed share of pairs whose preference is the wrong way round."""
     length_normalized: bool = False
-    """Whether log-probabilities are averaged over a response's tokens (the reference's baseline) or summed (paper)."""
+    """Whether log-probabilities are averaged over a response's tokens (the authors' baseline) or summed (paper)."""
 
     def compute(self, pairs: PairLogps) -> LossTerms:
         """The preference of each pair."""

@@ -42,7 +42,7 @@ def lora_config(lora: LoraSection, model: PreTrainedModel) -> Any:
 def with_adapter(
     model: PreTrainedModel, peft_config: Any, *, own_reference: bool, mixed_precision: bool
 ) -> torch.nn.Module:
-    """The model with an adapter, which alone learns.
+    """The model with an adapter, which alone is trained.
 
     Args:
         own_reference: whether the model with the adapter off is to be the reference.
@@ -79,8 +79,8 @@ def _keep_differentiable(policy: torch.nn.Module) -> None:
     """Keep 4-bit layers from repacking their weights on a CPU with avx512_bf16. Other machines are not affected.
 
     There bitsandbytes repacks the weights of a layer when it first runs without gradient, as in the reference pass.
-    The kernel for the new format rounds to bfloat16 and has no gradient, and training would use it too. A layer that
-    is told that the CPU lacks these instructions computes as on every other machine.
+    The kernel for the new format rounds to bfloat16 and has no gradient, and training would use it too. With
+    its flag for these instructions off, a layer computes as on every other machine.
     """
     for name, module in policy.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):

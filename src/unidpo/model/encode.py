@@ -33,7 +33,7 @@ CHATML = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""ChatML with Qwen's vision marks and default system prompt: the template the reference trains Qwen2-VL on."""
+"""ChatML with Qwen's vision marks and default system prompt: the template the authors train Qwen2-VL with."""
 TEMPLATES: Mapping[str, str] = {"chatml": CHATML}
 
 # Stands for a response where only the text that closes it is wanted; plain letters survive every template.
@@ -50,8 +50,8 @@ class EncodedGroup:
 
     Attributes:
         prompt_ids: every image stands as its run of image tokens.
-        position_ids: of the prompt; 3 axes (time, height, width) for M-RoPE models, else 1. Every response goes on
-            at `next_position`, in each axis.
+        position_ids: of the prompt; 3 axes (time, height, width) for M-RoPE models, else 1. Every response
+            begins at `next_position`, in each axis.
         response_ids: each with what closes a turn in the chat template; cut on the right at the length limit.
         cut_tokens: how many tokens each response lost to the limit.
         mm_token_type_ids: 1 at image tokens, else 0.
@@ -88,10 +88,10 @@ class GroupEncoder(Protocol):
 class Encoder:
     """Chat template and processor behind one call.
 
-    Prompt and responses are tokenised apart and concatenated, as the reference does, so that a response has the same
-    tokens whatever precedes it. Images above `max_pixels` (or under 32·32) are resized before the model's own
-    processor sees them, as the reference does. Where we differ: the reference shares the limit between prompt and the
-    longer response and may cut image tokens; here a prompt is never cut.
+    Prompt and responses are tokenised apart and concatenated, so that a response has the same tokens whatever precedes
+    it. Images above `max_pixels` (or under 32·32) are resized before the model's own processor sees them. The authors'
+    implementation does both, too. Where we differ: theirs shares the limit between prompt and the longer response and
+    may cut image tokens; here a prompt is never cut.
 
     Args:
         processor: a processor for a vision-language model, a tokenizer for a text model.

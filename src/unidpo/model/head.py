@@ -75,7 +75,7 @@ def for_head(model: PreTrainedModel) -> Iterator[Tensor | None]:
     """The weight to multiply by in place of calling the head; `None` where the call does more or less than that.
 
     Where the head is the table of word embeddings too, the lookups within the context give that weight's gradient as
-    the rows that were read, and these are added to the head's gradient. Otherwise every pass would fill and add another
+    the rows that were read, and these are added to the head's gradient. Otherwise every micro-batch would add another
     gradient as large as the vocabulary, nearly all of it zeros.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -150,9 +150,9 @@ class _LinearLogps(torch.autograd.Function):
         logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logps, normalizers = (hidden.new_empty(len(targets), dtype=wide) for _ in range(2))
-        for part in _parts(len(targets), chunk):
+        for part in _slices(len(targets), chunk):
             own = torch.mm(hidden[part], weight.T, out=logits[: part.stop - part.start])
-            for rows in _parts(len(own), _rows_at_a_time(own)):
+            for rows in _slices(len(own), _rows_at_a_time(own)):
                 normalizers[part][rows] = own[rows].to(wide).logsumexp(-1)
             logps[part] = own.gather(1, targets[part, None])[:, 0] - normalizers[part]
         ctx.save_for_backward(hidden, weight, targets, normalizers)
@@ -169,7 +169,7 @@ class _LinearLogps(torch.autograd.Function):
             logits = hidden.new_empty(min(ctx.chunk, len(targets)), len(weight))
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = None
-        for part in reversed(list(_parts(len(targets), ctx.chunk))):
+        for part in reversed(list(_slices(len(targets), ctx.chunk))):
             own = logits[: part.stop - part.start]
             if not at_hand:
                 torch.mm(hidden[part], weight.T, out=own)
@@ -184,14 +184,14 @@ class _LinearLogps(torch.autograd.Function):
 
 def _to_gradient(logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor) -> None:
     """Overwrite logits (targets, vocabulary) with the gradient `grad * (onehot - softmax)`; the others are columns."""
-    for rows in _parts(len(logits), _rows_at_a_time(logits)):
+    for rows in _slices(len(logits), _rows_at_a_time(logits)):
         wide = logits[rows].to(normalizers.dtype)
         wide.sub_(normalizers[rows]).exp_().mul_(-grad[rows]).scatter_add_(1, targets[rows], grad[rows])
         if wide.dtype != logits.dtype:  # else it was the rows themselves
             logits[rows] = wide
 
 
-def _parts(length: int, size: int) -> Iterator[slice]:
+def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 

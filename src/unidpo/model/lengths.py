@@ -43,7 +43,7 @@ class TokenCounter:
         """The lengths of each group before any cut, or why it has none.
 
         Args:
-            on_progress: told groups done and groups to do.
+            on_progress: called with groups done and groups to do.
         """
         if on_progress:
             on_progress(0, len(groups))

@@ -97,7 +97,7 @@ def _head_is_known(model: PreTrainedModel) -> bool:
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         head = model.get_output_embeddings()
         was_training = model.training
-        model.eval()  # without dropout, so that two passes are equal and no random number is drawn
+        model.eval()  # without dropout, so that two forward passes are equal and no random number is drawn
         with torch.no_grad():
             own = type(model).forward(model, input_ids=ids, use_cache=False).logits
             hidden = getattr(model.base_model(input_ids=ids, use_cache=False), "last_hidden_state", None)

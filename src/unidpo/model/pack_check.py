@@ -36,10 +36,10 @@ def padded_rows(encoder: Encoder) -> Collate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a model can take.
+    """How batches are made for a model.
 
     Attributes:
-        collate: how its batches are made.
+        collate: makes a batch of groups.
         attention: the language model's attention that goes with it, by the name transformers knows.
     """
 
@@ -56,9 +56,9 @@ def choose_batch_form(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> Choice:
-    """`pack` by an attention under which a group's responses have the log-probabilities of padded rows, else those.
+    """Packs, by the first backend whose log-probabilities agree with those of padded rows; else padded rows.
 
-    Leaves the model with its own attention. Every process must call it; all come to the same answer.
+    Leaves the model with its own attention. Every process must call it; all get the same answer.
 
     Args:
         group: a small one, with an image where the data has any.
@@ -73,7 +73,7 @@ def choose_batch_form(
     if attention == "padded":
         return rows
     if attention not in ("auto", *BACKENDS):
-        raise ModelError(f"model.attention={attention}: there is no such backend; {_there_are(BACKENDS)}")
+        raise ModelError(f"model.attention={attention}: there is no such backend; {_listed_choices(BACKENDS)}")
     candidates = _candidates(policy, attention, compute_dtype, device)
     tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[compute_dtype]
     problem: str | None = None
@@ -103,11 +103,11 @@ def _candidates(policy: Policy, attention: str, compute_dtype: torch.dtype, devi
         reasons |= {name: reason for name, reason in there.items() if reason is not None}
     if attention in reasons:
         here = [name for name in BACKENDS if name not in reasons]
-        raise ModelError(f"model.attention={attention}: {reasons[attention]}; {_there_are(here)}")
+        raise ModelError(f"model.attention={attention}: {reasons[attention]}; {_listed_choices(here)}")
     return [name for name in BACKENDS if name not in reasons and attention in ("auto", name)]
 
 
-def _there_are(backends: Iterable[str]) -> str:
+def _listed_choices(backends: Iterable[str]) -> str:
     return f"here there are {', '.join(('auto', *backends, 'padded'))}"
 
 
@@ -163,7 +163,7 @@ def features_problem(policy: Policy, batch: Pack | PaddedRows) -> str | None:
             if not torch.allclose(found, expected, rtol=1e-4):
                 problem = f"log-probabilities differ by {float((found - expected).abs().max()):.2g} nats"
     except Exception as error:
-        # What a foreign model makes of its images is its own affair.
+        # Whatever a foreign model does with its images, without features it still works.
         problem = str(error) or type(error).__name__
         _LOG.debug("features of images failed", exc_info=True)
     return next(filter(None, gather([problem])), None)

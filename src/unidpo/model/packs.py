@@ -38,7 +38,7 @@ class Pack:
 
     Attributes:
         input_ids: prompt, response, response, next prompt, ...
-        position_ids: every response of a group goes on from the end of its prompt.
+        position_ids: every response of a group continues from the end of its prompt.
         segments: one per group, in order; `attention` reads who sees whom from them.
         vision: image tensors of all groups, each image once.
         features: of the images, in the order of their tokens; takes the place of pixels in `vision`.

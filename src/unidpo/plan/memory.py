@@ -27,7 +27,7 @@ _BUCKET = 500_000_000  # weights whose gradients DeepSpeed brings together at a 
 _LIVE = 1_000_000_000  # weights that ZeRO-3 lets be whole at a time
 _CONTEXT = 1.5e9  # bytes of the CUDA context and the kernels' workspaces
 _FRAGMENTS = 0.05
-# Bytes of optimizer state per weight that learns, by what stands in the optimizer's name; the first that matches.
+# Bytes of optimizer state per trainable weight, by what stands in the optimizer's name; the first that matches.
 _STATES = (
     ("lion.*8bit|rmsprop.*8bit", 1),
     ("ademamix.*8bit", 3),
@@ -104,7 +104,7 @@ class Memory:
 
 
 def state_bytes(optimizer: str) -> int:
-    """Bytes of optimizer state per weight that learns; AdamW's for one that is not known."""
+    """Bytes of optimizer state per trainable weight; AdamW's for one that is not known."""
     return next(size for pattern, size in _STATES if re.search(pattern, optimizer))
 
 

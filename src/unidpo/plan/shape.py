@@ -99,7 +99,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     """The shape of a model, which may lie on the `meta` device.
 
     Raises:
-        ModelError: it has no language model with a head, or its parts are unknown, see `unidpo.model.load.parts`.
+        ModelError: it has no language model with a head, or its parts are unknown, see `unidpo.model.parts.parts`.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if head is None:
@@ -136,7 +136,7 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 
 
 def adapter_weights(lora: LoraSection, model: PreTrainedModel) -> int:
-    """Weights of an adapter that alone learns. `model` lies on the `meta` device and has the adapter afterwards.
+    """Weights of an adapter that alone is trained. `model` lies on the `meta` device and has the adapter afterwards.
 
     Raises:
         ModelError: the adapter does not fit the model.

@@ -29,7 +29,7 @@ class TrainingBenchmarks:
         benchmarks: what is asked.
         section: the recipe's `eval`.
         folder: the run's.
-        on_progress: told how far it is.
+        on_progress: called with a stage, how many are done and how many there are.
     """
 
     benchmarks: Sequence[Benchmark]

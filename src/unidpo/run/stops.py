@@ -36,7 +36,7 @@ def stopped_by_signals(trainer: PreferenceTrainer) -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        # Another process may be the one that was told.
+        # The signal may have come to another process.
         number = received[0] if received else signal.SIGTERM
         raise Interrupted(str(stopped), exit_code=128 + number) from None
     finally:

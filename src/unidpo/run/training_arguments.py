@@ -17,7 +17,7 @@ from unidpo.training.arguments import spelled_for_transformers
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """What transformers' loop is told. Raises `RecipeError` where it refuses keys that go ill together."""
+    """The arguments of transformers' loop. Raises `RecipeError` where it refuses keys that contradict each other."""
     values = spelled_for_transformers(recipe.train.training_arguments())
     if recipe.eval is not None:
         values = {"eval_strategy": "steps", "eval_steps": recipe.eval.steps} | values
@@ -27,9 +27,9 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         values.setdefault("use_cpu", True)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, else looks for others
     if {"vision", "projector"} <= set(recipe.model.freeze):
-        # Batches without an image get one, so that every weight that learns takes part in every pass.
+        # Batches without an image get one, so that every trainable weight takes part in every micro-batch.
         values.setdefault("ddp_find_unused_parameters", False)
-    # Those with a default of ours are held to their ranges, and are no cause.
+    # Keys with a default of ours were checked already, and cannot be the cause.
     with _refusals_of_transformers(recipe.train.model_fields_set - TrainSection.__annotations__.keys()):
         args = TrainingArguments(
             output_dir=str(recipe.output),

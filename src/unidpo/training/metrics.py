@@ -30,7 +30,7 @@ LOGGED: Mapping[str, str] = {
     "nll/loss": "nll",
     "preference/loss": "preference",
 }
-"""Logged key, as TRL names it where TRL has it → column of the pair log it is the mean of."""
+"""Logged key, as TRL names it where TRL has it → column of the ledger it is the mean of."""
 
 
 def held_out_keys(loss: PreferenceLoss) -> list[str]:

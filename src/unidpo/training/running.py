@@ -39,7 +39,7 @@ class StepTrainer(CheckpointTrainer):
 
     Args:
         lost: what becomes of rows that cannot be read any more.
-        policy_is_reference: whether they are equal until the first update.
+        policy_is_reference: whether policy and reference are equal until the first update.
         kwargs: for `Trainer`.
     """
 

@@ -52,7 +52,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What the preparation is made of.
+    """Makes `Prepared`; holds what it is made from.
 
     Attributes:
         loss: from `unidpo.losses`, or another `PreferenceLoss`.
@@ -132,7 +132,7 @@ class Setup:
 
     @property
     def _groups(self) -> list[PromptGroup]:
-        """Those held out last."""
+        """All groups, the held-out ones behind those that are trained on."""
         return [*self.train.groups, *self.held_out.groups]
 
     def _steps(self, batches: BatchMaker, data: Fitted, max_pairs: int) -> StepMaker:

@@ -1,4 +1,4 @@
-"""A loaded model → a trainable one: parts frozen or an adapter around it, and the names its stored numbers go by."""
+"""A loaded model → a trainable one: parts frozen, or an adapter around it; and fingerprints for its stored numbers."""
 
 from __future__ import annotations
 

@@ -184,16 +184,16 @@ class PreferenceTrainer(StepTrainer):
 
     @cached_property
     def prepared(self) -> Prepared:
-        """What comes before the first step; made when it is first asked for.
+        """What comes before the first step; made on first use.
 
-        That is when the model is in its wrapper or, at the latest, before a checkpoint's weights take the place of
-        those it came with, which may be the reference.
+        The model must be in its wrapper by then and must still have the weights it came with, which may be the
+        reference: a checkpoint's weights are loaded afterwards.
         """
-        # DeepSpeed has put a checkpoint's weights in place of those the reference is made of.
+        # DeepSpeed loads a checkpoint earlier. The reference cannot be computed then, so all of it must be stored.
         return self._setup.prepare(self.policy, complete=self._resumed and self.is_deepspeed_enabled)
 
     def _prepare(self) -> None:
-        """Prepare, once, and give the model the attention that packs need."""
+        """Make `prepared` where it is not made yet, and switch the model to the attention that it chose."""
         self.policy.set_attention(self.prepared.attention)
         if not checkpoints_are_reentrant(self.args):
             # With checkpointing transformers has every embedding ask for a gradient, that of image patches included,

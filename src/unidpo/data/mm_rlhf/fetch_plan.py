@@ -129,7 +129,7 @@ def plan_fetch(
     """Ask the hub what there is, look at the disk, and say what a fetch would do. Nothing is downloaded.
 
     Args:
-        dataset: ``mm-rlhf`` (ratings, pairs and images) or ``uni-dpo`` (the reference's scored pairs, without images:
+        dataset: ``mm-rlhf`` (ratings, pairs and images) or ``uni-dpo`` (the authors' scored pairs, without images:
             those are MM-RLHF's).
         to: the folder everything goes to; it need not exist.
         source: the hub.

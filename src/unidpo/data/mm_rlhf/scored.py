@@ -43,7 +43,7 @@ def from_mm_rlhf(
         folder: where ``data.jsonl`` lies, and the image folders beside it.
         to: the file to write, ``.jsonl``, ``.json`` or ``.parquet``.
         scoring: how ratings become scores and pairs.
-        layout: ranked responses, a row per prompt, by default; with joined pairs the seed's layout ``alpaca``, a row
+        layout: ranked responses, a row per prompt, by default; with joined pairs the authors' layout ``alpaca``, a row
             per pair.
         force: write over a file that is there.
 
