@@ -2,12 +2,10 @@
 
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
@@ -28,37 +26,6 @@ PAIR = {
 
 def unidpo(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["data", *map(str, arguments)])
-
-
-def as_table(path: Path) -> None:
-    """One pair in a kind of file that is not read."""
-    import pandas
-
-    frame = pandas.DataFrame([PAIR])
-    match path.suffix:
-        case ".csv":
-            frame.to_csv(path, index=False)
-        case ".tsv":
-            frame.to_csv(path, index=False, sep="\t")
-        case ".feather":
-            feather.write_feather(frame, path)
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".feather"])
-def test_the_command_for_another_kind_of_table_works(tmp_path, suffix):
-    path = tmp_path / f"it's my data{suffix}"
-    as_table(path)
-    for command in (("check", path), ("convert", path, "--to", tmp_path / "x.json")):
-        done = unidpo(*command)
-        assert isinstance(done.exception, DataError)
-    message = str(done.exception)
-    assert "files are not read; write JSONL, JSON or Parquet: python -c " in message
-    exec(shlex.split(message.partition(": python -c ")[2])[0], {})  # what a shell would make of the line
-    [new] = [p for p in tmp_path.iterdir() if p.suffix in (".json", ".jsonl", ".parquet")]
-    [group] = read_groups(new).groups
-    assert [response.text for response in group.responses] == [PAIR["chosen"], PAIR["rejected"]]
-    assert group.messages[0].text == PAIR["prompt"]
-    assert group.score_margin(group.pairs[0]) == 1
 
 
 @pytest.mark.parametrize("suffix", [*OTHER_SUFFIXES, ".CSV", ".json.gz"])

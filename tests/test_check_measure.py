@@ -5,14 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from unidpo.data.check import check_data
 from unidpo.data.check.measure import epoch_tokens, estimated_lengths, spread
-from unidpo.data.check.report import sparkline
 from unidpo.data.pairs import IMAGE, GroupTokens, Message, Pair, PromptGroup, Response
 from unidpo.terminal import Terminal
 
@@ -58,30 +56,17 @@ def test_a_spread_counts_what_it_shows() -> None:
     whole = spread([1, 1, 2, 4])
     assert whole is not None
     assert (whole.minimum, whole.median, whole.maximum) == (1, 1.5, 4)
-    assert whole.histogram == (2, 1, 0, 1)
     tailed = spread([0.5 * n for n in range(100)] + [1e6])
     assert tailed is not None
     assert tailed.maximum == 1e6
-    assert tailed.histogram_end == pytest.approx(3 * 45)
-    assert sum(tailed.histogram) == 101
-    assert tailed.histogram[-1] == 1
-    assert max(tailed.histogram) < 20
     assert spread([]) is None
 
 
 @given(st.lists(st.integers(-(10**6), 10**6) | st.floats(-2e38, 2e38), min_size=1))
-def test_a_histogram_holds_every_value_once(values: list[float]) -> None:
+def test_quantiles_are_in_order(values: list[float]) -> None:
     found = spread(values)
     assert found is not None
-    assert sum(found.histogram) == len(values)
-    assert 1 <= len(found.histogram) <= 20
     assert found.minimum <= found.decile <= found.median <= found.ninth_decile <= found.maximum == max(values)
-    assert found.minimum <= found.histogram_end <= found.maximum
-
-
-def test_small_counts_are_seen_beside_large_ones() -> None:
-    assert sparkline((0, 1, 1000, 500, 0)) == " ▁█▄"
-    assert sparkline((0, 1, 1000, 500, 0), blocks=False) == " .@="
 
 
 def printed(path: Path, encoding: str, **options: Any) -> str:
@@ -91,14 +76,13 @@ def printed(path: Path, encoding: str, **options: Any) -> str:
     return file.buffer.getvalue().decode(encoding)
 
 
-def test_the_report_draws_with_what_the_terminal_has(tmp_path: Path) -> None:
+def test_the_report_is_written_with_what_the_terminal_has(tmp_path: Path) -> None:
     scores = {"score_chosen": 4.5, "score_rejected": 2}
     rows = [{"instruction": f"{n}?", "chosen": "yes" * n, "rejected": "no", **scores} for n in range(1, 9)]
     rows += [{"instruction": "<image>?", "chosen": "yes", "rejected": "no", "images": ["größe.png"], **scores}]
     path = tmp_path / "paare-größe.json"
     path.write_text(json.dumps(rows))
     unicode, ascii_only = printed(path, "utf-8"), printed(path, "ascii")
-    assert "█" in unicode
     assert "größe.png" in unicode
     assert ascii_only.isascii()
     assert r"gr\xf6\xdfe.png" in ascii_only

@@ -154,17 +154,6 @@ def test_everything_else_stays_as_it_is(tmp_path: Path, root: Path) -> None:
     assert (report.rows, report.found, report.embedded, report.not_found) == (6, 4, 2, [])
 
 
-@pytest.mark.parametrize("indent", [None, 0, 1, 4])
-@pytest.mark.parametrize("ascii_only", [True, False])
-def test_the_way_of_writing_stays(tmp_path: Path, root: Path, indent: int | None, ascii_only: bool) -> None:
-    source = tmp_path / "pairs.json"
-    rows = [row("old/a.png") | {"é": "漢"}, row("old/漢.png")]
-    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
-    source.write_text(text)
-    relocate(source, root, tmp_path / "moved.json")
-    assert (tmp_path / "moved.json").read_text() == text.replace("old/", "new/") + "\n"
-
-
 def test_lines_stay_lines(tmp_path: Path, root: Path) -> None:
     source = tmp_path / "pairs.jsonl"
     source.write_text("".join(json.dumps(row(name)) + "\n" for name in ("old/a.png", "old/x.png")))

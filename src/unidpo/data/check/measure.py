@@ -11,7 +11,6 @@ from typing import TypeAlias
 from unidpo.data.images import MAX_PIXELS
 from unidpo.data.pairs import GroupTokens, ImageSource, PromptGroup
 
-_STEPS = 20
 _PIXELS_PER_TOKEN = 28 * 28
 _BYTES_PER_TOKEN = 4
 
@@ -26,9 +25,6 @@ class Spread:
         median: half of them are.
         ninth_decile: nine tenths are.
         maximum: the largest value.
-        histogram: how many values lie in each of equal steps from `minimum` to `histogram_end`; the last step counts
-            whatever is larger, too.
-        histogram_end: `maximum`, unless a few values lie far from all others.
     """
 
     minimum: float
@@ -36,8 +32,6 @@ class Spread:
     median: float
     ninth_decile: float
     maximum: float
-    histogram: tuple[int, ...]
-    histogram_end: float
 
 
 Lengths: TypeAlias = Callable[[PromptGroup], GroupTokens]
@@ -112,17 +106,7 @@ def spread(values: Iterable[float | int]) -> Spread | None:
         low = ordered[int(below)]
         return float(low + rest * (ordered[int(below) + 1] - low) if rest else low)
 
-    minimum, decile, median, ninth_decile, maximum = (quantile(fraction) for fraction in (0.0, 0.1, 0.5, 0.9, 1.0))
-    # Where a few values lie far out, all others would share one step.
-    end = min(maximum, minimum + 3 * (ninth_decile - minimum)) if ninth_decile > minimum else maximum
-    whole = all(float(value).is_integer() for value in ordered)
-    # Whole numbers get a step each, as far as the steps go.
-    steps = min(_STEPS, int(end - minimum) + 1) if whole else _STEPS
-    width = (end - minimum + whole) / steps or 1.0
-    histogram = [0] * steps
-    for value in ordered:
-        histogram[min(int((value - minimum) / width), steps - 1)] += 1
-    return Spread(minimum, decile, median, ninth_decile, maximum, tuple(histogram), end)
+    return Spread(quantile(0.0), quantile(0.1), quantile(0.5), quantile(0.9), quantile(1.0))
 
 
 def _text_tokens(text: str) -> int:

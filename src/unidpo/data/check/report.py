@@ -113,11 +113,11 @@ class CheckReport:
         if kinds:
             console.print()
         console.print(Text(printable(self.file), "bold"), soft_wrap=True)
-        console.print(self._table(blocks=console.encoding.startswith("utf")))
+        console.print(self._table())
         console.print()
         console.print(Text(self.verdict, "red" if self.errors else "green"), soft_wrap=True)
 
-    def _table(self, *, blocks: bool) -> Table:
+    def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
         for name in ("", "", "min", "10 %", "median", "90 %", "max"):
             table.add_column(name, justify="left" if not name else "right")
@@ -126,7 +126,7 @@ class CheckReport:
         def add(name: str, spread: Spread | None) -> None:
             if spread is not None:
                 values = (spread.minimum, spread.decile, spread.median, spread.ninth_decile, spread.maximum)
-                table.add_row(name, "", *(f"{value:,.6g}" for value in values), sparkline(spread.histogram, blocks))
+                table.add_row(name, "", *(f"{value:,.6g}" for value in values))
 
         about = "~" if self.epoch_tokens.estimated else ""
         for name, count in {"rows": self.rows, "usable rows": self.usable_rows, "prompts": self.prompts}.items():
@@ -192,10 +192,3 @@ def describe(
         chosen_score_median=statistics.median(score for score, _ in scored) if scored else None,
         epoch_tokens=epoch_tokens(groups, lengths, estimated=estimated),
     )
-
-
-def sparkline(counts: tuple[int, ...], blocks: bool = True) -> str:
-    """Counts as a row of characters, as high as they are large; anything above 0 is seen."""
-    levels = "▁▂▃▄▅▆▇█" if blocks else ".:-=+*#@"
-    most = max(counts)
-    return "".join(levels[(count * len(levels) - 1) // most] if count else " " for count in counts).rstrip()

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import io
 import json
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,10 +119,10 @@ def write_json(rows: Iterable[dict[str, Any]], path: Path) -> None:
         file.write(after)
 
 
-def json_bytes(value: Any, path: Path, *, indent: int | None = None, ascii_only: bool = False) -> bytes:
+def json_bytes(value: Any, path: Path, *, indent: int | None = None) -> bytes:
     """A value as JSON text in UTF-8. Raises `DataError` for a value JSON has no word for."""
     try:
-        text = json.dumps(value, ensure_ascii=ascii_only, indent=indent, default=_json_default)
+        text = json.dumps(value, ensure_ascii=False, indent=indent, default=_json_default)
     except (TypeError, RecursionError) as error:
         problem = f"JSON cannot hold a value ({error}); write Parquet, or leave the column out"
         raise DataError(f"{path}: {problem}") from error
@@ -167,11 +166,7 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
     if command := next((command for magic, command in _PACKED.items() if head.startswith(magic)), None):
         raise DataError(f"{path}: packed files are not read; unpack it first, with {command}")
     if path.suffix.lower() in tables.OTHER_SUFFIXES:
-        reader = tables.PANDAS_READERS.get(path.suffix.lower())
-        new = str(path.with_suffix(".jsonl"))
-        code = f"import pandas; pandas.{reader}({str(path)!r}).to_json({new!r}, orient='records', lines=True)"
-        how = f": python -c {shlex.quote(code)}" if reader else "; unpack it, or convert it with what wrote it"
-        raise DataError(f"{path}: {path.suffix} files are not read; write JSONL, JSON or Parquet{how}")
+        raise DataError(f"{path}: {path.suffix} files are not read; unpack it, or convert it to JSONL, JSON or Parquet")
 
 
 def _rows_of_json(file: BinaryIO, path: Path) -> Iterator[tuple[int, Any]]:

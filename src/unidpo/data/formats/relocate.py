@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,11 +177,12 @@ def _image_places(row: dict[str, Any], columns: tuple[str, ...]) -> Iterator[tup
 
 
 def _move_json(source: Path, file: BinaryIO, move: Callable[[Any, int], Any]) -> None:
-    """Write the rows as the file had them: a list or lines, as far indented, escaped or not."""
-    as_list, indent, ascii_only = _style(source)
+    """Write the rows as the file had them, as a list or as lines."""
+    with open_regular(source) as given:
+        as_list = given.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     rows = (move(_usable(value, source, number), number) for number, value in rows_of(source))
     for value in [list(rows)] if as_list else rows:
-        file.write(json_bytes(value, source, indent=indent, ascii_only=ascii_only) + b"\n")
+        file.write(json_bytes(value, source) + b"\n")
 
 
 def _usable(value: Any, source: Path, number: int) -> Any:
@@ -190,14 +190,6 @@ def _usable(value: Any, source: Path, number: int) -> Any:
         finding = replace(value, file=source, row=number)
         raise DataError(str(finding), findings=[finding])
     return value
-
-
-def _style(source: Path) -> tuple[bool, int | None, bool]:
-    with open_regular(source) as file:
-        head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-        ascii_only = head.isascii() and all(chunk.isascii() for chunk in iter(lambda: file.read(1 << 20), b""))
-    indented = re.match(rb"\[\s*\n( *)\{\s*\n", head)
-    return head.startswith(b"["), len(indented[1]) if indented else None, ascii_only
 
 
 def _move_table(source: Path, file: BinaryIO, columns: tuple[str, ...], move: Callable[[Any, int], Any]) -> None:

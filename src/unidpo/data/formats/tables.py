@@ -18,10 +18,9 @@ from unidpo.files.places import missing_here
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PANDAS_READERS = {".csv": "read_csv", ".tsv": "read_table", ".xlsx": "read_excel", ".feather": "read_feather"}
-"""Kinds of tables that are not read, and what of pandas reads them."""
-_SPECIAL = ".arrow .xls .yaml .yml .gz .bz2 .xz .zst .zip .tar .tgz .pkl .pickle .pt .pth .joblib"
-OTHER_SUFFIXES = (*PANDAS_READERS, *_SPECIAL.split())
+_TABLES = ".csv .tsv .xlsx .xls .feather .arrow"
+_SPECIAL = ".yaml .yml .gz .bz2 .xz .zst .zip .tar .tgz .pkl .pickle .pt .pth .joblib"
+OTHER_SUFFIXES = (*_TABLES.split(), *_SPECIAL.split())
 """Suffixes of files that hold data and are not read."""
 _BATCH = 64
 """Rows read at a time: their images may be inside."""
