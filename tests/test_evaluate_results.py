@@ -115,7 +115,7 @@ def test_a_benchmark_that_fails_leaves_no_score_and_the_others_run(tmp_path: Pat
             return super().answer(questions, generation)
 
     one, two = load_benchmark(exam(tmp_path / "a", 3)), load_benchmark(exam(tmp_path / "b", 2))
-    two.settings = two.settings.model_copy(update={"name": "other"})
+    two.name = "other"
     evaluate(Oracle(truth()), [two], tmp_path / "out")
     (tmp_path / "out" / "other" / "predictions.jsonl").unlink()
     result = evaluate(Broken(truth()), [two, one], tmp_path / "out")

@@ -17,7 +17,7 @@ from chat_stub import stubbed
 from exams import Oracle, metric
 from unidpo import cli
 from unidpo.data.download import FetchError
-from unidpo.evaluate import fetching
+from unidpo.evaluate import vlmeval
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed
 from unidpo.evaluate.judge import read_judge
 from unidpo.evaluate.predictions import read_answers
@@ -299,7 +299,7 @@ def test_a_damaged_image_costs_one_question(tmp_path: Path, worker: Worker) -> N
 
 @marked
 def test_the_scorer_opens_no_connection() -> None:
-    file = Path(fetching.__file__).with_name("vlmeval_worker.py")
+    file = Path(vlmeval.__file__).with_name("vlmeval_worker.py")
     script = f"""
 import importlib.util, sys, urllib.request
 spec = importlib.util.spec_from_file_location("worker", {str(file)!r})
@@ -356,7 +356,7 @@ def test_the_nine_run_with_a_random_model(data: Path, tmp_path: Path) -> None:
 def test_a_missing_file_says_what_to_download(tmp_path: Path) -> None:
     (tmp_path / "POPE.tsv").touch()
     with pytest.raises(EvaluationError) as raised:
-        fetching.require(["MME", "POPE"], tmp_path)
+        vlmeval.require_files(["MME", "POPE"], tmp_path)
     [line, hint] = str(raised.value).splitlines()
     assert line == (
         "MME: download https://opencompass.openxlab.space/utils/VLMEval/MME.tsv "
@@ -369,25 +369,25 @@ def test_nothing_is_asked_where_the_file_is(tmp_path: Path, monkeypatch: pytest.
     def no_network(url: str) -> int:
         raise AssertionError(url)
 
-    monkeypatch.setattr(fetching, "size_of", no_network)
+    monkeypatch.setattr(vlmeval, "size_of", no_network)
     (tmp_path / "MME.tsv").write_text("mine")
-    fetching.require(["MME"], tmp_path)
-    assert fetching.download("MME", tmp_path).read_text() == "mine"
+    vlmeval.require_files(["MME"], tmp_path)
+    assert vlmeval.download_file("MME", tmp_path).read_text() == "mine"
 
 
 def test_downloads_go_on_and_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Any) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     content = bytes(range(256)) * 40
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    monkeypatch.setitem(fetching.PAPER, "MME", Published(f"{server.address}/MME.tsv", md5))  # type: ignore[arg-type]
+    monkeypatch.setitem(vlmeval.PAPER, "MME", Published(f"{server.address}/MME.tsv", md5))  # type: ignore[arg-type]
     server.files["/MME.tsv"] = content
     (tmp_path / f".MME.tsv.{md5[:16]}.unfinished").write_bytes(content[:1000])
-    assert fetching.download("MME", tmp_path).read_bytes() == content
+    assert vlmeval.download_file("MME", tmp_path).read_bytes() == content
     assert server.asked[-1] == ("GET", "bytes=1000-")
     (tmp_path / "MME.tsv").unlink()
     server.files["/MME.tsv"] = content[::-1]
     with pytest.raises(FetchError, match="its MD5 is not the published"):
-        fetching.download("MME", tmp_path)
+        vlmeval.download_file("MME", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -91,15 +91,15 @@ class Score:
 
 
 class Benchmark(Protocol):
-    """Questions, and the rule that scores answers to them."""
+    """Questions, and the rule that scores answers to them.
 
-    @property
-    def name(self) -> str:
-        """Of its folder in the results."""
+    Attributes:
+        name: of its folder in the results.
+        generation: how its answers are generated.
+    """
 
-    @property
-    def generation(self) -> Generation:
-        """How its answers are generated."""
+    name: str
+    generation: Generation
 
     def identity(self) -> dict[str, Any]:
         """What answers and scores depend on besides the model: checksum of the data, wording, version of the scorer."""

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, Score
-from unidpo.evaluate.predictions import OnCount, append_records, drop_cut_line, read_records
+from unidpo.evaluate.predictions import append_records, drop_cut_line, read_records
 from unidpo.generate.questions import GenerationFailed
 from unidpo.generate.server import ChatServer, as_they_come
+from unidpo.progress import OnProgress
 
 PROMPT_VERSION = 1
 """Raised whenever `PROMPT`, or how a reply is read, changes."""
@@ -117,7 +118,7 @@ def consult(
     questions: Sequence[BenchmarkQuestion],
     answers: Mapping[str, str],
     folder: Path,
-    on_progress: OnCount | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Rulings:
     """Ask about the answers in which no rule found a choice, unless the same was asked before.
 
@@ -162,7 +163,7 @@ def consult(
                 record = {"index": index, "asked": digests[index], "said": said, "reply": reply, **judge.identity()}
                 append_records(path, [record])
             if on_progress is not None:
-                on_progress(done, len(todo))
+                on_progress("judge", done, len(todo))
     if failures:
         _LOG.error("the judge could not be asked about %d answers: %s", len(failures), failures[-1])
     return Rulings({index: known[digest] for index, digest in digests.items() if digest in known}, len(failures))

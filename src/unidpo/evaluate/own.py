@@ -63,18 +63,12 @@ class OwnBenchmark:
     """A benchmark read from a YAML file. See `load_benchmark`."""
 
     def __init__(self, settings: BenchmarkFile, items: Sequence[Item], checksum: str) -> None:
+        self.name = settings.name
+        self.generation = Generation(settings.max_new_tokens, settings.min_pixels, settings.max_pixels)
         self.settings = settings
         self.items = items
         self.checksum = checksum
         self.metric = settings.metric or next(iter(KINDS[settings.type].rules))
-
-    @property
-    def name(self) -> str:
-        return self.settings.name
-
-    @property
-    def generation(self) -> Generation:
-        return Generation(self.settings.max_new_tokens, self.settings.min_pixels, self.settings.max_pixels)
 
     def identity(self) -> dict[str, Any]:
         return {

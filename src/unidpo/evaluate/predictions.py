@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from unidpo.data.images import content_digest
 from unidpo.errors import Finding, ImageError, from_findings, shown
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed
 from unidpo.files.writing import write_json
 from unidpo.generate.questions import UNREADABLE_IMAGE, Answer, Backend, Generation, Question
+from unidpo.progress import OnProgress
 
 IDENTITY, PREDICTIONS = "identity.json", "predictions.jsonl"
-OnCount: TypeAlias = Callable[[int, int], None]
-"""Called with how many are done, and how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ class Predictions:
         questions: Sequence[Question],
         backend: Backend,
         generation: Generation,
-        on_progress: OnCount | None = None,
+        on_progress: OnProgress | None = None,
     ) -> int:
         """Have the questions answered that are not, and give how many answers that took.
 
@@ -92,8 +91,8 @@ class Predictions:
         digests = {question.index: question_digest(question) for question in questions}
         todo = [question for question in questions if not self._is_answered(question.index, digests[question.index])]
         left = {question.index for question in todo}
-        tell = on_progress or (lambda done, total: None)
-        tell(len(questions) - len(left), len(questions))
+        tell = on_progress or (lambda stage, done, total: None)
+        tell("answers", len(questions) - len(left), len(questions))
         generated = 0
         for batch in backend.answer(todo, generation):
             kept = {index: KeptAnswer(**asdict(given), question=digests[index]) for index, given in batch.items()}
@@ -101,7 +100,7 @@ class Predictions:
             self.answers |= kept
             left -= kept.keys()
             generated += sum(given.problem is None for given in kept.values())
-            tell(len(questions) - len(left), len(questions))
+            tell("answers", len(questions) - len(left), len(questions))
         if left:
             raise EvaluationFailed(f"{len(left)} questions were left without an answer")
         return generated

@@ -205,12 +205,12 @@ def _run(
         delete_results(kept.folder)
         questions = benchmark.questions(limit)
         tell = functools.partial(_tell, on_progress, f"{name}, ")
-        generated = kept.ask(questions, backend, benchmark.generation, functools.partial(tell, "answers"))
+        generated = kept.ask(questions, backend, benchmark.generation, tell)
         answers = {question.index: kept.answers[question.index] for question in questions}
         texts = {index: answer.text for index, answer in answers.items()}
         score, rulings = benchmark.score(texts), Rulings()
         if judge is not None:
-            rulings = consult(judge, score, questions, texts, kept.folder, functools.partial(tell, "judge"))
+            rulings = consult(judge, score, questions, texts, kept.folder, tell)
         if rulings.decided:
             score = benchmark.score({**texts, **rulings.decided})
         result = BenchmarkResult(

@@ -11,11 +11,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unidpo.errors import did_you_mean, from_findings, shown
-from unidpo.evaluate import fetching
 from unidpo.evaluate.benchmarks import Benchmark, EvaluationError
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.own_rows import findings_of
-from unidpo.evaluate.vlmeval import PAPER, VlmevalBenchmark, Worker, worker_python
+from unidpo.evaluate.vlmeval import PAPER, VlmevalBenchmark, Worker, download_file, require_files, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
 from unidpo.files.regular import read_regular
 from unidpo.progress import OnProgress
@@ -61,8 +60,8 @@ def select(
     if known:
         worker_python()
         for name in known if download else ():
-            fetching.download(name, data, on_progress)
-        fetching.require(known, data)
+            download_file(name, data, on_progress)
+        require_files(known, data)
     return [
         own[word] if word in own else VlmevalBenchmark(word, data / f"{word}.tsv", worker, generation=generation)
         for word in words

@@ -10,13 +10,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unidpo.data.download import FetchError, download_url, in_megabytes, part_of, size_of
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, EvaluationFailed, Judged, Score, md5_of
 from unidpo.generate.questions import Generation, Part
+from unidpo.progress import OnProgress
 
 _LOG = logging.getLogger(__name__)
 _WORKER = Path(__file__).with_name("vlmeval_worker.py")
@@ -59,6 +61,38 @@ PAPER: Mapping[str, Published] = {
 def data_folder(given: Path | None = None) -> Path:
     """Where benchmarks' files lie: as given, else `$LMUData`, else `~/LMUData`, as for VLMEvalKit itself."""
     return given or Path(os.environ.get("LMUData") or Path.home() / "LMUData")  # noqa: SIM112
+
+
+def require_files(names: Sequence[str], folder: Path) -> None:
+    """Raise `EvaluationError` that says what to download, from where, with which checksum, and where to."""
+    places = {name: folder / f"{name}.tsv" for name in names}
+    lines = [
+        f"{name}: download {PAPER[name].url} (MD5 {PAPER[name].md5}) to {place}"
+        for name, place in places.items()
+        if not place.is_file()
+    ]
+    if lines:
+        raise EvaluationError("\n".join([*lines, "add --download to have this done, or --data for another folder"]))
+
+
+def download_file(name: str, folder: Path, on_progress: OnProgress | None = None) -> Path:
+    """Bring a benchmark's file to its place, unless it is there, resuming what an earlier call left.
+
+    Raises:
+        FetchError: the server cannot be reached, breaks off, or sends something else than was published.
+        DataError: the server has no such file, or the folder cannot be written.
+    """
+    place = folder / f"{name}.tsv"
+    if place.is_file():
+        return place
+    published = PAPER[name]
+    part, size = part_of(place, published.md5), size_of(published.url)
+    download_url(published.url, part, size, in_megabytes(f"download {name}", size, on_progress))
+    if md5_of(part) != published.md5:
+        part.unlink()
+        raise FetchError(f"{published.url}: its MD5 is not the published {published.md5}; it was deleted")
+    part.replace(place)
+    return place
 
 
 def worker_python() -> str:
@@ -172,28 +206,20 @@ class VlmevalBenchmark:
         cache: Path | None = None,
         generation: Mapping[str, int] | None = None,
     ) -> None:
-        self._name = name
+        self.name = name
+        # VLMEvalKit's wrapper heeds no other lower limit for OCRBench either.
+        own = {"min_pixels": OCRBENCH_MIN_PIXELS} if name == "OCRBench" else {}
+        self.generation = Generation(**{**(generation or {}), **own})
         self.data = data
         self.checksum = md5_of(data)
         self._worker = worker
-        self._generation = dict(generation or {})
         self._cache = cache
         self._questions: dict[int | None, list[BenchmarkQuestion]] = {}
-
-    @property
-    def name(self) -> str:
-        return self._name
 
     @property
     def is_published(self) -> bool:
         """Whether the file is the one VLMEvalKit publishes."""
         return self.checksum == PAPER[self.name].md5
-
-    @property
-    def generation(self) -> Generation:
-        # VLMEvalKit's wrapper heeds no other lower limit for OCRBench either.
-        own = {"min_pixels": OCRBENCH_MIN_PIXELS} if self.name == "OCRBench" else {}
-        return Generation(**{**self._generation, **own})
 
     def identity(self) -> dict[str, Any]:
         self._worker.start()

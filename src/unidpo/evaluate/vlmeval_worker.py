@@ -186,9 +186,7 @@ class Kit:
         for _, line in frame.iterrows():
             said = prefetch_answer(line) or ""
             matched = said not in ("", "Z")
-            judged.append(
-                row(name, line, hits[unit_of(name, line)], said, matched, category=text(line.get("category")))
-            )
+            judged.append(row(name, line, hits[unit_of(name, line)], said, matched))
         overall = [float(value) for value in table["Overall"]]
         value, parts = sum(hits.values()) / len(hits), {}
         if len(overall) == 1:
@@ -224,7 +222,7 @@ class Kit:
         for _, line in self.tables[f"{folder}/answers_results.xlsx"].iterrows():
             matches, said = line["eval_match"], str(line["eval_pred"])
             value = max(matches) if is_chart else sum(matches) / len(matches)
-            judged.append(row(name, line, value, said, bool(said.strip()), category=text(line.get("split"))))
+            judged.append(row(name, line, value, said, bool(said.strip())))
         parts = {column: float(table[column].iloc[0]) for column in table.columns}
         metric = "relaxed accuracy" if is_chart else "VQA score"
         return {"metric": metric, "value": parts.pop("Overall"), "parts": parts, "judged": judged}
@@ -236,7 +234,7 @@ class Kit:
             self.dump(frame.iloc[i : i + 1], f"{folder}/one.xlsx")
             value = self.dataset.OCRBench.evaluate(f"{folder}/one.xlsx")["Final Score"]
             said = str(line["prediction"])
-            judged.append(row(name, line, value, said, bool(said.strip()), category=text(line["category"])))
+            judged.append(row(name, line, value, said, bool(said.strip())))
         parts = {key: float(value) for key, value in table.items() if not key.startswith("Final Score")}
         value, best = float(table["Final Score"]), float(len(frame))
         return {"metric": "score", "value": value, "best": best, "parts": parts, "judged": judged}
@@ -244,8 +242,9 @@ class Kit:
 
 def row(name: str, line: Any, value: Any, said: str, matched: bool, **more: str) -> dict[str, Any]:
     """What became of one answer, as `unidpo.evaluate.benchmarks.Judged` has it."""
-    index, unit = str(line["index"]), unit_of(name, line)
-    return {"index": index, "unit": unit, "value": float(value), "matched": matched, "said": said, **more}
+    category = text(line.get("split" if CLASSES[name] == "ImageVQADataset" else "category"))
+    question = {"index": str(line["index"]), "unit": unit_of(name, line), "category": category}
+    return {**question, "value": float(value), "matched": matched, "said": said, **more}
 
 
 def choices(name: str, line: Any) -> dict[str, str]:

@@ -186,8 +186,8 @@ class PreferenceTrainer(StepTrainer):
     def prepared(self) -> Prepared:
         """What comes before the first step; made on first use.
 
-        The model must be in its wrapper by then and must still have the weights it came with, which may be the
-        reference: a checkpoint's weights are loaded afterwards.
+        That is at the start of training, when the model is in its wrapper; when a plain run resumes, earlier: just
+        before a checkpoint's weights replace those the model came with, which may be the reference.
         """
         # DeepSpeed loads a checkpoint earlier. The reference cannot be computed then, so all of it must be stored.
         return self._setup.prepare(self.policy, complete=self._resumed and self.is_deepspeed_enabled)
