@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -58,3 +59,21 @@ def test_each_station_is_there_and_used_by_one_before_it(station):
 def test_the_floors_in_the_picture_are_those_of_the_walk():
     picture = PAGE.partition("```text\n")[2].partition("```")[0]
     assert {file.partition("/")[0] for file, _ in STATIONS} <= set(re.findall(r"[a-z_]+", picture))
+
+
+def test_no_import_runs_in_a_circle():
+    """Imports within functions count too: they hide a circle, they do not undo it."""
+    modules = {
+        ".".join(("unidpo", *path.relative_to(SOURCE).with_suffix("").parts)): path for path in SOURCE.rglob("*.py")
+    }
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    uses: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                below = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (below & modules.keys()) or ({node.module} & modules.keys())
+        # A package lists what its modules offer.
+        uses[module] = {name for name in found if not name.startswith(f"{module}.")}
+    graphlib.TopologicalSorter(uses).prepare()  # raises CycleError, which names the circle

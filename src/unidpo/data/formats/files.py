@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 from collections.abc import Iterable, Iterator
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unidpo.data.formats import tables
+from unidpo.data.formats.writing import replacing
 from unidpo.errors import DataError, Finding, shown
-from unidpo.files import writing
 from unidpo.files.places import missing_here
 from unidpo.files.regular import open_regular
 
@@ -130,24 +129,6 @@ def json_bytes(value: Any, path: Path, *, indent: int | None = None) -> bytes:
         return text.encode()
     except UnicodeEncodeError:  # half a surrogate pair in a column nobody trains on: JSON can still spell it
         return json.dumps(value, indent=indent, default=_json_default).encode()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its place only when all is written; until then, and on failure, the old one stays.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
-    try:
-        path = path.resolve()  # of a link, the file behind it is replaced
-        if path.exists() and not path.is_file():
-            raise DataError(f"{path}: this is a folder, a device or a pipe, and is not replaced; give another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writing.replacing(path) as unfinished, unfinished.open("wb") as file:
-            yield file
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: the file cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def json_type(value: Any) -> str:

@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 
 from unidpo.data.formats import tables
 from unidpo.data.formats.dataset_info import columns_of
-from unidpo.data.formats.files import is_parquet, is_same, json_bytes, replacing, rows_of
+from unidpo.data.formats.files import is_parquet, is_same, json_bytes, rows_of
 from unidpo.data.formats.row import ADDRESS, IMAGE_COLUMNS, IMAGE_KEYS
+from unidpo.data.formats.writing import replacing
 from unidpo.errors import DataError, Finding, from_findings, shown
 from unidpo.files.regular import is_regular, open_regular
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from unidpo.data.formats.writing import replacing
 from unidpo.errors import DataError, Finding, shown
 from unidpo.files.places import missing_here
 
@@ -75,8 +76,6 @@ def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path) -> N
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from unidpo.data.formats.files import replacing
 
     try:
         schema = pa.schema({})
