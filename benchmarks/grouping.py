@@ -113,7 +113,7 @@ def make_data(folder: Path, seed: int, *, prompts: int = PROMPTS) -> None:
     sampled = sampled_answers(load_policy(CHECKPOINT), load_processor(CHECKPOINT), questions, count=SAMPLES, seed=seed)
     answers = [list(dict.fromkeys(filter(None, texts)))[:RESPONSES] for texts in sampled]
     ranked = write_ranked_data(questions, answers, folder, noise=GRADING_NOISE, rng=rng)
-    groups = [group for group in load_pairs(ranked.path) if len(group.pairs) >= FEWEST_PAIRS]
+    groups = [group for group in load_pairs(ranked) if len(group.pairs) >= FEWEST_PAIRS]
     if len(groups) < prompts:
         raise SystemExit(f"seed {seed}: only {len(groups)} of {len(questions)} questions have {FEWEST_PAIRS} pairs")
     write_pairs(groups[:prompts], folder / "pairs.jsonl", "alpaca")
