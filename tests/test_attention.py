@@ -377,7 +377,7 @@ def test_auto_goes_on_to_the_next_backend_where_one_fails_or_disagrees(tmp_path,
     trainer = trainer_of(tmp_path, max_steps=1, on_pairs=lambda _: during.append(trainer.policy.attention))
     trainer.train()
     assert during == [PACK_ATTENTION]
-    assert isinstance(trainer.prepared.train.batches.collate([trainer.encoder.encode(some_groups()[0])]), Pack)
+    assert isinstance(trainer.setup.train.batches.collate([trainer.encoder.encode(some_groups()[0])]), Pack)
     assert "packs by varlen: division by zero" in caplog.text
     assert "packs by flex: log-probabilities differ by" in caplog.text
     assert "packs, with attention by sdpa" in caplog.text

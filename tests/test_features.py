@@ -176,7 +176,7 @@ def test_a_live_reference_takes_the_policys_features(tmp_path, towers, monkeypat
 
     def run(name):
         trainer = trainer_of(tmp_path / name, peft_config=lora() if adapter else None, **options)
-        trainer._prepare()
+        trainer._apply_setup()
         towers.clear()
         return trajectory(trainer), len(towers)
 
@@ -190,7 +190,7 @@ def test_a_live_reference_takes_the_policys_features(tmp_path, towers, monkeypat
 
 def test_a_vision_tower_that_learns_shares_nothing(tmp_path, towers):
     trainer = trainer_of(tmp_path, batch=(2, 1), reference="live", frozen=("projector",), learning_rate=1e-3)
-    trainer._prepare()
+    trainer._apply_setup()
     towers.clear()
     trainer.train()
     assert len(towers) == 1 + 2

@@ -370,7 +370,7 @@ class TestTokens:
             template="chatml",
             loss=SimPO(),
         )
-        trainer._prepare()
+        trainer._apply_setup()
         batches = [batch.responses for step in trainer.get_train_dataloader() for batch in step.batches]
         plan = plan_of(*overrides)
         assert plan.data.response_tokens == sum(int(batch.response_tokens.sum()) for batch in batches)

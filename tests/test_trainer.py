@@ -223,7 +223,7 @@ def test_weights_in_another_type_have_a_reference_of_their_own(make, tmp_path):
         model = load_policy(GOLDEN / "model", dtype=torch.bfloat16)
         trainer = make(model=model, bf16=True, max_steps=1, cache=tmp_path / cache, **options)
         trainer.train()
-        return [value for group_logps in trainer.prepared.train.batches.ref_logps for value in group_logps.tolist()]
+        return [value for group_logps in trainer.setup.train.batches.ref_logps for value in group_logps.tolist()]
 
     full, adapted = stored("shared"), stored("shared", peft_config=lora())
     assert adapted == stored("own", peft_config=lora())
@@ -276,7 +276,7 @@ def test_a_text_model_packs(make, text_model):
         model=text_model,
         attention="sdpa",
         max_steps=1,
-        on_pairs=lambda _: layouts.append(trainer.prepared.train.batches.collate),
+        on_pairs=lambda _: layouts.append(trainer.setup.train.batches.collate),
     )
     packed = losses(trainer)
     batch = layouts[0]([trainer.encoder.encode(groups[0])])
@@ -312,7 +312,7 @@ def test_packs_that_disagree_are_not_used(make, monkeypatch, caplog):
     trainer = make(max_steps=1)
     trainer.train()
     assert "differ by" in caplog.text
-    assert not isinstance(trainer.prepared.train.batches.collate([trainer.encoder.encode(some_groups()[0])]), Pack)
+    assert not isinstance(trainer.setup.train.batches.collate([trainer.encoder.encode(some_groups()[0])]), Pack)
     trainer = make(attention="sdpa")
     with pytest.raises(ModelError, match="differ by"):
         trainer.train()
@@ -337,7 +337,7 @@ def test_the_model_keeps_its_own_attention(make, tmp_path, gemma2):
 def test_a_micro_batch_without_pairs_gives_every_trainable_weight_a_gradient_of_0(make, loss):
     """Wrappers wait for the gradient of each; an optimizer passes over weights that have none."""
     trainer = make(loss=loss)
-    trainer._prepare()
+    trainer._apply_setup()
     batch = Batch(pack([trainer.encoder.encode(group(seed=9))]), index_pairs([]), None)
     pairs, terms = trainer.evaluate_pairs(batch)
     total = terms.loss.sum()
@@ -385,9 +385,9 @@ def test_bf16_computes_in_bfloat16_and_stays_near_float32(make):
 
 def test_a_live_reference_computes_in_the_precision_of_the_policy(make):
     trainer = make(model=load_policy(GOLDEN / "model"), bf16=True, reference="live")
-    trainer._prepare()
+    trainer._apply_setup()
     types = set()
-    layer = trainer.prepared.objective.live_reference.plain.model.language_model.layers[1]
+    layer = trainer.setup.objective.live_reference.plain.model.language_model.layers[1]
     layer.mlp.down_proj.register_forward_hook(lambda module, inputs, out: types.add(out.dtype))
     trainer.train()
     assert types == {torch.bfloat16}
@@ -402,7 +402,7 @@ def test_another_model_as_reference_is_held_in_the_policys_dtype(make, tmp_path)
 
 def test_with_checkpointing_no_gradient_passes_through_a_frozen_vision_tower(make):
     trainer = make(loss=SimPO(), batch=(4, 1), max_steps=1, activation_checkpointing=True)
-    trainer._prepare()
+    trainer._apply_setup()
     differentiable = []
     trainer.policy.plain.model.visual.merger.register_forward_hook(lambda *given: differentiable.append(given[2]))
     trainer.train()
@@ -476,7 +476,7 @@ def test_a_limit_on_tokens_counts_the_prompt_of_each_padded_row(make, attention,
     groups = [one, replace(one, pairs=(Pair(0, 1, 2),))]
     options = {"attention": attention, "max_tokens_per_pack": 2 * (prompt + responses), "loss": SimPO()}
     trainer = make(groups, batch=(1, 2), max_steps=1, **options)
-    trainer._prepare()
+    trainer._apply_setup()
     (step,) = trainer.get_train_dataloader()
     assert len(step.batches) == passes
 

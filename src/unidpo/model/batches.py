@@ -58,7 +58,7 @@ class BatchMaker:
     ref_logps: RefLogps | None = None
     dummy_group: EncodedGroup | None = None
 
-    def part(self, start: int, stop: int | None) -> BatchMaker:
+    def between(self, start: int, stop: int | None) -> BatchMaker:
         """The same for some of the groups."""
         stored = None if self.ref_logps is None else self.ref_logps[start:stop]
         return replace(self, groups=self.groups[start:stop], ref_logps=stored)

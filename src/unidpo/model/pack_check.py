@@ -35,7 +35,7 @@ def padded_rows(encoder: Encoder) -> Collate:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class BatchForm:
     """How batches are made for a model.
 
     Attributes:
@@ -55,7 +55,7 @@ def choose_batch_form(
     attention: str,
     compute_dtype: torch.dtype,
     device: torch.device,
-) -> Choice:
+) -> BatchForm:
     """Packs, by the first backend whose log-probabilities agree with those of padded rows; else padded rows.
 
     Leaves the model with its own attention. Every process must call it; all get the same answer.
@@ -69,7 +69,7 @@ def choose_batch_form(
     Raises:
         ModelError: a backend is demanded that is not there, packs do not work with it, or the model gives no numbers.
     """
-    rows = Choice(padded_rows(encoder), policy.attention)
+    rows = BatchForm(padded_rows(encoder), policy.attention)
     if attention == "padded":
         return rows
     if attention not in ("auto", *BACKENDS):
@@ -78,7 +78,7 @@ def choose_batch_form(
     tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[compute_dtype]
     problem: str | None = None
     for backend in candidates:
-        packs = Choice(pack, BACKENDS[backend].attention)
+        packs = BatchForm(pack, BACKENDS[backend].attention)
         problem = _problem(policy, group, rows, packs, tolerance, device)
         if problem is None:
             _LOG.info("packs, with attention by %s", backend)
@@ -112,7 +112,7 @@ def _listed_choices(backends: Iterable[str]) -> str:
 
 
 def _problem(
-    policy: Policy, group: EncodedGroup, rows: Choice, packs: Choice, tolerance: float, device: torch.device
+    policy: Policy, group: EncodedGroup, rows: BatchForm, packs: BatchForm, tolerance: float, device: torch.device
 ) -> str | None:
     """Why packs cannot take the place of padded rows, in some process, or `None`."""
     try:
@@ -120,7 +120,7 @@ def _problem(
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
             raise PackAttentionError(f"its attention layers are {', '.join(sorted(kinds))}")
-        means = [_mean_logps(policy, group, choice, device) for choice in (rows, packs)]
+        means = [_mean_logps(policy, group, form, device) for form in (rows, packs)]
         difference = float((means[0] - means[1]).abs().max())
         problem = None if difference <= tolerance else f"log-probabilities differ by {difference:.2g} nats per token"
         if not means[0].isfinite().all():
@@ -135,11 +135,11 @@ def _problem(
 
 
 def _mean_logps(
-    policy: Policy, group: EncodedGroup, choice: Choice, device: torch.device
+    policy: Policy, group: EncodedGroup, form: BatchForm, device: torch.device
 ) -> Float[Tensor, " responses"]:
     """Of a group's responses, in nats per token, without gradient."""
-    policy.set_attention(choice.attention)
-    batch = to_device(choice.collate([group]), device)
+    policy.set_attention(form.attention)
+    batch = to_device(form.collate([group]), device)
     with policy.measuring():
         return policy.response_logps(batch) / batch.response_tokens
 

@@ -16,12 +16,12 @@ from unidpo.model.features import images_are_frozen, takes_features
 from unidpo.model.lengths import Fitted, fit_to_length
 from unidpo.model.load import load_processor
 from unidpo.plan.data import (
-    BatchForm,
+    LoadCounter,
     distinct_prompts,
     micro_batches,
     padded_pairs,
     prompt_packs,
-    reference_passes,
+    reference_batches,
     vision_of,
 )
 from unidpo.plan.gpus import GPUS, UTILISATION, gpu_by_name
@@ -81,8 +81,8 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         images = sum((vision.load(tokens.images) for tokens in distinct_prompts(fitted)), Load())
         disk = features_bytes(shape, images.image_tokens, narrow=setting.narrow)
         features = Features(forward(shape, images), disk)
-    form = BatchForm(shape.packs and recipe.model.attention != "padded", replace(vision, stored=stores))
-    steps = list(micro_batches(recipe, fitted, form, gpus=gpus))
+    counter = LoadCounter(shape.packs and recipe.model.attention != "padded", replace(vision, stored=stores))
+    steps = list(micro_batches(recipe, fitted, counter, gpus=gpus))
     loads = [load for step in steps for load in step]
     epoch = sum((in_chunks(load, shape) for load in loads), Load())
     largest = max(loads, key=lambda load: load.tokens)
@@ -94,7 +94,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     )
     once = work_of(epoch)
     beside = epoch.with_features() if takes else epoch  # a live reference takes the policy's features
-    reference = _reference(recipe, shape, fitted, form, beside, epochs) if recipe.loss.needs_reference else None
+    reference = _reference(recipe, shape, fitted, counter, beside, epochs) if recipe.loss.needs_reference else None
     first = features.work.total if features else 0.0
     apart = (reference.total if reference else 0.0) + first
 
@@ -108,7 +108,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         setting=setting,
         weights=sum(shape.weights.values()),
         learning=setting.adapter or sum(shape.weights[part] for part in setting.learns),
-        data=_data(fitted, epoch, form),
+        data=_data(fitted, epoch, counter),
         epochs=epochs,
         steps=round(epochs * len(steps)),
         passes_per_step=passes_per_step,
@@ -117,7 +117,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         reference_work=reference,
         features=features,
         total_work=epochs * once.total + apart,
-        ways=_ways(shape, fitted, form, both, first=first),
+        ways=_ways(shape, fitted, counter, both, first=first),
         memory=peak_memory(shape, setting, largest, passes_per_step=passes_per_step),
         times=(),
         reference=recipe.reference if recipe.loss.needs_reference else None,
@@ -147,31 +147,33 @@ def setting_of(recipe: Recipe, model: PreTrainedModel, shape: ModelShape, *, gpu
     )
 
 
-def _reference(recipe: Recipe, shape: ModelShape, fitted: Fitted, form: BatchForm, epoch: Load, epochs: float) -> Work:
+def _reference(
+    recipe: Recipe, shape: ModelShape, fitted: Fitted, counter: LoadCounter, epoch: Load, epochs: float
+) -> Work:
     """Work of the reference: one pass over the distinct responses, or, live, a forward pass in each step."""
     if recipe.reference == "live":
         return forward(shape, epoch).times(epochs)
     if recipe.reference != "stored":
         shape = shape_of(build_model(recipe.reference, trust_remote_code=recipe.model.trust_remote_code))
         # Whether its tower is the policy's only the weights would tell.
-        form = replace(form, vision=replace(form.vision, stored=False))
-    return forward(shape, sum(reference_passes(fitted, form), Load()))
+        counter = replace(counter, vision=replace(counter.vision, stored=False))
+    return forward(shape, sum(reference_batches(fitted, counter), Load()))
 
 
 def _ways(
-    shape: ModelShape, fitted: Fitted, form: BatchForm, work: Callable[[Load], float], *, first: float
+    shape: ModelShape, fitted: Fitted, counter: LoadCounter, work: Callable[[Load], float], *, first: float
 ) -> tuple[Way, ...]:
     """One epoch of this data laid out in other ways. Packs need the work `first` before it."""
-    seeing = replace(form.vision, stored=False)
+    seeing = replace(counter.vision, stored=False)
     every, selective = (padded_pairs(fitted, seeing, every_logit=every) for every in (True, False))
     ways = (Way("padded pairs, every logit", work(every)), Way("padded pairs, logits of responses", work(selective)))
-    if not form.packs:
+    if not counter.packs:
         return ways
-    together = sum((in_chunks(load, shape) for load in prompt_packs(fitted, form)), Load())
+    together = sum((in_chunks(load, shape) for load in prompt_packs(fitted, counter)), Load())
     return *ways, Way("a pack per prompt", first + work(together))
 
 
-def _data(fitted: Fitted, epoch: Load, form: BatchForm) -> Data:
+def _data(fitted: Fitted, epoch: Load, counter: LoadCounter) -> Data:
     prompts = distinct_prompts(fitted)
     return Data(
         groups=len(fitted.groups),
@@ -184,7 +186,7 @@ def _data(fitted: Fitted, epoch: Load, form: BatchForm) -> Data:
         too_long=len(fitted.too_long),
         cut=len(fitted.cut),
         unreadable=len(fitted.unreadable),
-        packs=form.packs,
+        packs=counter.packs,
     )
 
 

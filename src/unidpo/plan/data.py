@@ -36,8 +36,8 @@ def vision_of(encoder: Encoder, *, patch_size: int, side: int = 448) -> Vision:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchForm:
-    """How groups in tokens become one forward pass.
+class LoadCounter:
+    """Counts what a forward pass on groups takes.
 
     Attributes:
         packs: each prompt once; else a padded row per response.
@@ -61,7 +61,7 @@ class BatchForm:
         return padded(rows, found)
 
 
-def micro_batches(recipe: Recipe, fitted: Fitted, form: BatchForm, *, gpus: int) -> Iterator[list[Load]]:
+def micro_batches(recipe: Recipe, fitted: Fitted, counter: LoadCounter, *, gpus: int) -> Iterator[list[Load]]:
     """The micro-batches of each step of an epoch, as one process would see them all."""
     train = recipe.train
     accumulation = train.given().get("gradient_accumulation_steps") or 1
@@ -72,12 +72,12 @@ def micro_batches(recipe: Recipe, fitted: Fitted, form: BatchForm, *, gpus: int)
         seed=train.seed,
     )
     dealer = Dealer(train.per_device_train_batch_size, train.max_tokens_per_pack)
-    tokens = share_tokens(fitted.groups, fitted.tokens, packs=form.packs)
+    tokens = share_tokens(fitted.groups, fitted.tokens, packs=counter.packs)
     for step in steps:
-        yield [form.load([_share(fitted, *share) for share in shares]) for shares in dealer.deal(step, tokens)]
+        yield [counter.load([_share(fitted, *share) for share in shares]) for shares in dealer.deal(step, tokens)]
 
 
-def reference_passes(fitted: Fitted, form: BatchForm) -> Iterator[Load]:
+def reference_batches(fitted: Fitted, counter: LoadCounter) -> Iterator[Load]:
     """The forward passes that give every distinct response its reference log-probability."""
     seen: set[tuple[Hashable, str]] = set()
     batches: list[list[tuple[GroupTokens, Sequence[int]]]] = []
@@ -94,7 +94,7 @@ def reference_passes(fitted: Fitted, form: BatchForm) -> Iterator[Load]:
             together = 0
         batches[-1].append((tokens, missing))
         together += size
-    return map(form.load, batches)
+    return map(counter.load, batches)
 
 
 def distinct_prompts(fitted: Fitted) -> list[GroupTokens]:
@@ -103,14 +103,14 @@ def distinct_prompts(fitted: Fitted) -> list[GroupTokens]:
     return list(dict(zip(keys, fitted.tokens, strict=True)).values())
 
 
-def prompt_packs(fitted: Fitted, form: BatchForm) -> Iterator[Load]:
+def prompt_packs(fitted: Fitted, counter: LoadCounter) -> Iterator[Load]:
     """An epoch with a pack per distinct prompt that holds all its distinct responses."""
     prompts: dict[Hashable, tuple[GroupTokens, dict[str, int]]] = {}
     for group, tokens in zip(fitted.groups, fitted.tokens, strict=True):
         _, lengths = prompts.setdefault(group.prompt_key(), (tokens, {}))
         lengths.update(zip((response.text for response in group.responses), tokens.responses, strict=True))
     for tokens, lengths in prompts.values():
-        yield packed(tokens.prompt, list(lengths.values()), form.vision.load(tokens.images))
+        yield packed(tokens.prompt, list(lengths.values()), counter.vision.load(tokens.images))
 
 
 def padded_pairs(fitted: Fitted, vision: Vision, *, every_logit: bool) -> Load:

@@ -40,8 +40,8 @@ class PairsCallback(TrainerCallback):  # type: ignore[misc]
 class BeforeFirstStep(TrainerCallback):  # type: ignore[misc]
     """Calls back when the model is in its wrapper."""
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
-        self._prepare = prepare
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._prepare()
+        self._call()

@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class Setup:
     """What a training needs from its first step on.
 
     Attributes:
@@ -51,8 +51,8 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """Makes `Prepared`; holds what it is made from.
+class SetupMaker:
+    """Makes a `Setup`; holds what it is made from.
 
     Attributes:
         loss: from `unidpo.losses`, or another `PreferenceLoss`.
@@ -83,7 +83,7 @@ class Setup:
     on_digests: Callable[[Mapping[str, str]], None]
     on_progress: Callable[[str, int, int], None]
 
-    def prepare(self, policy: Policy, *, complete: bool = False) -> Prepared:
+    def setup(self, policy: Policy, *, complete: bool = False) -> Setup:
         """Choose packs or padded rows; compute or find features and reference. Every process must call it.
 
         The model is left with the attention of the packs where there is a reference, else with its own.
@@ -100,7 +100,7 @@ class Setup:
         if keys is not None and self.trainable.vision_fingerprint is not None:
             encoder = self._with_features(policy, keys, self.trainable.vision_fingerprint)
         dummy_group = smallest(self.train.groups, encoder)
-        choice = choose_batch_form(
+        form = choose_batch_form(
             policy,
             self.encoder,
             dummy_group,
@@ -111,22 +111,20 @@ class Setup:
         ref_logps: RefLogps | None = None
         live_reference, shares_features = None, False
         if self.reference is not None:
-            policy.set_attention(choice.attention)
+            policy.set_attention(form.attention)
         if self.reference == "live":
             if not policy.has_adapter:
                 live_reference = self._beside(policy, copy.deepcopy(policy.plain))
-            shares_features = self._can_share_features(policy, dummy_group, choice.collate)
+            shares_features = self._can_share_features(policy, dummy_group, form.collate)
         elif self.reference is not None:
             assert keys is not None
-            ref_logps = self._ref_logps(policy, keys, encoder, choice.collate, complete=complete)
-        batches = BatchMaker(
-            self._groups, encoder, choice.collate, ref_logps, dummy_group if world_size() > 1 else None
-        )
+            ref_logps = self._ref_logps(policy, keys, encoder, form.collate, complete=complete)
+        batches = BatchMaker(self._groups, encoder, form.collate, ref_logps, dummy_group if world_size() > 1 else None)
         own = len(self.train.groups)
-        return Prepared(
-            attention=choice.attention,
-            train=self._steps(batches.part(0, own), self.train, self.args.per_device_train_batch_size),
-            held_out=self._steps(batches.part(own, None), self.held_out, self.args.per_device_eval_batch_size),
+        return Setup(
+            attention=form.attention,
+            train=self._steps(batches.between(0, own), self.train, self.args.per_device_train_batch_size),
+            held_out=self._steps(batches.between(own, None), self.held_out, self.args.per_device_eval_batch_size),
             objective=Objective(self.loss, live_reference, shares_features),
         )
 

@@ -29,7 +29,7 @@ from unidpo.training.checkpoints import checkpoint_to_resume, read_reward_shift
 from unidpo.training.groups import fit_both, given_groups
 from unidpo.training.record import recorded
 from unidpo.training.running import StepTrainer
-from unidpo.training.setup import Prepared, Setup
+from unidpo.training.setup import Setup, SetupMaker
 from unidpo.training.steps import Step, StepLoader, StepMaker, StepSampler
 from unidpo.training.trainable import make_trainable
 
@@ -147,7 +147,7 @@ class PreferenceTrainer(StepTrainer):
             max_fraction=max_lost_fraction,
             quiet=not is_main(),
         )
-        self._setup = Setup(
+        self._setup_maker = SetupMaker(
             loss=loss,
             trainable=trainable,
             encoder=self.encoder,
@@ -171,7 +171,7 @@ class PreferenceTrainer(StepTrainer):
             train_dataset=self._train.groups,
             eval_dataset=self._held_out.groups if self._held_out.groups or self._hooks.benchmark else None,
             processing_class=processing_class,
-            callbacks=[BeforeFirstStep(self._prepare), *(callbacks or [])],
+            callbacks=[BeforeFirstStep(self._apply_setup), *(callbacks or [])],
         )
         self._own_attention = self.policy.attention
 
@@ -183,18 +183,18 @@ class PreferenceTrainer(StepTrainer):
     # --- before the first step -------------------------------------------------------------------------------------
 
     @cached_property
-    def prepared(self) -> Prepared:
+    def setup(self) -> Setup:
         """What comes before the first step; made on first use.
 
         That is at the start of training, when the model is in its wrapper; when a plain run resumes, earlier: just
         before a checkpoint's weights replace those the model came with, which may be the reference.
         """
         # DeepSpeed loads a checkpoint earlier. The reference cannot be computed then, so all of it must be stored.
-        return self._setup.prepare(self.policy, complete=self._resumed and self.is_deepspeed_enabled)
+        return self._setup_maker.setup(self.policy, complete=self._resumed and self.is_deepspeed_enabled)
 
-    def _prepare(self) -> None:
-        """Make `prepared` where it is not made yet, and switch the model to the attention that it chose."""
-        self.policy.set_attention(self.prepared.attention)
+    def _apply_setup(self) -> None:
+        """Switch the model to the attention of `setup`, which is made where it is not yet."""
+        self.policy.set_attention(self.setup.attention)
         if not checkpoints_are_reentrant(self.args):
             # With checkpointing transformers has every embedding ask for a gradient, that of image patches included,
             # and a frozen vision tower would be computed again and gone through backward. Only reentrant checkpoints
@@ -236,14 +236,14 @@ class PreferenceTrainer(StepTrainer):
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._prepare()
+        self._apply_setup()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Step]:
         """Optimizer steps; see `StepSampler`."""
-        return self._loader(self._train, lambda: self.prepared.train, shuffle=self._shuffle)
+        return self._loader(self._train, lambda: self.setup.train, shuffle=self._shuffle)
 
     def _loader(self, data: Fitted, maker: Callable[[], StepMaker], *, shuffle: bool) -> StepLoader:
         sampler = StepSampler(
@@ -257,7 +257,7 @@ class PreferenceTrainer(StepTrainer):
 
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
-        return self.prepared.objective.of_pairs(
+        return self.setup.objective.of_pairs(
             self.policy, batch, policy_is_reference=self._policy_is_reference, reward_shift=self.reward_shift.value
         )
 
@@ -278,7 +278,7 @@ class PreferenceTrainer(StepTrainer):
         found: dict[str, float] = {}
         if self._held_out.groups:
             with contextlib.nullcontext() if self.is_in_train else self.policy.attention_restored():
-                self._prepare()
+                self._apply_setup()
                 found |= self._evaluate_held_out()
         if self._hooks.benchmark is not None:
             found |= on_main(self._run_benchmark)
@@ -288,7 +288,7 @@ class PreferenceTrainer(StepTrainer):
         return metrics
 
     def _evaluate_held_out(self) -> dict[str, float]:
-        steps = self._loader(self._held_out, lambda: self.prepared.held_out, shuffle=False)
+        steps = self._loader(self._held_out, lambda: self.setup.held_out, shuffle=False)
         with self.policy.measuring():
             return self.held_out_metrics(steps)
 
