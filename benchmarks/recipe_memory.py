@@ -33,7 +33,7 @@ def memory(recipe: Recipe, load: Load) -> Memory:
     model = from_config(Qwen2VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True))
     shape = shape_of(model)
     setting = setting_of(recipe, model, shape)
-    return peak_memory(shape, setting, load, passes_per_step=recipe.train.global_batch_pairs or 1)
+    return peak_memory(shape, setting, load, micro_batches_per_step=recipe.train.global_batch_pairs or 1)
 
 
 def average(recipe: Recipe) -> Load:

@@ -92,7 +92,7 @@ class TestTheSeedsEpoch:
     IMAGE = Vision(patches_per_token=4).load([752])
 
     def work(self, shape, load, reference):
-        learning = training(shape, load, learns=["language"], checkpointing=True)
+        learning = training(shape, load, trainable_parts=["language"], checkpointing=True)
         return learning.total + forward(shape, reference).total
 
     @pytest.mark.parametrize(("every_logit", "expected"), [(True, 25e17), (False, 24e17)])
@@ -189,9 +189,9 @@ class TestAgainstTorch:
     )
     def test_the_work_of_a_step_is_what_torch_counts(self, tmp_path, frozen, checkpointing, tolerance):
         groups = [group(responses=self.LENGTHS, seed=i, row=i + 1, side=112) for i in range(4)]
-        learns = [part for part in ("vision", "projector", "language") if part not in frozen]
+        trainable = [part for part in ("vision", "projector", "language") if part not in frozen]
         shape = shape_of(build_model(GOLDEN / "model"))
-        planned = training(shape, self.load(groups), learns=learns, checkpointing=checkpointing)
+        planned = training(shape, self.load(groups), trainable_parts=trainable, checkpointing=checkpointing)
         found = flops_of_a_step(tmp_path, groups, frozen=frozen, activation_checkpointing=checkpointing)
         assert planned.total == pytest.approx(found, rel=tolerance)
 
@@ -200,7 +200,7 @@ class TestAgainstTorch:
         model = build_model(GOLDEN / "model")
         shape = shape_of(model)
         weights = 3 * 4 * ((128 + 128) + (128 + 64))  # 3 layers, rank 4, q_proj and v_proj
-        planned = training(shape, self.load(groups), learns=[], checkpointing=False, adapter=weights)
+        planned = training(shape, self.load(groups), trainable_parts=[], checkpointing=False, adapter=weights)
         found = flops_of_a_step(tmp_path, groups, peft_config=lora())
         assert planned.total == pytest.approx(found, rel=0.03)
 
@@ -211,13 +211,13 @@ class TestAgainstTorch:
         groups = [group(images=0, responses=self.LENGTHS, seed=i, row=i + 1) for i in range(4)]
         shape = shape_of(build_model(GOLDEN / "model"))
         halves = [in_chunks(self.load(groups[i : i + 2]), shape) for i in (0, 2)]
-        planned = training(shape, sum(halves, Load()), learns=["language"], checkpointing=False)
+        planned = training(shape, sum(halves, Load()), trainable_parts=["language"], checkpointing=False)
         assert planned.total == pytest.approx(flops_of_a_step(tmp_path, groups), rel=0.002)
 
     def test_the_work_of_a_step_with_features_from_disk(self, tmp_path):
         groups = [group(responses=self.LENGTHS, seed=i, row=i + 1, side=112) for i in range(4)]
         load, shape = self.load(groups, stored=True), shape_of(build_model(GOLDEN / "model"))
-        planned = training(shape, load, learns=["language"], checkpointing=False)
+        planned = training(shape, load, trainable_parts=["language"], checkpointing=False)
         found = flops_of_a_step(tmp_path, groups, cache_image_features=True)
         assert planned.vision == planned.projector == 0
         assert planned.total == pytest.approx(found, rel=0.002)
@@ -280,16 +280,16 @@ class TestMemory:
         memory = plan_of("loss={name: simpo}").memory
         assert memory.weights == self.held(trainer.model, "data")
         assert memory.optimizer == sum(state.nbytes for state in states)
-        assert max(gradients) == 4 * plan_of().learning
+        assert max(gradients) == 4 * plan_of().trainable_weights
 
     @staticmethod
     def held(model, what):
         tensors = [getattr(parameter, what) for parameter in model.parameters()]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def test_a_frozen_weight_takes_two_bytes_and_a_learning_one_sixteen(self, qwen2_vl_2b):
-        setting = Setting(learns=frozenset(["language"]))
-        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), passes_per_step=2)
+    def test_a_frozen_weight_takes_two_bytes_and_a_trainable_one_sixteen(self, qwen2_vl_2b):
+        setting = Setting(trainable_parts=frozenset(["language"]))
+        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), micro_batches_per_step=2)
         frozen = qwen2_vl_2b.weights["vision"] + qwen2_vl_2b.weights["projector"]
         assert memory.weights == 2 * frozen + 4 * qwen2_vl_2b.weights["language"]
         assert memory.optimizer == 8 * qwen2_vl_2b.weights["language"]
@@ -298,10 +298,12 @@ class TestMemory:
     def test_a_layer_keeps_as_much_as_autograd_keeps_of_it(self, narrow):
         """Bytes of the tensors saved for the backward pass: what two layers more add, which are nothing but layers."""
         few, many = (kept_by_autograd(layers, narrow=narrow) for layers in (2, 4))
-        setting = Setting(learns=frozenset(["language"]), narrow=narrow)
+        setting = Setting(trainable_parts=frozenset(["language"]), narrow=narrow)
         shape = shape_of(text_model(2))
         small, large = (
-            peak_memory(replace(shape, language=replace(shape.language, layers=n)), setting, LOAD, passes_per_step=2)
+            peak_memory(
+                replace(shape, language=replace(shape.language, layers=n)), setting, LOAD, micro_batches_per_step=2
+            )
             for n in (2, 4)
         )
         assert large.activations - small.activations == pytest.approx(many - few, rel=0.1)
@@ -311,17 +313,17 @@ class TestMemory:
         self, qwen2_vl_2b, narrow, made
     ):
         """Made in 16 bits where the arithmetic is, and then in 32."""
-        setting = Setting(learns=frozenset(["language"]), narrow=narrow)
-        first, later = (peak_memory(qwen2_vl_2b, setting, Load(tokens=1), passes_per_step=n) for n in (1, 2))
+        setting = Setting(trainable_parts=frozenset(["language"]), narrow=narrow)
+        first, later = (peak_memory(qwen2_vl_2b, setting, Load(tokens=1), micro_batches_per_step=n) for n in (1, 2))
         table, learning = 151936 * 1536, qwen2_vl_2b.weights["language"]
         assert first.gradients == 4 * learning
         assert later.gradients == 4 * learning + made * table
 
     @pytest.mark.parametrize("narrow", [False, True])
     def test_logits_take_one_chunk_and_a_step(self, qwen2_vl_2b, narrow):
-        setting = Setting(learns=frozenset(), adapter=1000, narrow=narrow)
+        setting = Setting(trainable_parts=frozenset(), adapter=1000, narrow=narrow)
         load = packed(1, [2**26 // 151936])  # which fills a chunk
-        memory = peak_memory(qwen2_vl_2b, setting, load, passes_per_step=1)
+        memory = peak_memory(qwen2_vl_2b, setting, load, micro_batches_per_step=1)
         chunk, step = 2**28, 2**25
         assert memory.moment == "logits"
         assert memory.logits == pytest.approx(chunk / 2 + 2 * step if narrow else chunk + step, rel=0.01)
@@ -337,9 +339,9 @@ class TestMemory:
         [("ddp", 4, 8), ("zero2", 2, 12 / 8), ("zero3", 2 / 8, 12 / 8), ("fsdp", 4 / 8, 8 / 8)],
     )
     def test_sharding_divides_what_it_says(self, qwen2_vl_2b, sharding, weights, states):
-        """Bytes of each of eight GPUs per weight that learns. DeepSpeed keeps float32 weights with the states."""
-        setting = Setting(learns=frozenset(qwen2_vl_2b.weights), sharding=sharding, gpus=8)
-        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), passes_per_step=2)
+        """Bytes of each of eight GPUs per trainable weight. DeepSpeed keeps float32 weights with the states."""
+        setting = Setting(trainable_parts=frozenset(qwen2_vl_2b.weights), sharding=sharding, gpus=8)
+        memory = peak_memory(qwen2_vl_2b, setting, Load(tokens=10), micro_batches_per_step=2)
         every = sum(qwen2_vl_2b.weights.values())
         assert memory.weights == pytest.approx(weights * every)
         assert memory.optimizer == pytest.approx(states * every)
@@ -482,9 +484,14 @@ class TestFeatures:
         assert features_bytes(shape, 10, narrow=True) == 10 * 4 * 32 * 2
 
     def test_leave_nothing_of_the_tower_in_memory(self, qwen2_vl_2b):
-        setting, seeing = Setting(learns=frozenset(["language"])), packed(850, [100, 100], Vision(4).load([752]))
+        setting, seeing = (
+            Setting(trainable_parts=frozenset(["language"])),
+            packed(850, [100, 100], Vision(4).load([752])),
+        )
         shape = replace(qwen2_vl_2b, language=replace(qwen2_vl_2b.language, layers=0))
-        moments = [peak_memory(shape, setting, load, passes_per_step=1) for load in (seeing, seeing.with_features())]
+        moments = [
+            peak_memory(shape, setting, load, micro_batches_per_step=1) for load in (seeing, seeing.with_features())
+        ]
         pixels, features = 752 * 4 * 4 * 3 * 2 * 14**2, 752 * 1536 * 2
         assert moments[0].activations - moments[1].activations == pixels - features
 
@@ -506,7 +513,7 @@ class TestFeatures:
         assert plan_recipe(recipe, console=QUIET).features is None
 
     def test_that_an_adapter_changes_are_an_error(self, plan_of):
-        with pytest.raises(ModelError, match=r"data\.cache_image_features needs .* do not learn"):
+        with pytest.raises(ModelError, match=r"data\.cache_image_features needs .* are not trained"):
             plan_of("data.cache_image_features=true", "lora={r: 4, target_modules: [fc1, q_proj]}")
 
     def test_are_told_in_table_and_json(self, plan_of):

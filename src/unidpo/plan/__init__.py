@@ -50,7 +50,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     model = build_model(recipe.model.name, trust_remote_code=trust)
     shape = shape_of(model)
     setting = setting_of(recipe, model, shape, gpus=gpus)
-    frozen = images_are_frozen(model) if setting.adapter else not setting.learns & {"vision", "projector"}
+    frozen = images_are_frozen(model) if setting.adapter else not setting.trainable_parts & {"vision", "projector"}
     takes = frozen and takes_features(model)
     encoder = Encoder(
         load_processor(recipe.model.name, trust_remote_code=trust),
@@ -74,7 +74,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     if stores and not takes:
         raise ModelError(
             f"{recipe.model.name}: data.cache_image_features needs a forward that takes features of images, and a "
-            "vision tower and projector that do not learn, nor an adapter in them; set it to false"
+            "vision tower and projector that are not trained, nor an adapter in them; set it to false"
         )
     features = None
     if stores:
@@ -85,12 +85,16 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
     steps = list(micro_batches(recipe, fitted, counter, gpus=gpus))
     loads = [load for step in steps for load in step]
     epoch = sum((in_chunks(load, shape) for load in loads), Load())
-    largest = max(loads, key=lambda load: load.tokens)
-    passes_per_step = -(-max(map(len, steps)) // gpus)
+    longest = max(loads, key=lambda load: load.tokens)
+    micro_batches_per_step = -(-max(map(len, steps)) // gpus)
     max_steps = recipe.train.given().get("max_steps") or 0
     epochs = max_steps / len(steps) if max_steps > 0 else recipe.train.num_train_epochs
     work_of = partial(
-        training, shape, learns=setting.learns, checkpointing=setting.checkpointing, adapter=setting.adapter
+        training,
+        shape,
+        trainable_parts=setting.trainable_parts,
+        checkpointing=setting.checkpointing,
+        adapter=setting.adapter,
     )
     once = work_of(epoch)
     beside = epoch.with_features() if takes else epoch  # a live reference takes the policy's features
@@ -107,18 +111,18 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         gpus=gpus,
         setting=setting,
         weights=sum(shape.weights.values()),
-        learning=setting.adapter or sum(shape.weights[part] for part in setting.learns),
+        trainable_weights=setting.adapter or sum(shape.weights[part] for part in setting.trainable_parts),
         data=_data(fitted, epoch, counter),
         epochs=epochs,
         steps=round(epochs * len(steps)),
-        passes_per_step=passes_per_step,
-        largest_pass=largest.tokens,
+        micro_batches_per_step=micro_batches_per_step,
+        longest_micro_batch=longest.tokens,
         epoch_work=once,
         reference_work=reference,
         features=features,
         total_work=epochs * once.total + apart,
         ways=_ways(shape, fitted, counter, both, first=first),
-        memory=peak_memory(shape, setting, largest, passes_per_step=passes_per_step),
+        memory=peak_memory(shape, setting, longest, micro_batches_per_step=micro_batches_per_step),
         times=(),
         reference=recipe.reference if recipe.loss.needs_reference else None,
     )
@@ -135,7 +139,7 @@ def setting_of(recipe: Recipe, model: PreTrainedModel, shape: ModelShape, *, gpu
     checkpointing = given.get("gradient_checkpointing") or given.get("activation_checkpointing")
     trainable = {part for part, weights in shape.weights.items() if weights and part not in recipe.model.freeze}
     return Setting(
-        learns=frozenset(trainable if recipe.lora is None else ()),
+        trainable_parts=frozenset(trainable if recipe.lora is None else ()),
         adapter=0 if recipe.lora is None else adapter_weights(recipe.lora, model),
         narrow=recipe.model.dtype != "float32",
         quantize=recipe.model.quantize,

@@ -1,4 +1,4 @@
-"""A data set in tokens, and the passes that an epoch of it makes."""
+"""A data set in tokens, and the micro-batches that an epoch of it makes."""
 
 from __future__ import annotations
 

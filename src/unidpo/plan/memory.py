@@ -44,7 +44,7 @@ class Setting:
     """What memory and work depend on besides the model's shape and the data.
 
     Attributes:
-        learns: parts whose weights learn; none where an adapter does.
+        trainable_parts: parts whose weights are trained; none where an adapter is.
         adapter: weights of an adapter.
         narrow: whether the compute dtype has 16 bits.
         quantize: as `model.quantize`.
@@ -55,7 +55,7 @@ class Setting:
         live_reference: whether a frozen copy of the model is held beside it.
     """
 
-    learns: frozenset[ModelPart]
+    trainable_parts: frozenset[ModelPart]
     adapter: int = 0
     narrow: bool = True
     quantize: str | None = None
@@ -84,7 +84,7 @@ class Memory:
         moment: which moment that is.
         weights: of the model, and of a live reference.
         copies: 16-bit copies of float32 weights that autocast holds, and weights that were gathered from other GPUs.
-        activations: what the language model and, where it learns, the vision tower keep for the backward pass, and
+        activations: what the language model and, where it is trained, the vision tower keep for the backward pass, and
             what is on the way.
         margin: CUDA context, workspaces, fragmentation.
     """
@@ -124,12 +124,11 @@ def sharding_of(recipe: Recipe, gpus: int) -> Sharding:
     return stages.get(stage, "ddp")
 
 
-def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_step: int) -> Memory:
-    """The worst moment of a training step whose largest pass is `load`.
+def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, micro_batches_per_step: int) -> Memory:
+    """The worst moment of a training step whose longest micro-batch is `load`.
 
     Args:
-        passes_per_step: forward passes of one GPU before each update; from two on, gradients are there in the forward
-            pass.
+        micro_batches_per_step: of one GPU; from two on, gradients are there in the forward pass.
     """
     held, head = _held(shape, setting), _head_weights(shape, setting)
     made, head_gradient = setting.compute_bytes * head, setting.trainable_bytes * head
@@ -143,11 +142,11 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_s
     passing += layer_kept if setting.checkpointing else 0
     late_copies = held.copies / (layers if setting.checkpointing else 1)
     logits = _logits_bytes(shape, setting, load.targets)
-    before = held.gradients if passes_per_step > 1 else 0.0
+    before = held.gradients if micro_batches_per_step > 1 else 0.0
     widened = before + head_gradient + (made if made < head_gradient else 0)
     # A tied table's gradient waits for that of the lookups; another's is added to those that are there at once.
-    behind_head = before if passes_per_step > 1 and not shape.tied else before + head_gradient
-    at_end = held.gradients + head_gradient * (passes_per_step > 1)
+    behind_head = before if micro_batches_per_step > 1 and not shape.tied else before + head_gradient
+    at_end = held.gradients + head_gradient * (micro_batches_per_step > 1)
     moments = {
         "images": (before, held.copies, tower + tower_passing, 0.0),
         "logits": (before + made, held.copies, kept, logits),
@@ -164,18 +163,18 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, passes_per_s
 def _held(shape: ModelShape, setting: Setting) -> Memory:
     """What does not depend on the data, at the end of the backward pass."""
     every = sum(shape.weights.values())
-    own = sum(count for part, count in shape.weights.items() if part in setting.learns)
-    learning, frozen = own + setting.adapter, every - own
+    own = sum(count for part, count in shape.weights.items() if part in setting.trainable_parts)
+    trainable, frozen = own + setting.adapter, every - own
     size, gpus = setting.compute_bytes, setting.gpus
     engine, fsdp = setting.sharding.startswith("zero"), setting.sharding == "fsdp"
     stage = int(setting.sharding[-1]) if engine else 0
     quantized = {"nf4": _NF4_BITS / 8, "int8": 1.0}.get(setting.quantize or "", float(size))
     frozen_bytes: float = frozen * size + shape.quantizable * (quantized - size)
-    learning_bytes: float = learning * setting.trainable_bytes
-    gradient = learning_bytes
+    trainable_bytes: float = trainable * setting.trainable_bytes
+    gradient = trainable_bytes
     # DeepSpeed keeps float32 weights with the optimizer's states.
-    states: float = learning * (state_bytes(setting.optimizer) + (4 if engine and setting.narrow else 0))
-    copies: float = 2 * learning if setting.narrow and not engine else 0
+    states: float = trainable * (state_bytes(setting.optimizer) + (4 if engine and setting.narrow else 0))
+    copies: float = 2 * trainable if setting.narrow and not engine else 0
     if setting.sharding == "ddp":
         gradient *= 2  # its buckets
     if engine or fsdp:
@@ -183,14 +182,14 @@ def _held(shape: ModelShape, setting: Setting) -> Memory:
     if stage > 1 or fsdp:
         gradient /= gpus
     if engine:
-        gradient += size * min(learning, 2 * _BUCKET)
+        gradient += size * min(trainable, 2 * _BUCKET)
     if stage == 3 or fsdp:
-        learning_bytes, frozen_bytes = learning_bytes / gpus, frozen_bytes / gpus
+        trainable_bytes, frozen_bytes = trainable_bytes / gpus, frozen_bytes / gpus
     if fsdp:
         copies = size * (shape.largest_weight + 2 * shape.language.matrices / shape.language.layers)
     if stage == 3:
         copies = size * min(every, _LIVE)
-    weights = learning_bytes + frozen_bytes
+    weights = trainable_bytes + frozen_bytes
     if setting.live_reference and not setting.adapter:
         weights += own * 4 + frozen * size  # whole in every process
     return Memory("", weights, gradient, states, copies, activations=0.0, logits=0.0)
@@ -199,13 +198,13 @@ def _held(shape: ModelShape, setting: Setting) -> Memory:
 def _head_weights(shape: ModelShape, setting: Setting) -> int:
     """Weights of a head, or of a table of embeddings, whose gradient is whole before it joins the others."""
     sharded = setting.sharding in ("zero2", "zero3", "fsdp")
-    return 0 if sharded or "language" not in setting.learns else shape.largest_weight
+    return 0 if sharded or "language" not in setting.trainable_parts else shape.largest_weight
 
 
 def _residual(setting: Setting) -> int:
-    """Bytes of a number in the residual stream: that of the embeddings, which are float32 where they learn."""
-    learns = "language" in setting.learns and not setting.sharding.startswith(("zero", "fsdp"))
-    return 4 if learns or not setting.narrow else 2
+    """Bytes of a number in the residual stream: that of the embeddings, which are float32 where they are trained."""
+    is_wide = "language" in setting.trainable_parts and not setting.sharding.startswith(("zero", "fsdp"))
+    return 4 if is_wide or not setting.narrow else 2
 
 
 def _layer_bytes(stack: Transformer, setting: Setting, tokens: int) -> tuple[float, float]:
@@ -235,7 +234,7 @@ def _tower_bytes(shape: ModelShape, setting: Setting, load: Load) -> tuple[float
     size, tower = setting.compute_bytes, shape.vision
     pixels = 4 * 3 * 2 * shape.patch_size**2 * load.patches
     passing = load.patches * (size * (4 * tower.hidden + 2 * tower.intermediate) + 8 * tower.hidden)
-    if "vision" not in setting.learns:
+    if "vision" not in setting.trainable_parts:
         return pixels, passing
     kept, _ = _layer_bytes(tower, setting, load.patches)
     if setting.checkpointing:

@@ -118,10 +118,10 @@ class Plan:
     """What a recipe will cost: an estimate.
 
     Attributes:
-        weights, learning: of the model; of them, or of an adapter, those that learn.
+        weights, trainable_weights: of the model; of them, or of an adapter, those that are trained.
         steps: optimizer steps of the run.
-        passes_per_step: most forward passes of one GPU in a step.
-        largest_pass: tokens of the longest one.
+        micro_batches_per_step: most that one GPU has in a step.
+        longest_micro_batch: tokens of the longest one.
         epoch_work: of training, one epoch.
         reference_work: of the reference, the whole run; `None` where the loss needs none.
         features: of images, where they are kept on disk.
@@ -135,12 +135,12 @@ class Plan:
     gpus: int
     setting: Setting
     weights: int
-    learning: int
+    trainable_weights: int
     data: Data
     epochs: float
     steps: int
-    passes_per_step: int
-    largest_pass: int
+    micro_batches_per_step: int
+    longest_micro_batch: int
     epoch_work: Work
     reference_work: Work | None
     features: Features | None
@@ -173,7 +173,7 @@ class Plan:
         """Print it."""
         data, per_gpu = self.data, "" if self.gpus == 1 else " per GPU"
         text = data.tokens - data.image_tokens - data.response_tokens
-        longest = f"at most,{per_gpu} the longest has {self.largest_pass:,} tokens"
+        longest = f"at most,{per_gpu} the longest has {self.longest_micro_batch:,} tokens"
         tokens = [
             ("pairs", f"{data.pairs:,}", f"of {data.prompts:,} prompts with {data.images:,} images"),
             ("tokens an epoch", rounded(data.tokens), "in packs" if data.packs else "in padded rows, padding included"),
@@ -181,9 +181,13 @@ class Plan:
             ("  of prompts", rounded(text), ""),
             ("  of responses", rounded(data.response_tokens), ""),
             ("optimizer steps", f"{self.steps:,}", f"in {self.epochs:.3g} epochs"),
-            ("passes a step", f"{self.passes_per_step:,}", longest),
+            ("micro-batches a step", f"{self.micro_batches_per_step:,}", longest),
         ]
-        _print(console, f"{self.model}: {rounded(self.weights)} weights, {rounded(self.learning)} learn", tokens)
+        _print(
+            console,
+            f"{self.model}: {rounded(self.weights)} weights, {rounded(self.trainable_weights)} trainable",
+            tokens,
+        )
         work = [("training, an epoch", operations(self.epoch_work.total), "")]
         if self.features is not None:
             disk = f"once, before the reference; {gigabytes(self.features.disk)} on disk"

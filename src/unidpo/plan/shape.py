@@ -29,7 +29,7 @@ class Transformer:
         layers: how many.
         hidden, intermediate, query, key_value: widths of the residual stream, of the feed-forward layer, of all heads'
             queries, and of all heads' keys, per token.
-        matrices: weights that each token is multiplied with in one pass, in all layers.
+        matrices: weights that each token is multiplied with in one forward pass, in all layers.
         window: tokens that most layers see at once, where the model has such layers; 0 for all.
         whole_layers: layers that see everything; counts only with a window.
     """

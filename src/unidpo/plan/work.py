@@ -15,7 +15,7 @@ from unidpo.plan.shape import ModelShape, Transformer
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What goes through a model, in one pass or many. Loads add up.
+    """What goes through a model, in one forward pass or many. Loads add up.
 
     Attributes:
         tokens: of the language model, image tokens included.
@@ -97,7 +97,7 @@ def padded(rows: Sequence[tuple[int, int]], images: Load = Load(), *, every_logi
 
 
 def in_chunks(load: Load, shape: ModelShape) -> Load:
-    """The load of one training pass, with the logits that are computed twice: all but those of the last chunk."""
+    """The load of one micro-batch, with the logits that are computed twice: all but those of the last chunk."""
     chunk = max(1, LOGITS_CHUNK_BYTES // (4 * shape.vocabulary))
     return load + Load(again=max(0, load.targets - 1) // chunk * chunk)
 
@@ -134,28 +134,28 @@ def forward(shape: ModelShape, load: Load) -> Work:
 
 
 def training(
-    shape: ModelShape, load: Load, *, learns: Iterable[ModelPart], checkpointing: bool, adapter: int = 0
+    shape: ModelShape, load: Load, *, trainable_parts: Iterable[ModelPart], checkpointing: bool, adapter: int = 0
 ) -> Work:
     """Work of forward and backward passes.
 
     The gradient of a weight costs a forward pass of that weight, and so does handing the gradient on to what lies
-    below, which happens down to the lowest part that learns. Checkpointed layers go forward once more.
+    below, which happens down to the lowest trainable part. Checkpointed layers go forward once more.
 
     Args:
-        learns: parts whose weights learn.
-        adapter: weights of an adapter on the language model, which learn.
+        trainable_parts: parts whose weights are trained.
+        adapter: weights of an adapter on the language model, which are trained.
     """
-    learns = set(learns)
+    trainable_parts = set(trainable_parts)
     once = forward(shape, load)
     again = 1 if checkpointing else 0
     added = 2 * adapter * load.tokens * (3 + again)
-    own, tower = "language" in learns, "vision" in learns
+    own, tower = "language" in trainable_parts, "vision" in trainable_parts
     second_logits = once.head * load.again / load.targets if load.targets else 0
     return Work(
         language=once.language * (2 + own + again) + added,
         attention=once.attention * (3 + again),
         head=once.head * (2 + own) + second_logits,
-        projector=once.projector * (1 + ("projector" in learns) + tower),
+        projector=once.projector * (1 + ("projector" in trainable_parts) + tower),
         vision=once.vision * (3 + again if tower else 1),
     )
 
