@@ -12,9 +12,10 @@ from pathlib import Path
 from transformers import Qwen2VLConfig
 
 from unidpo.config import Recipe, load_recipe
+from unidpo.model.load import empty_model
 from unidpo.plan import setting_of
 from unidpo.plan.memory import Memory, peak_memory
-from unidpo.plan.shape import from_config, shape_of
+from unidpo.plan.shape import shape_of
 from unidpo.plan.work import Load, Vision, packed
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "qwen2_vl_2b"
@@ -30,7 +31,7 @@ PROMPT_TEXT, RESPONSE = 98, 100  # tokens of an average row of MM-RLHF's images,
 
 def memory(recipe: Recipe, load: Load) -> Memory:
     """What a recipe holds while a pack goes through it."""
-    model = from_config(Qwen2VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True))
+    model = empty_model(Qwen2VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True))
     shape = shape_of(model)
     setting = setting_of(recipe, model, shape)
     return peak_memory(shape, setting, load, micro_batches_per_step=recipe.train.global_batch_pairs or 1)

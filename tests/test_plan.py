@@ -24,14 +24,14 @@ from unidpo.losses import SimPO
 from unidpo.model.encode import EncodedGroup, Encoder, plain_positions
 from unidpo.model.features import image_features
 from unidpo.model.lengths import fit_to_length
-from unidpo.model.load import load_processor
+from unidpo.model.load import empty_model, load_processor
 from unidpo.model.packs import pack
 from unidpo.model.policy import Policy
 from unidpo.plan import GPUS, Speed, gpu_by_name, plan_recipe
 from unidpo.plan.data import vision_of
 from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of, state_bytes
 from unidpo.plan.report import clock
-from unidpo.plan.shape import adapter_weights, build_model, from_config, shape_of
+from unidpo.plan.shape import adapter_weights, shape_of
 from unidpo.plan.work import Load, Vision, forward, in_chunks, packed, padded, training
 from worlds import GOLDEN, group, tiny_policy
 
@@ -51,7 +51,7 @@ def qwen2_vl_2b():
         "tie_word_embeddings": True,
     }
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
-    return shape_of(from_config(Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)))
+    return shape_of(empty_model(Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)))
 
 
 @pytest.fixture
@@ -121,10 +121,10 @@ class TestShape:
         section = load_recipe("recipes/tiny.yaml", ["lora={r: 4}"]).lora
         hidden, wide, key_value = 128, 256, 64
         both_sides = 2 * (hidden + hidden) + 2 * (hidden + key_value) + 3 * (hidden + wide)
-        assert adapter_weights(section, build_model(GOLDEN / "model")) == 3 * 4 * both_sides
+        assert adapter_weights(section, empty_model(GOLDEN / "model")) == 3 * 4 * both_sides
 
     def test_windows_and_soft_caps_keep_a_model_from_packs(self, gemma2):
-        assert not shape_of(build_model(gemma2)).packs
+        assert not shape_of(empty_model(gemma2)).packs
 
 
 def seen_by(query, key, is_causal, mask):
@@ -190,14 +190,14 @@ class TestAgainstTorch:
     def test_the_work_of_a_step_is_what_torch_counts(self, tmp_path, frozen, checkpointing, tolerance):
         groups = [group(responses=self.LENGTHS, seed=i, row=i + 1, side=112) for i in range(4)]
         trainable = [part for part in ("vision", "projector", "language") if part not in frozen]
-        shape = shape_of(build_model(GOLDEN / "model"))
+        shape = shape_of(empty_model(GOLDEN / "model"))
         planned = training(shape, self.load(groups), trainable_parts=trainable, checkpointing=checkpointing)
         found = flops_of_a_step(tmp_path, groups, frozen=frozen, activation_checkpointing=checkpointing)
         assert planned.total == pytest.approx(found, rel=tolerance)
 
     def test_the_work_of_an_adapter(self, tmp_path):
         groups = [group(images=0, responses=self.LENGTHS, seed=i, row=i + 1) for i in range(4)]
-        model = build_model(GOLDEN / "model")
+        model = empty_model(GOLDEN / "model")
         shape = shape_of(model)
         weights = 3 * 4 * ((128 + 128) + (128 + 64))  # 3 layers, rank 4, q_proj and v_proj
         planned = training(shape, self.load(groups), trainable_parts=[], checkpointing=False, adapter=weights)
@@ -209,14 +209,14 @@ class TestAgainstTorch:
         for module in ("unidpo.model.head", "unidpo.plan.work"):
             monkeypatch.setattr(f"{module}.LOGITS_CHUNK_BYTES", 4 * 2080 * chunk)
         groups = [group(images=0, responses=self.LENGTHS, seed=i, row=i + 1) for i in range(4)]
-        shape = shape_of(build_model(GOLDEN / "model"))
+        shape = shape_of(empty_model(GOLDEN / "model"))
         halves = [in_chunks(self.load(groups[i : i + 2]), shape) for i in (0, 2)]
         planned = training(shape, sum(halves, Load()), trainable_parts=["language"], checkpointing=False)
         assert planned.total == pytest.approx(flops_of_a_step(tmp_path, groups), rel=0.002)
 
     def test_the_work_of_a_step_with_features_from_disk(self, tmp_path):
         groups = [group(responses=self.LENGTHS, seed=i, row=i + 1, side=112) for i in range(4)]
-        load, shape = self.load(groups, stored=True), shape_of(build_model(GOLDEN / "model"))
+        load, shape = self.load(groups, stored=True), shape_of(empty_model(GOLDEN / "model"))
         planned = training(shape, load, trainable_parts=["language"], checkpointing=False)
         found = flops_of_a_step(tmp_path, groups, cache_image_features=True)
         assert planned.vision == planned.projector == 0
@@ -480,7 +480,7 @@ class TestFeatures:
     def test_of_a_deepstack_take_a_vector_for_each_of_its_layers(self):
         text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16, "vocab_size": 99}
         vision = {"depth": 4, "hidden_size": 32, "out_hidden_size": 32, "deepstack_visual_indexes": [0, 1, 2]}
-        shape = shape_of(from_config(Qwen3VLConfig(text_config=text, vision_config=vision)))
+        shape = shape_of(empty_model(Qwen3VLConfig(text_config=text, vision_config=vision)))
         assert features_bytes(shape, 10, narrow=True) == 10 * 4 * 32 * 2
 
     def test_leave_nothing_of_the_tower_in_memory(self, qwen2_vl_2b):

@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeAlias
 
 import PIL.Image
 import torch
-from accelerate import init_empty_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,13 +72,23 @@ def load_policy(
             )
         return _with_adapter(load_policy(base, dtype=dtype, trust_remote_code=trust_remote_code), name)
     config = load_config(name, trust_remote_code=trust_remote_code)
-    auto = AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
     options: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize is not None:
-        with _as_model_error(name, "the model"), init_empty_weights():
-            empty = auto.from_config(config, trust_remote_code=trust_remote_code)
+        empty = empty_model(config, trust_remote_code=trust_remote_code)
         options["quantization_config"] = _quantization(empty, quantize, dtype=dtype)
-    return load_weights(auto, name, **options)
+    return load_weights(_auto(config), name, **options)
+
+
+def empty_model(model: str | Path | PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a folder, hub id or configuration without weights, on the `meta` device. Raises `ModelError`."""
+    config = load_config(model, trust_remote_code=trust_remote_code) if isinstance(model, str | Path) else model
+    with _as_model_error(config.name_or_path, "the model"), torch.device("meta"):
+        empty: PreTrainedModel = _auto(config).from_config(config, trust_remote_code=trust_remote_code)
+    return empty
+
+
+def _auto(config: PreTrainedConfig) -> Any:
+    return AutoModelForImageTextToText if _takes_images(config) else AutoModelForCausalLM
 
 
 def _takes_images(config: PreTrainedConfig) -> bool:

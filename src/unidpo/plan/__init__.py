@@ -14,7 +14,7 @@ from unidpo.errors import ModelError
 from unidpo.model.encode import Encoder, plain_positions
 from unidpo.model.features import images_are_frozen, takes_features
 from unidpo.model.lengths import Fitted, fit_to_length
-from unidpo.model.load import load_processor
+from unidpo.model.load import empty_model, load_processor
 from unidpo.plan.data import (
     LoadCounter,
     distinct_prompts,
@@ -27,7 +27,7 @@ from unidpo.plan.data import (
 from unidpo.plan.gpus import GPUS, UTILISATION, gpu_by_name
 from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of
 from unidpo.plan.report import Data, Features, Plan, Speed, Time, Way
-from unidpo.plan.shape import ModelShape, adapter_weights, build_model, shape_of
+from unidpo.plan.shape import ModelShape, adapter_weights, shape_of
 from unidpo.plan.work import Load, Vision, Work, forward, in_chunks, training
 from unidpo.progress import Stages
 from unidpo.run.data import training_data
@@ -47,7 +47,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         UserError: something in the recipe, the data or the model's configuration cannot be used.
     """
     trust = recipe.model.trust_remote_code
-    model = build_model(recipe.model.name, trust_remote_code=trust)
+    model = empty_model(recipe.model.name, trust_remote_code=trust)
     shape = shape_of(model)
     setting = setting_of(recipe, model, shape, gpus=gpus)
     frozen = images_are_frozen(model) if setting.adapter else not setting.trainable_parts & {"vision", "projector"}
@@ -158,7 +158,7 @@ def _reference(
     if recipe.reference == "live":
         return forward(shape, epoch).times(epochs)
     if recipe.reference != "stored":
-        shape = shape_of(build_model(recipe.reference, trust_remote_code=recipe.model.trust_remote_code))
+        shape = shape_of(empty_model(recipe.reference, trust_remote_code=recipe.model.trust_remote_code))
         # Whether its tower is the policy's only the weights would tell.
         counter = replace(counter, vision=replace(counter.vision, stored=False))
     return forward(shape, sum(reference_batches(fitted, counter), Load()))

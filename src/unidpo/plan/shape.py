@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import PreTrainedModel
 
 from unidpo.config import LoraSection
 from unidpo.config.schema import ModelPart
 from unidpo.errors import ModelError
 from unidpo.model.adapters import lora_config, with_adapter
-from unidpo.model.load import load_config
 from unidpo.model.parts import language_linear_layers, parts
 
 _MATRICES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -74,25 +71,6 @@ class ModelShape:
     features: int
     packs: bool
     patch_size: int
-
-
-def build_model(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model at `name` on the `meta` device: modules and shapes, no weights. Raises `ModelError`."""
-    config = load_config(name, trust_remote_code=trust_remote_code)
-    return from_config(config, name=name, trust_remote_code=trust_remote_code)
-
-
-def from_config(config: PreTrainedConfig, *, name: str | Path = "", trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a configuration on the `meta` device. Raises `ModelError`."""
-    vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ModelError(f"{name}: its configuration makes no model: {type(error).__name__}: {reason}") from error
-    return model
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
