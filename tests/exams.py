@@ -77,8 +77,8 @@ def truth(count: int = 8) -> dict[str, str]:
     return {str(i): str(i) for i in range(1, count + 1)}
 
 
-def all_answers(backend: HuggingFace, questions: Sequence[Question], generation: Generation) -> dict[str, Answer]:
-    return {index: answer for batch in backend.answer(questions, generation) for index, answer in batch.items()}
+def all_answers(answerer: HuggingFace, questions: Sequence[Question], generation: Generation) -> dict[str, Answer]:
+    return {index: answer for batch in answerer.answer(questions, generation) for index, answer in batch.items()}
 
 
 def metric(judged: Sequence[Judged], *, statistic: Statistic, best: float) -> float:

@@ -375,7 +375,7 @@ def test_each_process_reads_its_share_of_the_parts_and_all_leave_out_what_one_fi
     folder = a_copy(features, tmp_path)
     ours, theirs = sorted(part.name for part in folder.iterdir())
     read = []
-    monkeypatch.setattr("unidpo.cache.features.damage", lambda part: read.append(part.name))
+    monkeypatch.setattr("unidpo.cache.features.part_damage", lambda part: read.append(part.name))
     monkeypatch.setattr("unidpo.cache.features.world_size", lambda: 2)
     monkeypatch.setattr(
         "unidpo.cache.features.gather",

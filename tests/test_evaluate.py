@@ -304,11 +304,11 @@ def test_answers_are_those_of_the_model_itself(policy: Any) -> None:
 
 
 def test_pixel_limits_reach_the_processor(policy: Any) -> None:
-    backend = HuggingFace(*policy)
+    answerer = HuggingFace(*policy)
     question = Question("1", (Image.new("RGB", (56, 56)),))
     prompt = Prompt(question, "<|vision_start|><|image_pad|><|vision_end|>", list(question.images))
     tokens = {
-        limits: backend._encode([prompt], Generation(1, *limits))["input_ids"].shape[1]
+        limits: answerer._encode([prompt], Generation(1, *limits))["input_ids"].shape[1]
         for limits in [(None, None), (112 * 112, None), (None, 28 * 28)]
     }
     assert tokens == {(None, None): 4 + 2, (112 * 112, None): 16 + 2, (None, 28 * 28): 1 + 2}
@@ -331,12 +331,12 @@ def test_the_model_is_left_as_it_was(policy: Any) -> None:
 
 
 def test_an_answer_ends_at_a_stop_token_or_is_truncated(policy: Any) -> None:
-    backend = HuggingFace(*policy)
-    known = backend.prompter.tokenizer.get_vocab()
-    end, red = known["<|im_end|>"], backend.prompter.tokenizer("red")["input_ids"]
-    assert {end, known["<|endoftext|>"]} <= set(backend.stops)
-    assert backend._read([*red, end, known["<|endoftext|>"]], 4) == Answer("red", len(red))
-    assert backend._read(red * 2, 2 * len(red)) == Answer("redred", 2 * len(red), truncated=True)
+    answerer = HuggingFace(*policy)
+    known = answerer.prompter.tokenizer.get_vocab()
+    end, red = known["<|im_end|>"], answerer.prompter.tokenizer("red")["input_ids"]
+    assert {end, known["<|endoftext|>"]} <= set(answerer.stops)
+    assert answerer._read([*red, end, known["<|endoftext|>"]], 4) == Answer("red", len(red))
+    assert answerer._read(red * 2, 2 * len(red)) == Answer("redred", 2 * len(red), truncated=True)
 
 
 def test_an_answer_ends_where_the_model_itself_ends_one(policy: Any) -> None:
@@ -374,9 +374,9 @@ def test_the_fingerprint_of_a_processor_names_what_answers_depend_on(policy: Any
 
 
 def test_a_word_behind_a_stop_token_is_no_part_of_the_answer(policy: Any) -> None:
-    backend = HuggingFace(*policy)
-    end, red = backend.prompter.tokenizer.get_vocab()["<|im_end|>"], backend.prompter.tokenizer("red")["input_ids"]
-    assert backend._read([*red, end, *red], 9) == Answer("red", len(red))
+    answerer = HuggingFace(*policy)
+    end, red = answerer.prompter.tokenizer.get_vocab()["<|im_end|>"], answerer.prompter.tokenizer("red")["input_ids"]
+    assert answerer._read([*red, end, *red], 9) == Answer("red", len(red))
 
 
 def test_what_cannot_be_asked_is_counted(tmp_path: Path, policy: Any) -> None:
@@ -388,23 +388,23 @@ def test_what_cannot_be_asked_is_counted(tmp_path: Path, policy: Any) -> None:
         {"question": "c", "answer": "x"},
     ]
     benchmark = load_benchmark(write(tmp_path, rows, max_new_tokens=2))
-    backend = HuggingFace(*policy, prompt_style="plain", batch_size=3)
-    result = evaluate(backend, [benchmark], tmp_path / "out").benchmarks[0]
+    answerer = HuggingFace(*policy, prompt_style="plain", batch_size=3)
+    result = evaluate(answerer, [benchmark], tmp_path / "out").benchmarks[0]
     counts = result.counts
     assert counts is not None
     assert (counts.questions, counts.generated, counts.unreadable_images, counts.empty_prompts) == (4, 1, 2, 1)
     # Once the image is there, its question is asked; the others are not asked again.
     Image.new("RGB", (40, 40)).save(tmp_path / "missing.png")
-    counts = evaluate(backend, [benchmark], tmp_path / "out").benchmarks[0].counts
+    counts = evaluate(answerer, [benchmark], tmp_path / "out").benchmarks[0].counts
     assert counts is not None
     assert (counts.questions, counts.generated, counts.unreadable_images) == (4, 1, 1)
 
 
 def test_a_batch_that_does_not_fit_is_halved(policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = HuggingFace(*policy, batch_size=8)
+    answerer = HuggingFace(*policy, batch_size=8)
     questions, generation = mixed_questions(), Generation(3)
-    expected = all_answers(backend, questions, generation)
-    generate, sizes = backend._generate, []
+    expected = all_answers(answerer, questions, generation)
+    generate, sizes = answerer._generate, []
 
     def small_memory(batch: Any, settings: Any) -> Any:
         sizes.append(len(batch.asked))
@@ -412,8 +412,8 @@ def test_a_batch_that_does_not_fit_is_halved(policy: Any, monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError
         return generate(batch, settings)
 
-    monkeypatch.setattr(backend, "_generate", small_memory)
-    assert all_answers(backend, questions, generation) == expected
+    monkeypatch.setattr(answerer, "_generate", small_memory)
+    assert all_answers(answerer, questions, generation) == expected
     assert sizes == [8, 4, 2, 2, 2, 2, 2, 1], "what did not fit is not tried again"
 
 

@@ -158,8 +158,8 @@ def server(stub: Stub, **options: Any) -> Server:
 def test_a_server_is_sent_images_limits_and_stops(stub: Stub, tmp_path: Path) -> None:
     Image.new("RGB", (30, 40), "red").save(tmp_path / "a.png")
     asked = [Question("1", (tmp_path / "a.png", "short")), Question("2", ("long",)), Question("3", (b"broken", "x"))]
-    backend = server(stub, batch_size=2)
-    answers = [answer for batch in backend.answer(asked, Generation(7, min_pixels=5000)) for answer in batch.items()]
+    answerer = server(stub, batch_size=2)
+    answers = [answer for batch in answerer.answer(asked, Generation(7, min_pixels=5000)) for answer in batch.items()]
     assert dict(answers) == {
         "1": Answer("short", 3),
         "2": Answer("long", 3, truncated=True),
@@ -172,18 +172,18 @@ def test_a_server_is_sent_images_limits_and_stops(stub: Stub, tmp_path: Path) ->
     assert request["stop_token_ids"] == [2048, 2050]
     assert request["mm_processor_kwargs"] == {"size": {"shortest_edge": 5000, "longest_edge": 12845056}}
     assert "chat_template" not in request
-    assert backend.identity()["backend"] == "vllm"
+    assert answerer.identity()["backend"] == "vllm"
 
 
 def test_a_plain_prompt_is_a_chat_template_of_the_request(stub: Stub) -> None:
-    backend = server(stub, prompt_style="plain")
-    list(backend.answer([Question("1", ("x",))], Generation(1)))
+    answerer = server(stub, prompt_style="plain")
+    list(answerer.answer([Question("1", ("x",))], Generation(1)))
     [request] = stub.requests
     assert "<|vision_start|><|image_pad|><|vision_end|>" in request["chat_template"]
     assert request["add_generation_prompt"] is False
     stub.codes, stub.refusal = [400], "chat_template is not trusted"
     with pytest.raises(GenerationFailed, match="--trust-request-chat-template"):
-        list(backend.answer([Question("1", ("x",))], Generation(1)))
+        list(answerer.answer([Question("1", ("x",))], Generation(1)))
 
 
 def test_a_server_that_is_not_there_or_serves_others_is_wrong_input(stub: Stub) -> None:

@@ -298,11 +298,11 @@ def test_an_adapter_is_its_model_with_the_adapter_merged(tmp_path: Path) -> None
     torch.manual_seed(0)
     adapted = get_peft_model(load_policy(MODEL), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
-    backend = load_model(str(tmp_path / "adapter"), LoadOptions())
-    assert backend.prompter.style == "chat"
+    answerer = load_model(str(tmp_path / "adapter"), LoadOptions())
+    assert answerer.prompter.style == "chat"
     plain = load_model(str(MODEL), LoadOptions())
-    assert backend.identity()["processor"] == plain.identity()["processor"]
-    assert backend.identity()["model"] != plain.identity()["model"]
+    assert answerer.identity()["processor"] == plain.identity()["processor"]
+    assert answerer.identity()["model"] != plain.identity()["model"]
 
 
 def test_a_run_without_a_model_says_what_to_name(tmp_path: Path) -> None:
@@ -319,9 +319,9 @@ def test_batches_are_several_times_faster_than_single_questions(digits: Any) -> 
     model, processor = load_policy(CHECKPOINT), load_processor(CHECKPOINT)
     seconds, said = {}, {}
     for size in (1, 16):
-        backend = HuggingFace(model, processor, batch_size=size)
+        answerer = HuggingFace(model, processor, batch_size=size)
         before = time.process_time()
-        said[size] = all_answers(backend, benchmark.questions(32), benchmark.generation)
+        said[size] = all_answers(answerer, benchmark.questions(32), benchmark.generation)
         seconds[size] = time.process_time() - before
     assert said[1] == said[16]
     assert seconds[1] > 3 * seconds[16], seconds

@@ -55,7 +55,7 @@ def fill(policy, store, groups, *, collate=pack, keys=None, **options):
     model, encoder = policy
     before = len(store)
     reference_pass = ReferencePass(Policy(model, model), encoder, torch.device("cpu"), collate=collate, **options)
-    reference_pass.fill(store, reference_pass.plan(groups, keys or keys_of(groups), store))
+    reference_pass.fill(store, reference_pass.tasks(groups, keys or keys_of(groups), store))
     return len(store) - before
 
 

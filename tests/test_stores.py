@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from unidpo.cache.features import FeatureStore, record
+from unidpo.cache.features import FeatureStore, stored_tensors
 from unidpo.cache.reference import Logp, LogpStore
 from unidpo.cache.store import numbers_folder
 from unidpo.errors import UserError
@@ -32,7 +32,7 @@ def logps(folder, world, of=b"a"):
 def features(folder, world, of=b"a"):
     model, _, prompt = world
     store = FeatureStore(folder)
-    store.add({of + b"key of a prompt": record(prompt, image_features(model, prompt.vision))})
+    store.add({of + b"key of a prompt": stored_tensors(prompt, image_features(model, prompt.vision))})
     return store
 
 

@@ -1,6 +1,6 @@
 """Features of images on disk, for models whose vision tower and projector are not trained.
 
-A record is an encoded prompt with the features of its images, so that nothing of an image is needed any more, neither
+A value is an encoded prompt with the features of its images, so that nothing of an image is needed any more, neither
 its pixels nor their processor. Where several processes train together, each writes its share and reads all of it.
 """
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unidpo.cache.keys import ImageDigests, Keys, prompt_key
-from unidpo.cache.store import DamagedPart, Store, damage, make_folder, put_aside
+from unidpo.cache.store import DamagedPart, Store, make_folder, part_damage, put_aside
 from unidpo.cache.stored_pass import StoredPass, Task
 from unidpo.data.pairs import GroupTokens, PromptGroup
 from unidpo.distributed import gather, is_main, on_main, rank, world_size
@@ -43,12 +43,12 @@ _OF_PROMPT = ("prompt_ids", "position_ids", "mm_token_type_ids")
 class FeatureStore(Store[Mapping[str, Tensor], str]):
     """Encoded prompts with features of their images by prompt key, in safetensors; the index says which part has a key.
 
-    Records are read from the disk one by one, and nothing is kept. Each process writes its own.
+    Values are read from the disk one by one, and nothing is kept. Each process writes its own.
     """
 
     kind = "features of images"
     unit = "prompts"
-    requirement = "features of images are no finite numbers"
+    complaint = "features of images are no finite numbers"
     each_process_writes = True
     _suffix = ".safetensors"
 
@@ -63,7 +63,7 @@ class FeatureStore(Store[Mapping[str, Tensor], str]):
         if store.index:
             store.require_seen()
         parts = sorted(set(store.index.values()))
-        problems = {part: damage(folder / part) for part in parts[rank() :: world_size()]}
+        problems = {part: part_damage(folder / part) for part in parts[rank() :: world_size()]}
         problems = {part: problem for each in gather([problems]) for part, problem in each.items() if problem}
         for part, problem in problems.items():
             if is_main():
@@ -104,9 +104,9 @@ class FeatureStore(Store[Mapping[str, Tensor], str]):
             vision=without_pixels(held),
         )
 
-    def add(self, records: Mapping[bytes, Mapping[str, Tensor]]) -> None:
-        for key, record in records.items():
-            kept = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in record.items()}
+    def add(self, values: Mapping[bytes, Mapping[str, Tensor]]) -> None:
+        for key, value in values.items():
+            kept = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in value.items()}
             super().add({key: kept})
 
     def flush(self) -> Path | None:
@@ -116,14 +116,14 @@ class FeatureStore(Store[Mapping[str, Tensor], str]):
             self.index |= dict.fromkeys(keys, part.name)
         return part
 
-    def problem(self, record: Mapping[str, Tensor]) -> str | None:
-        return None if ImageFeatures.from_tensors(record).are_finite else "the features of its images are none"
+    def problem(self, value: Mapping[str, Tensor]) -> str | None:
+        return None if ImageFeatures.from_tensors(value).are_finite else "the features of its images are none"
 
     def _is_full(self) -> bool:
-        return sum(tensor.nbytes for record in self._new.values() for tensor in record.values()) > PART_BYTES
+        return sum(tensor.nbytes for value in self._new.values() for tensor in value.values()) > PART_BYTES
 
     def _write(self, file: Path) -> None:
-        save_file({f"{key.hex()}.{name}": t for key, record in self._new.items() for name, t in record.items()}, file)
+        save_file({f"{key.hex()}.{name}": t for key, value in self._new.items() for name, t in value.items()}, file)
 
     def _read_part(self, part: Path) -> dict[bytes, str]:
         """The keys that a part names, of which nothing else is looked at before they are asked for, see `shared`."""
@@ -135,7 +135,7 @@ class FeatureStore(Store[Mapping[str, Tensor], str]):
             raise DamagedPart(f"cannot be read ({error})") from error
 
 
-def record(prompt: EncodedGroup, features: ImageFeatures) -> dict[str, Tensor]:
+def stored_tensors(prompt: EncodedGroup, features: ImageFeatures) -> dict[str, Tensor]:
     """What is kept of a prompt."""
     return {name: getattr(prompt, name) for name in _OF_PROMPT} | without_pixels(prompt.vision) | features.tensors
 
@@ -200,7 +200,7 @@ class FeaturePass(StoredPass[Mapping[str, Tensor]]):
         """
         of_images = [[key] if group.images else [] for group, key in zip(groups, keys.prompts, strict=True)]
         store = FeatureStore.shared(folder, [key for each in of_images for key in each])
-        if tasks := self.plan(groups, of_images, store):
+        if tasks := self.tasks(groups, of_images, store):
             tried = self._try(tasks, folder)
             self.dummy_group = tried if world_size() > 1 else None
             on_main(lambda: make_folder(folder))
@@ -232,7 +232,7 @@ class FeaturePass(StoredPass[Mapping[str, Tensor]]):
             raise ModelError(
                 f"features of images cannot be stored for this model ({problem}); set data.cache_image_features=false"
             )
-        size = sum(tensor.nbytes for tensor in record(small, features).values())
+        size = sum(tensor.nbytes for tensor in stored_tensors(small, features).values())
         on_main(lambda: self._require_room(tasks, folder, size / self._size(small)))
         return small
 
@@ -257,4 +257,4 @@ class FeaturePass(StoredPass[Mapping[str, Tensor]]):
         vision = join_vision([group.vision for group in groups])
         features = self.policy.image_features({name: tensor.to(self.device) for name, tensor in vision.items()})
         split = features.split([self._size(group) for group in groups])
-        return [record(group, own) for group, own in zip(groups, split, strict=True)]
+        return [stored_tensors(group, own) for group, own in zip(groups, split, strict=True)]

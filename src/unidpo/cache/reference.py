@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unidpo.cache.store import DamagedPart, Store, damage
+from unidpo.cache.store import DamagedPart, Store, part_damage
 from unidpo.cache.stored_pass import StoredPass
 from unidpo.data.pairs import PromptGroup
 from unidpo.errors import ModelError
@@ -49,7 +49,7 @@ class LogpStore(Store[Logp, float]):
 
     kind = "reference"
     unit = "responses"
-    requirement = "the reference gives no log-probabilities (finite numbers, not above 0)"
+    complaint = "the reference gives no log-probabilities (finite numbers, not above 0)"
     each_process_writes = False
     _suffix = ".parquet"
 
@@ -59,19 +59,19 @@ class LogpStore(Store[Logp, float]):
             return None
         return torch.tensor([self.index[key] for key in keys], dtype=torch.float64)
 
-    def add(self, records: Mapping[bytes, Logp]) -> None:
-        super().add(records)
-        self.index |= {key: record.logp for key, record in records.items()}
+    def add(self, values: Mapping[bytes, Logp]) -> None:
+        super().add(values)
+        self.index |= {key: value.logp for key, value in values.items()}
 
-    def problem(self, record: Logp) -> str | None:
-        return None if record.is_valid else f"the log-probability of a response is {record.logp}"
+    def problem(self, value: Logp) -> str | None:
+        return None if value.is_valid else f"the log-probability of a response is {value.logp}"
 
     def _write(self, file: Path) -> None:
-        rows = [{"key": key, **record._asdict()} for key, record in self._new.items()]
+        rows = [{"key": key, **value._asdict()} for key, value in self._new.items()]
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
 
     def _read_part(self, part: Path) -> dict[bytes, float]:
-        if problem := damage(part):
+        if problem := part_damage(part):
             raise DamagedPart(problem)
         table = pq.read_table(part, partitioning=None)
         return dict(zip(table["key"].to_pylist(), table["logp"].to_pylist(), strict=True))
@@ -123,7 +123,7 @@ class ReferencePass(StoredPass[Logp]):
             ModelError: it does not, or the model gives numbers that are no log-probabilities.
         """
         store = LogpStore.shared(folder, [key for of_group in keys for key in of_group])
-        tasks = self.plan(groups, keys, store)
+        tasks = self.tasks(groups, keys, store)
         if complete and tasks:
             raise ModelError(
                 f"{folder}: {sum(len(task.keys) for task in tasks)} stored reference log-probabilities of this run are "

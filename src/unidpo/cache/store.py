@@ -27,7 +27,7 @@ from unidpo.files.writing import clear_unfinished, unfinished_file
 from unidpo.model.encode import Encoder
 
 _LOG = logging.getLogger(__name__)
-Record = TypeVar("Record")
+Value = TypeVar("Value")
 Entry = TypeVar("Entry")
 S = TypeVar("S", bound="Store[Any, Any]")
 NUMBERS = 2
@@ -55,30 +55,30 @@ def numbers_folder(cache: Path, kind: str, fingerprint: str, encoder: Encoder, *
     return cache / kind / f"{fingerprint}-{encoder.fingerprint()}-{dtype}-{NUMBERS}"
 
 
-class Store(ABC, Generic[Record, Entry]):
-    """Records by key, in a folder. They are added in memory, and reach the disk with `flush`, as one part.
+class Store(ABC, Generic[Value, Entry]):
+    """Values by key, in a folder. They are added in memory, and reach the disk with `flush`, as one part.
 
     Args:
         folder: where the parts lie.
-        index: what is known of each record; read from the disk where `None`.
+        index: what is known of each value; read from the disk where `None`.
 
     Attributes:
-        kind, unit: what messages call the records and what each belongs to.
-        requirement: what is wrong where `problem` finds records without numbers: how the error begins.
-        each_process_writes: whether every process adds and writes its own records; else the main one writes for all,
+        kind, unit: what messages call the values and what each belongs to.
+        complaint: how the error begins where `problem` finds something.
+        each_process_writes: whether every process adds and writes its own values; else the main one writes for all,
             and all must add the same.
     """
 
     kind: ClassVar[str]
     unit: ClassVar[str]
-    requirement: ClassVar[str]
+    complaint: ClassVar[str]
     each_process_writes: ClassVar[bool]
     _suffix: ClassVar[str]
 
     def __init__(self, folder: Path, index: Mapping[bytes, Entry] | None = None) -> None:
         self.folder = folder
         self.index: dict[bytes, Entry] = self._read() if index is None else dict(index)
-        self._new: dict[bytes, Record] = {}
+        self._new: dict[bytes, Value] = {}
         self._flushed = time.monotonic()
 
     @classmethod
@@ -97,8 +97,8 @@ class Store(ABC, Generic[Record, Entry]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def add(self, records: Mapping[bytes, Record]) -> None:
-        self._new |= records
+    def add(self, values: Mapping[bytes, Value]) -> None:
+        self._new |= values
 
     def flush(self) -> Path | None:
         """Write what was added since the last flush as one part, atomically. Raises `UserError` where it cannot."""
@@ -115,8 +115,8 @@ class Store(ABC, Generic[Record, Entry]):
             self.flush()
 
     @abstractmethod
-    def problem(self, record: Record) -> str | None:
-        """Why a record holds no numbers to keep; `None` where it does."""
+    def problem(self, value: Value) -> str | None:
+        """Why a value holds no numbers to keep; `None` where it does."""
 
     @abstractmethod
     def _read_part(self, part: Path) -> Mapping[bytes, Entry]:
@@ -124,7 +124,7 @@ class Store(ABC, Generic[Record, Entry]):
 
     @abstractmethod
     def _write(self, file: Path) -> None:
-        """Write the new records into a file."""
+        """Write the new values into a file."""
 
     def _is_full(self) -> bool:
         return False
@@ -158,7 +158,7 @@ def write_part(folder: Path, suffix: str, write: Callable[[Path], object]) -> Pa
     """Let `write` make a file, which becomes a part of the folder, whole, or does not appear at all.
 
     Returns:
-        The part. A digest of its bytes is its name, see `damage`.
+        The part. A digest of its bytes is its name, see `part_damage`.
 
     Raises:
         UserError: it cannot be written.
@@ -173,7 +173,7 @@ class DamagedPart(Exception):
     """A part that cannot be used; the message says what is wrong with it."""
 
 
-def damage(part: Path) -> str | None:
+def part_damage(part: Path) -> str | None:
     """Why a part is not what was written into its folder, byte for byte; `None` where it is. Reads all of it."""
     try:
         if part.stem != f"part-{_digest(part)}":

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from unidpo.cache.keys import UNREADABLE
-from unidpo.cache.store import Record, Store
+from unidpo.cache.store import Store, Value
 from unidpo.data.lost_rows import lost_rows
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import gather, is_main, rank, world_size
@@ -28,10 +28,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is missing of a group: records of some responses, or of the prompt where `responses` is empty.
+    """What is missing of a group: values of some responses, or of the prompt where `responses` is empty.
 
     Attributes:
-        keys: of the records, in order.
+        keys: of the values, in order.
     """
 
     group: PromptGroup
@@ -39,7 +39,7 @@ class Task:
     keys: tuple[bytes, ...]
 
     def rows(self, key: bytes, problem: str) -> list[Finding]:
-        """The rows of the pairs that need a record, as findings."""
+        """The rows of the pairs that need a value, as findings."""
         pairs = self.group.pairs
         if self.responses:
             response = self.responses[self.keys.index(key)]
@@ -52,9 +52,9 @@ class _Batch:
     """Groups of one forward pass.
 
     Attributes:
-        tasks: by the keys of the records that the groups give, in order.
+        tasks: by the keys of the values that the groups give, in order.
         lost: rows that were to be among them, and cannot be read any more.
-        done: records that need not be waited for any more, lost ones included.
+        done: values that need not be waited for any more, lost ones included.
     """
 
     groups: list[EncodedGroup] = field(default_factory=list)
@@ -64,23 +64,23 @@ class _Batch:
 
 
 @dataclass(slots=True)
-class _Outcome(Generic[Record]):
+class _Outcome(Generic[Value]):
     """What a process tells the others of a batch.
 
     Attributes:
-        records: for the store, where the main process writes for all.
+        values: for the store, where the main process writes for all.
         problem: why the process cannot continue.
     """
 
     done: int
     lost: list[Finding]
-    records: dict[bytes, Record] = field(default_factory=dict)
+    values: dict[bytes, Value] = field(default_factory=dict)
     problem: UserError | None = None
 
 
 @dataclass
-class StoredPass(ABC, Generic[Record]):
-    """Computes the records that a store does not hold yet. Every process must run it.
+class StoredPass(ABC, Generic[Value]):
+    """Computes the values that a store does not hold yet. Every process must run it.
 
     Attributes:
         policy: the model; in eval mode meanwhile.
@@ -89,9 +89,9 @@ class StoredPass(ABC, Generic[Record]):
         dummy_group: as in `batches.BatchMaker`.
         workers: processes that decode images and tokenize ahead of the model.
         on_lost: called with rows that cannot be read any more; may raise.
-        on_progress: called with records done and records to do, over all processes.
+        on_progress: called with values done and values to do, over all processes.
         batch_tokens: how much, by `_size`, goes into one forward pass.
-        of_responses: whether each response has a record, or each prompt.
+        of_responses: whether each response has a value, or each prompt.
     """
 
     policy: Policy
@@ -109,16 +109,16 @@ class StoredPass(ABC, Generic[Record]):
         """What a group takes of `batch_tokens`."""
 
     @abstractmethod
-    def _compute(self, groups: Sequence[EncodedGroup]) -> list[Record]:
-        """The records of groups, in order."""
+    def _compute(self, groups: Sequence[EncodedGroup]) -> list[Value]:
+        """The values of groups, in order."""
 
-    def plan(
-        self, groups: Sequence[PromptGroup], keys: Sequence[Sequence[bytes]], store: Store[Record, Any]
+    def tasks(
+        self, groups: Sequence[PromptGroup], keys: Sequence[Sequence[bytes]], store: Store[Value, Any]
     ) -> list[Task]:
         """What a store lacks of groups, each key once.
 
         Args:
-            keys: of each group's records.
+            keys: of each group's values.
         """
         tasks: list[Task] = []
         seen: set[bytes] = {UNREADABLE}
@@ -137,7 +137,7 @@ class StoredPass(ABC, Generic[Record]):
             _LOG.info("%s: %d %s found in %s, %d to compute", store.kind, found, store.unit, store.folder, total)
         return tasks
 
-    def fill(self, store: Store[Record, Any], tasks: Sequence[Task]) -> None:
+    def fill(self, store: Store[Value, Any], tasks: Sequence[Task]) -> None:
         """Compute what a store lacks, but for what cannot be read any more. An interruption loses nothing.
 
         Raises:
@@ -154,7 +154,7 @@ class StoredPass(ABC, Generic[Record]):
                 # Processes whose share is done continue with the others, whose forward passes need them.
                 while outcomes := [each for each in gather([self._step(batches, store)]) if each is not None]:
                     for outcome in outcomes:
-                        store.add(outcome.records)
+                        store.add(outcome.values)
                     _raise_first(outcome.problem for outcome in outcomes)
                     if lost := [row for outcome in outcomes for row in outcome.lost]:
                         self.on_lost(lost)
@@ -164,28 +164,28 @@ class StoredPass(ABC, Generic[Record]):
         finally:
             store.flush()  # what an interruption leaves
 
-    def _step(self, batches: Iterator[_Batch], store: Store[Record, Any]) -> _Outcome[Record] | None:
+    def _step(self, batches: Iterator[_Batch], store: Store[Value, Any]) -> _Outcome[Value] | None:
         """Compute the next batch; `None` where this process has none, and no problem either."""
         batch = next(batches, _Batch())
         groups = batch.groups
         if self.dummy_group is not None and not any(group.has_images for group in groups):
             groups = [*groups, self.dummy_group]
-        records = self._compute(groups) if groups else []
-        outcome: _Outcome[Record] = _Outcome(batch.done, batch.lost)
+        values = self._compute(groups) if groups else []
+        outcome: _Outcome[Value] = _Outcome(batch.done, batch.lost)
         wrong: dict[Finding, None] = {}
-        # The dummy group's records are behind those that have keys.
-        for (key, task), record in zip(batch.tasks.items(), records, strict=False):
-            if problem := store.problem(record):
+        # The dummy group's values are behind those that have keys.
+        for (key, task), value in zip(batch.tasks.items(), values, strict=False):
+            if problem := store.problem(value):
                 wrong |= dict.fromkeys(task.rows(key, problem))
             else:
-                outcome.records[key] = record
+                outcome.values[key] = value
         if wrong:
             why = "the model's weights hold other numbers, or they overflow in model.dtype"
             remedy = "look at the model, or set model.dtype=bfloat16 or float32"
-            outcome.problem = from_findings(ModelError, f"{store.requirement}: {why}; {remedy}", list(wrong))
+            outcome.problem = from_findings(ModelError, f"{store.complaint}: {why}; {remedy}", list(wrong))
         if store.each_process_writes:
-            store.add(outcome.records)
-            outcome.records = {}
+            store.add(outcome.values)
+            outcome.values = {}
         outcome.problem = outcome.problem or _error_of(store.flush_if_due)
         return outcome if batch.done or outcome.problem else None
 

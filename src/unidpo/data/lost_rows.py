@@ -12,7 +12,7 @@ from unidpo.data.pairs import Pair, PromptGroup
 from unidpo.errors import DataError, Finding, UserError, from_findings
 
 _LOG = logging.getLogger(__name__)
-_Row: TypeAlias = tuple[str | Path | None, int | None]
+_Place: TypeAlias = tuple[str | Path | None, int | None]
 """A data file and a row of it."""
 
 
@@ -35,14 +35,14 @@ class LostRows:
     def __init__(
         self, groups: Mapping[str, Sequence[PromptGroup]], *, stop: bool, max_fraction: float, quiet: bool = False
     ) -> None:
-        self._pairs: dict[str, Counter[_Row]] = {
+        self._pairs: dict[str, Counter[_Place]] = {
             purpose: Counter((pair.file, pair.row) for group in its for pair in group.pairs)
             for purpose, its in groups.items()
         }
         self._stop = stop
         self._max_fraction = max_fraction
         self._quiet = quiet
-        self._seen: dict[_Row, Finding] = {}
+        self._seen: dict[_Place, Finding] = {}
 
     def add(self, findings: Sequence[Finding]) -> None:
         """Add what all processes lost; every process must. Raises `DataError` where it stops the training."""

@@ -43,9 +43,9 @@ def greedy_answers(
     model: PreTrainedModel, processor: Processor, questions: Sequence[DigitQuestion], *, batch_size: int = BATCH_SIZE
 ) -> list[str]:
     """The most likely answer to each question, token by token."""
-    backend = HuggingFace(model, processor, batch_size=batch_size)
+    answerer = HuggingFace(model, processor, batch_size=batch_size)
     answers: dict[str, Answer] = {}
-    for batch in backend.answer(_asked(questions), Generation(MOST_NEW_TOKENS)):
+    for batch in answerer.answer(_asked(questions), Generation(MOST_NEW_TOKENS)):
         answers |= batch
     return [answers[str(i)].text.strip() for i in range(len(questions))]
 
@@ -60,9 +60,9 @@ def sampled_answers(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[str]]:
     """``count`` answers to each question, drawn at temperature 1; the same for the same seed."""
-    backend = HuggingFace(model, processor, batch_size=BATCH_SIZE)
+    answerer = HuggingFace(model, processor, batch_size=BATCH_SIZE)
     sampling = Sampling(count, seed=seed)
-    answers = backend.sample(_asked(questions), Generation(MOST_NEW_TOKENS), sampling, on_progress)
+    answers = answerer.sample(_asked(questions), Generation(MOST_NEW_TOKENS), sampling, on_progress)
     return [[answer.text.strip() for answer in answers[str(i)]] for i in range(len(questions))]
 
 

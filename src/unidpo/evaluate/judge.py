@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, Score
-from unidpo.evaluate.predictions import append_records, drop_cut_line, read_records
+from unidpo.evaluate.predictions import append_lines, drop_cut_line, read_lines
 from unidpo.generate.questions import GenerationFailed
 from unidpo.generate.server import ChatServer, as_they_come
 from unidpo.progress import OnProgress
@@ -139,7 +139,7 @@ def consult(
     digests = {index: _digest(judge, prompt) for index, prompt in prompts.items()}
     path = folder / RULINGS
     drop_cut_line(path)
-    known = {str(record["asked"]): str(record["said"]) for record in read_records(path, ("asked", "said"))}
+    known = {str(record["asked"]): str(record["said"]) for record in read_lines(path, ("asked", "said"))}
     todo = [index for index in asked if digests[index] not in known]
     failures: list[GenerationFailed] = []
     in_a_row = 0
@@ -161,7 +161,7 @@ def consult(
                 in_a_row = 0
                 said = known[digests[index]] = meant(reply, asked[index].choices)
                 record = {"index": index, "asked": digests[index], "said": said, "reply": reply, **judge.identity()}
-                append_records(path, [record])
+                append_lines(path, [record])
             if on_progress is not None:
                 on_progress("judge", done, len(todo))
     if failures:

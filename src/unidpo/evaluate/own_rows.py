@@ -129,7 +129,7 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 Images = Annotated[tuple[Annotated[str | bytes, BeforeValidator(_image)], ...], BeforeValidator(_listed)]
 
 
-class Row(BaseModel):
+class QuestionRow(BaseModel):
     """A row without its empty cells; validated in the context of the benchmark's type."""
 
     options: dict[str, Text]
@@ -197,7 +197,7 @@ def _item(number: int, row: Any, kind: str, instruction: str, folder: Path) -> I
     if len(given) > 1:
         return Finding("bad-row", f"{' and '.join(given)} are both given; keep one of them")
     options = {letter: cells[letter] for letter in LETTERS if kind == "mcq" and letter in cells}
-    read = Row.model_validate({"index": number, **cells, "options": options}, context=kind)
+    read = QuestionRow.model_validate({"index": number, **cells, "options": options}, context=kind)
     lines = [read.hint, read.question, *(f"{letter}. {text}" for letter, text in read.options.items()), instruction]
     content = marked("\n".join(line for line in lines if line))
     images = [_located(each, folder) for each in read.images]

@@ -13,7 +13,7 @@ from unidpo.evaluate.results import ModelResult
 
 def page(models: Sequence[ModelResult], differences: Sequence[Difference] = ()) -> str:
     """The page of models that took the same benchmarks."""
-    environment = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("unidpo.evaluate", "."),
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # Markdown; what is not ours goes through `text`
@@ -21,11 +21,11 @@ def page(models: Sequence[ModelResult], differences: Sequence[Difference] = ()) 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"text": escaped, "number": number}
+    templates.filters |= {"text": escaped, "number": number}
     same = zip(*(model.benchmarks for model in models), strict=True)
     # The metric is named as by the first model that has a result.
     benchmarks = [(next((each for each in row if each.failure is None), row[0]), row) for row in same]
-    template = environment.get_template("results.md.j2")
+    template = templates.get_template("results.md.j2")
     return template.render(models=models, benchmarks=benchmarks, differences=differences)
 
 

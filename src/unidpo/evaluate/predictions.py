@@ -13,7 +13,7 @@ from unidpo.data.images import content_digest
 from unidpo.errors import Finding, ImageError, from_findings, shown
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed
 from unidpo.files.writing import write_json
-from unidpo.generate.questions import UNREADABLE_IMAGE, Answer, Backend, Generation, Question
+from unidpo.generate.questions import UNREADABLE_IMAGE, Answer, Answerer, Generation, Question
 from unidpo.progress import OnProgress
 
 IDENTITY, PREDICTIONS = "identity.json", "predictions.jsonl"
@@ -77,7 +77,7 @@ class Predictions:
     def ask(
         self,
         questions: Sequence[Question],
-        backend: Backend,
+        answerer: Answerer,
         generation: Generation,
         on_progress: OnProgress | None = None,
     ) -> int:
@@ -94,9 +94,9 @@ class Predictions:
         tell = on_progress or (lambda stage, done, total: None)
         tell("answers", len(questions) - len(left), len(questions))
         generated = 0
-        for batch in backend.answer(todo, generation):
+        for batch in answerer.answer(todo, generation):
             kept = {index: KeptAnswer(**asdict(given), question=digests[index]) for index, given in batch.items()}
-            append_records(self._path, [{"index": index, **asdict(answer)} for index, answer in kept.items()])
+            append_lines(self._path, [{"index": index, **asdict(answer)} for index, answer in kept.items()])
             self.answers |= kept
             left -= kept.keys()
             generated += sum(given.problem is None for given in kept.values())
@@ -125,7 +125,7 @@ def question_digest(question: Question) -> str:
     return digest.hexdigest()
 
 
-def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Add lines to a file; the operating system has them when this returns."""
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
@@ -143,10 +143,10 @@ def drop_cut_line(path: Path) -> None:
 
 def read_answers(path: Path) -> dict[str, KeptAnswer]:
     """Answers by index; of two to one question the later one. A last line without its end is not there."""
-    return {str(record.pop("index")): KeptAnswer(**record) for record in read_records(path, _COLUMNS)}
+    return {str(record.pop("index")): KeptAnswer(**record) for record in read_lines(path, _COLUMNS)}
 
 
-def read_records(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Those keys of every line of a file that grows line by line; none where there is no file.
 
     Raises:

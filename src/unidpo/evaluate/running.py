@@ -32,8 +32,8 @@ from unidpo.evaluate.results import (
 from unidpo.evaluate.selection import Candidate
 from unidpo.files.locks import locked
 from unidpo.files.writing import write_atomically
-from unidpo.generate.loading import open_backend
-from unidpo.generate.questions import Backend, LoadOptions
+from unidpo.generate.loading import open_answerer
+from unidpo.generate.questions import Answerer, LoadOptions
 from unidpo.progress import OnProgress
 
 _LOG = logging.getLogger(__name__)
@@ -132,12 +132,12 @@ def _evaluate_one(
     gc.collect()  # the model before, which nothing holds any more: two may not fit
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with open_backend(model.name, options) as backend:
-        return evaluate(backend, benchmarks, folder, model=model.given, label=model.label, **settings)
+    with open_answerer(model.name, options) as answerer:
+        return evaluate(answerer, benchmarks, folder, model=model.given, label=model.label, **settings)
 
 
 def evaluate(
-    backend: Backend,
+    answerer: Answerer,
     benchmarks: Sequence[Benchmark],
     out: Path,
     *,
@@ -153,7 +153,7 @@ def evaluate(
     fails has its reason in the result, and the others still run.
 
     Args:
-        backend: what answers; for a model in memory `unidpo.generate.hugging_face.HuggingFace`.
+        answerer: what answers; for a model in memory `unidpo.generate.hugging_face.HuggingFace`.
         benchmarks: what is asked.
         out: receives a folder per benchmark, `results.json` and `results.md`.
         model: what the results call the model.
@@ -165,10 +165,10 @@ def evaluate(
     Raises:
         EvaluationError: `out` holds answers that something else gave; nothing is generated then.
     """
-    opened = [_predictions(backend, benchmark, out) for benchmark in benchmarks]
+    opened = [_predictions(answerer, benchmark, out) for benchmark in benchmarks]
     delete_results(out)
     found = [
-        _run(backend, benchmark, kept, limit=limit, judge=judge, on_progress=on_progress)
+        _run(answerer, benchmark, kept, limit=limit, judge=judge, on_progress=on_progress)
         if isinstance(kept, Predictions)
         else kept
         for benchmark, kept in zip(benchmarks, opened, strict=True)
@@ -180,11 +180,11 @@ def evaluate(
     return result
 
 
-def _predictions(backend: Backend, benchmark: Benchmark, out: Path) -> Predictions | BenchmarkResult:
+def _predictions(answerer: Answerer, benchmark: Benchmark, out: Path) -> Predictions | BenchmarkResult:
     """Where its answers go; a failure where the benchmark itself has one. Raises `EvaluationError`."""
     try:
         generation = {**asdict(benchmark.generation), "decoding": "greedy"}
-        identity = {**backend.identity(), **benchmark.identity(), "generation": generation}
+        identity = {**answerer.identity(), **benchmark.identity(), "generation": generation}
         return Predictions(out / benchmark.name, identity)
     except EvaluationFailed as error:
         _LOG.error("%s failed: %s", benchmark.name, error)
@@ -192,7 +192,7 @@ def _predictions(backend: Backend, benchmark: Benchmark, out: Path) -> Predictio
 
 
 def _run(
-    backend: Backend,
+    answerer: Answerer,
     benchmark: Benchmark,
     kept: Predictions,
     *,
@@ -205,7 +205,7 @@ def _run(
         delete_results(kept.folder)
         questions = benchmark.questions(limit)
         tell = functools.partial(_tell, on_progress, f"{name}, ")
-        generated = kept.ask(questions, backend, benchmark.generation, tell)
+        generated = kept.ask(questions, answerer, benchmark.generation, tell)
         answers = {question.index: kept.answers[question.index] for question in questions}
         texts = {index: answer.text for index, answer in answers.items()}
         score, rulings = benchmark.score(texts), Rulings()

@@ -186,7 +186,7 @@ class Kit:
         for _, line in frame.iterrows():
             said = prefetch_answer(line) or ""
             matched = said not in ("", "Z")
-            judged.append(row(name, line, hits[unit_of(name, line)], said, matched))
+            judged.append(judged_answer(name, line, hits[unit_of(name, line)], said, matched))
         overall = [float(value) for value in table["Overall"]]
         value, parts = sum(hits.values()) / len(hits), {}
         if len(overall) == 1:
@@ -203,7 +203,9 @@ class Kit:
             category, said, truth = text(line.get("category")), line["extracted"], line["answer"].lower()
             for each in category.split(",") if name == "POPE" else [category]:
                 matched = said != "Unknown"
-                judged.append(row(name, line, line["score"], said.lower(), matched, category=each, truth=truth))
+                judged.append(
+                    judged_answer(name, line, line["score"], said.lower(), matched, category=each, truth=truth)
+                )
         if name == "POPE":
             first, *others = (line for _, line in table.iterrows())
             parts = {key: float(first[key]) for key in ("acc", "precision", "recall")}
@@ -222,7 +224,7 @@ class Kit:
         for _, line in self.tables[f"{folder}/answers_results.xlsx"].iterrows():
             matches, said = line["eval_match"], str(line["eval_pred"])
             value = max(matches) if is_chart else sum(matches) / len(matches)
-            judged.append(row(name, line, value, said, bool(said.strip())))
+            judged.append(judged_answer(name, line, value, said, bool(said.strip())))
         parts = {column: float(table[column].iloc[0]) for column in table.columns}
         metric = "relaxed accuracy" if is_chart else "VQA score"
         return {"metric": metric, "value": parts.pop("Overall"), "parts": parts, "judged": judged}
@@ -234,13 +236,13 @@ class Kit:
             self.dump(frame.iloc[i : i + 1], f"{folder}/one.xlsx")
             value = self.dataset.OCRBench.evaluate(f"{folder}/one.xlsx")["Final Score"]
             said = str(line["prediction"])
-            judged.append(row(name, line, value, said, bool(said.strip())))
+            judged.append(judged_answer(name, line, value, said, bool(said.strip())))
         parts = {key: float(value) for key, value in table.items() if not key.startswith("Final Score")}
         value, best = float(table["Final Score"]), float(len(frame))
         return {"metric": "score", "value": value, "best": best, "parts": parts, "judged": judged}
 
 
-def row(name: str, line: Any, value: Any, said: str, matched: bool, **more: str) -> dict[str, Any]:
+def judged_answer(name: str, line: Any, value: Any, said: str, matched: bool, **more: str) -> dict[str, Any]:
     """What became of one answer, as `unidpo.evaluate.benchmarks.Judged` has it."""
     category = text(line.get("split" if CLASSES[name] == "ImageVQADataset" else "category"))
     question = {"index": str(line["index"]), "unit": unit_of(name, line), "category": category}

@@ -10,12 +10,12 @@ import torch
 from unidpo.errors import ModelError
 from unidpo.generate.hugging_face import load_model
 from unidpo.generate.processes import Processes
-from unidpo.generate.questions import Backend, LoadOptions
+from unidpo.generate.questions import Answerer, LoadOptions
 from unidpo.generate.vllm import Engine, Server
 
 
 @contextlib.contextmanager
-def open_backend(name: str, options: LoadOptions) -> Iterator[Backend]:
+def open_answerer(name: str, options: LoadOptions) -> Iterator[Answerer]:
     """A model ready to answer; processes and connections of its own end afterwards.
 
     Raises:
@@ -31,5 +31,5 @@ def open_backend(name: str, options: LoadOptions) -> Iterator[Backend]:
         return
     if torch.cuda.is_available() and options.processes > torch.cuda.device_count():
         raise ModelError(f"--nproc {options.processes}: there are {torch.cuda.device_count()} GPUs")
-    with contextlib.closing(Processes(name, options)) as backend:
-        yield backend
+    with contextlib.closing(Processes(name, options)) as answerer:
+        yield answerer

@@ -115,7 +115,7 @@ class LoadOptions:
     server: str | None = None
 
 
-class Backend(Protocol):
+class Answerer(Protocol):
     """What answers questions."""
 
     def identity(self) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def files_fingerprint(name: str) -> str:
 
 
 class Server(_Vllm):
-    """A server at an address, as a backend. Its weights are taken to be those of `name`.
+    """A server at an address, which answers. Its weights are taken to be those of `name`.
 
     Args:
         name: folder or hub id of the model; the server calls it so too, or serves one model only.

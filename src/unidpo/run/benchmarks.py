@@ -44,10 +44,10 @@ class TrainingBenchmarks:
 
     def run(self, model: PreTrainedModel, processor: Processor, step: int) -> dict[str, float]:
         """The main metric of each benchmark by its name. Raises `TrainingError` where one fails."""
-        backend = HuggingFace(model, processor, batch_size=self.section.batch_size)
+        answerer = HuggingFace(model, processor, batch_size=self.section.batch_size)
         out, label, limit = self.folder / "benchmarks" / f"step-{step}", f"step {step}", self.section.limit
         shutil.rmtree(out, ignore_errors=True)  # of an interrupted run that resumed from an earlier step
-        result = evaluate(backend, self.benchmarks, out, model=label, limit=limit, on_progress=self.on_progress)
+        result = evaluate(answerer, self.benchmarks, out, model=label, limit=limit, on_progress=self.on_progress)
         if result.failed:
             reasons = "; ".join(str(failed.failure) for failed in result.failed)
             raise TrainingError(f"a benchmark failed at step {step}: {reasons}")

@@ -49,14 +49,14 @@ def write_card(folder: RunFolder, model: Path) -> None:
         library_name="peft" if adapter else "transformers",
         tags=["unidpo", "preference-optimization", loss],
     )
-    environment = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # Markdown; what is not ours goes through the filters
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": _code, "cell": _cell, "number": _number, "fenced": _fenced}
-    text = environment.get_template("card.md.j2").render(
+    templates.filters |= {"code": _code, "cell": _cell, "number": _number, "fenced": _fenced}
+    text = templates.get_template("card.md.j2").render(
         metadata=f"---\n{metadata.to_yaml()}\n---\n",
         title=f"{name}, {TITLES.get(loss, loss)}",
         base=_home(base),

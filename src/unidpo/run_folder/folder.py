@@ -23,7 +23,7 @@ from unidpo.errors import Finding, RunError, from_findings
 from unidpo.files.locks import LOCK_FILES, locked
 from unidpo.files.writing import write_json
 from unidpo.redaction import redacted
-from unidpo.run_folder.manifest import cannot_resume, damage
+from unidpo.run_folder.manifest import cannot_resume, checkpoint_damage
 
 _LOG = logging.getLogger(__name__)
 MAY_CHANGE_ON_RESUME = frozenset(
@@ -80,7 +80,7 @@ class RunFolder:
     @property
     def last_checkpoint(self) -> Path | None:
         """The newest whole one, or `None`."""
-        return next((path for path in self.checkpoints if damage(path) is None), None)
+        return next((path for path in self.checkpoints if checkpoint_damage(path) is None), None)
 
     def refuse_unless_free(self, *, resume: bool) -> None:
         """Raise `RunError` where `create` would because of what the folder holds; writes nothing."""
@@ -134,7 +134,7 @@ class RunFolder:
             self._clear_unfinished()
             for of_another_start in (self.inputs, self.path / "inputs.parquet"):
                 of_another_start.unlink(missing_ok=True)
-            write_json(self.environment, {"starts": [{**environment(), **(machine or {})}]})
+            write_json(self.environment, {"starts": [this_start(machine)]})
             write_json(self.config, config)
 
     def resume(self, config: Mapping[str, Any]) -> Path | None:
@@ -167,7 +167,7 @@ class RunFolder:
             config: as it was given to `resume`.
             machine: see `create`.
         """
-        starts, start = self._starts(), {**environment(), **(machine or {})}
+        starts, start = self._starts(), this_start(machine)
         changed = _other_machine(starts[-1], start) if starts else []
         if changed:
             _LOG.warning(
@@ -218,8 +218,8 @@ class RunFolder:
             raise from_findings(RunError, title, changed)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, platform, command and time (UTC) of a start."""
+def this_start(machine: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Versions, platform, command and time (UTC) of this start, and what else is given of the machine."""
     versions: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -234,6 +234,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "packages": versions,
+        **(machine or {}),
     }
 
 

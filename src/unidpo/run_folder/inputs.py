@@ -26,7 +26,7 @@ from unidpo.files.writing import replacing, write_json
 
 _LOG = logging.getLogger(__name__)
 _DIGEST = 8
-_RECORD = "inputs.json"
+_FILE = "inputs.json"
 _CONTENTS = ("prompt", "images", "responses", "scores", "pairs")
 """Columns of digests."""
 _SCHEMA = pa.schema(
@@ -126,7 +126,7 @@ class Inputs:
 
     def check_models(self, digests: Mapping[str, str]) -> None:
         """Record digests of `model`, `reference` or `processor`, or compare them. Raises `RunError`."""
-        record, version = _read_record(self._run), importlib.metadata.version("transformers")
+        record, version = _read_file(self._run), importlib.metadata.version("transformers")
         recorded, before = record.get("digests", {}), record.get("transformers", version)
         changed = [name for name, digest in digests.items() if recorded.get(name, digest) != digest]
         hint = "" if version == before else f" (transformers was {before}, is {version})"
@@ -150,16 +150,16 @@ class Inputs:
         return [_Group(**{**row, "rows": tuple(row["rows"])}) for row in table.to_pylist()]
 
     def _add(self, more: Mapping[str, Any]) -> None:
-        write_json(self._run / _RECORD, {**_read_record(self._run), **more})
+        write_json(self._run / _FILE, {**_read_file(self._run), **more})
 
 
 def began_with(run: Path) -> list[DataFile]:
     """The data files that a run was begun with. Raises `RunError` where their record is damaged."""
-    return [DataFile(**file) for file in _read_record(run).get("data", [])]
+    return [DataFile(**file) for file in _read_file(run).get("data", [])]
 
 
-def _read_record(run: Path) -> dict[str, Any]:
-    path = run / _RECORD
+def _read_file(run: Path) -> dict[str, Any]:
+    path = run / _FILE
     try:
         return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:

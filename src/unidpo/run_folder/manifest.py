@@ -35,7 +35,7 @@ def write_manifest(checkpoint: Path, step: int, *, run: Path, resumable: bool) -
     write_json(checkpoint / MANIFEST, written)
 
 
-def damage(checkpoint: Path) -> str | None:
+def checkpoint_damage(checkpoint: Path) -> str | None:
     """What a checkpoint has lost of what its manifest lists; `None` where it is whole."""
     written = _read(checkpoint)
     if written is None:
@@ -54,7 +54,7 @@ def damage(checkpoint: Path) -> str | None:
 
 def cannot_resume(checkpoint: Path, *, run: Path) -> str | None:
     """Why a run cannot resume from a checkpoint: it, the metrics or the ledger up to it are not whole; else `None`."""
-    problem = damage(checkpoint)
+    problem = checkpoint_damage(checkpoint)
     written = _read(checkpoint)
     if problem is not None or written is None:
         return problem

@@ -21,7 +21,7 @@ from unidpo.distributed import is_main, wait_for_all
 from unidpo.errors import RunError, TrainingError
 from unidpo.model.load import load_weights
 from unidpo.run_folder.folder import UNFINISHED_CHECKPOINT, RunFolder
-from unidpo.run_folder.manifest import MANIFEST, damage, write_manifest
+from unidpo.run_folder.manifest import MANIFEST, checkpoint_damage, write_manifest
 from unidpo.training.metrics import RewardShift
 
 _REWARD_SHIFT = "reward_shift.json"
@@ -82,7 +82,7 @@ def checkpoint_to_resume(output: str, given: str | Path | bool | None) -> Path |
     checkpoint = RunFolder(output).last_checkpoint if given is True else Path(given)
     if checkpoint is None:
         raise RunError(f"{output}: there is no whole checkpoint to resume from; begin again")
-    problem = damage(checkpoint) if (checkpoint / MANIFEST).exists() else None
+    problem = checkpoint_damage(checkpoint) if (checkpoint / MANIFEST).exists() else None
     if problem is not None:
         raise RunError(f"{checkpoint}: {problem}; resume from another checkpoint, or begin again")
     return checkpoint
