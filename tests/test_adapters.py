@@ -15,7 +15,7 @@ from unidpo.errors import ModelError
 from unidpo.losses import DPO, SimPO, UniDPO
 from unidpo.model.adapters import adds_nothing_yet, lora_config, with_adapter
 from unidpo.model.load import load_policy
-from unidpo.model.parts import language_linear_layers, parts
+from unidpo.model.parts import language_linear_layers, parameters_by_part
 from unidpo.training.arguments import spelled_for_transformers
 from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group
@@ -189,7 +189,7 @@ def test_any_part_may_be_frozen_though_embeddings_are_tied(tmp_path, frozen):
     assert model.lm_head.weight is model.get_input_embeddings().weight
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainer_of(tmp_path, model=model, frozen=frozen, max_steps=1, attention="sdpa").train()
-    for part, parameters in parts(model).items():
+    for part, parameters in parameters_by_part(model).items():
         changed = any(not torch.equal(p, before[name]) for name, p in parameters)
         assert changed == (part not in frozen), part
     assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -33,7 +33,7 @@ from unidpo.model.lengths import TokenCounter
 from unidpo.model.load import load_policy, load_processor
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import pack
-from unidpo.model.parts import freeze, language_linear_layers, parts
+from unidpo.model.parts import freeze, language_linear_layers, parameters_by_part
 from worlds import GOLDEN, SMALL, save_text_model
 
 # peft asks transformers by a name that is on its way out.
@@ -133,7 +133,7 @@ def test_image_tensors_of_several_prompts_are_what_the_processor_makes_of_them_t
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parts_are_found_by_the_models_own_structure(folder, name):
     model = load_policy(folder(name))
-    by_part = parts(model)
+    by_part = parameters_by_part(model)
     every = [name for parameters in by_part.values() for name, _ in parameters]
     assert sorted(every) == sorted(name for name, _ in model.named_parameters())
     modules = {name.removeprefix("model.") for name, _ in by_part["projector"]}
@@ -156,7 +156,7 @@ def test_a_tied_head_freezes_and_learns_with_the_embeddings(folder, name):
     if name in PROJECTORS:
         freeze(model, ("language",))
         assert not head.weight.requires_grad
-        assert all(parameter.requires_grad for _, parameter in parts(model)["vision"])
+        assert all(parameter.requires_grad for _, parameter in parameters_by_part(model)["vision"])
 
 
 def test_a_model_of_unknown_structure_says_what_was_not_found():

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unidpo.data.formats.convert import check_writable
-from unidpo.data.formats.dataset_info import PLAIN, Columns
+from unidpo.data.formats.dataset_info import PLAIN, ColumnNames
 from unidpo.data.formats.detection import extra_columns, read_row
 from unidpo.data.formats.files import rows_in
 from unidpo.data.formats.layouts import LAYOUTS
@@ -68,10 +68,10 @@ ODD: list[Any] = [
     *([], {}, [[]], [None], [{}], {"role": "user"}, {"from": "human", "value": 1}, {"bytes": "AAAA"}, {"path": 3}),
     *(b"\xff", b"", ["a", "b"], [["a", "b"]], [0, 1], {"type": "image"}, {"text": "a", "score": 1}, object),
 ]
-MAPPED = Columns("sharegpt", {"conversations": "prompt", "chosen": "rejected", "images": "own"})
+MAPPED = ColumnNames("sharegpt", {"conversations": "prompt", "chosen": "rejected", "images": "own"})
 
 
-def check_row(value: Any, number: int = 1, columns: Columns = PLAIN, **options: Any) -> None:
+def check_row(value: Any, number: int = 1, columns: ColumnNames = PLAIN, **options: Any) -> None:
     """Read, write in every layout, relocate: whatever the row is, nothing but a `UserError` comes of it."""
     row = Row(value, number, "memory", Path("root"), columns=columns, **options)
     read_row(row)

@@ -18,7 +18,7 @@ from exams import exam, run_eval
 from test_train import rows_of, unidpo, write_recipe, write_rows
 from unidpo import cli
 from unidpo.data.mm_rlhf import FetchPlan
-from unidpo.data.mm_rlhf.hubs import HuggingFace
+from unidpo.data.mm_rlhf.hubs import HuggingFaceHub
 from unidpo.errors import FolderInUse
 from unidpo.files.locks import locked
 from unidpo.training.record import RunRecord
@@ -82,7 +82,7 @@ def _soon(happens, seconds=60):
 
 
 def test_a_second_fetch_into_a_folder_is_refused(tmp_path, monkeypatch):
-    plan = FetchPlan("me/data", HuggingFace(None), tmp_path / "data", (), free=1 << 40)
+    plan = FetchPlan("me/data", HuggingFaceHub(None), tmp_path / "data", (), free=1 << 40)
     monkeypatch.setattr("unidpo.data.mm_rlhf.plan_fetch", lambda *_, **__: plan)
     command = ["data", "fetch", "mm-rlhf", "--to", str(plan.to)]
     with locked(plan.to):

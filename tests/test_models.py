@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from unidpo.errors import ModelError
 from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.load import load_policy, load_processor, save_model
-from unidpo.model.parts import freeze, keep_trainable_in_float32, language_linear_layers, parts
+from unidpo.model.parts import freeze, keep_trainable_in_float32, language_linear_layers, parameters_by_part
 from worlds import GOLDEN, group, tiny_policy
 
 # peft asks transformers by a name that is on its way out.
@@ -179,7 +179,7 @@ def test_freezing_everything_is_an_error():
 
 def test_each_parameter_is_in_exactly_one_part():
     model = load_policy(GOLDEN / "model")
-    by_part = parts(model)
+    by_part = parameters_by_part(model)
     every = sorted(name for parameters in by_part.values() for name, _ in parameters)
     assert every == sorted(name for name, _ in model.named_parameters())
     assert {name.split(".")[2] for name, _ in by_part["projector"]} == {"merger"}
@@ -188,7 +188,7 @@ def test_each_parameter_is_in_exactly_one_part():
 @pytest.mark.parametrize("make", ["text_model", "gemma2"])
 def test_a_text_model_is_all_language(make, request):
     model = load_policy(request.getfixturevalue(make))
-    by_part = parts(model)
+    by_part = parameters_by_part(model)
     assert (by_part["vision"], by_part["projector"]) == ([], [])
     freeze(model, ("vision", "projector"))
     assert frozen_names(model) == set()

@@ -17,7 +17,7 @@ from unidpo.data.lost_rows import lost_rows
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import whole
 from unidpo.errors import Finding, ImageError
-from unidpo.model.parts import parts
+from unidpo.model.parts import parameters_by_part
 
 UNREADABLE = b""
 """Stands for the key of what cannot be read any more."""
@@ -37,9 +37,9 @@ def vision_fingerprint(model: PreTrainedModel) -> str:
     """32 hex digits that name vision tower and projector: their weights, buffers and configuration.
 
     Raises:
-        ModelError: they are not known, see `parts.parts`.
+        ModelError: they are not known, see `parts.parameters_by_part`.
     """
-    found = parts(model)
+    found = parameters_by_part(model)
     of_language = {id(buffer) for buffer in model.get_decoder().buffers()}
     buffers = {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in of_language}
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_OF_IMAGES}

@@ -32,8 +32,8 @@ class FetchError(UserError):
     exit_code = 1
 
 
-def part_of(place: Path, identity: str) -> Path:
-    """Where a file lies until it is whole. ``identity`` names its content: another content has another part."""
+def unfinished_of(place: Path, identity: str) -> Path:
+    """Where a file lies until it is whole. ``identity`` names its content: another content has another file."""
     return place.with_name(f".{place.name}.{identity[:16]}.unfinished")
 
 
@@ -67,13 +67,13 @@ def size_of(url: str) -> int:
 
 
 def download_url(
-    url: str, part: Path, size: int, on_bytes: OnBytes, *, name: str = "", headers: Mapping[str, str] | None = None
+    url: str, file: Path, size: int, on_bytes: OnBytes, *, name: str = "", headers: Mapping[str, str] | None = None
 ) -> None:
     """Fill a file with what an address gives.
 
     Args:
         url: the address.
-        part: the file; what it holds already is kept as the beginning.
+        file: filled; what it holds already is kept as the beginning.
         size: of the whole, in bytes.
         on_bytes: called with how many bytes are there.
         name: what messages call the file; the address by default.
@@ -85,18 +85,18 @@ def download_url(
     """
     failures = 0
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        on_bytes(part.stat().st_size)
-        while (before := part.stat().st_size) != size:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        on_bytes(file.stat().st_size)
+        while (before := file.stat().st_size) != size:
             try:
-                _receive(url, dict(headers or {}), part, size, on_bytes)
+                _receive(url, dict(headers or {}), file, size, on_bytes)
                 problem: Exception = FetchError("the connection ended early")
             except Exception as error:
                 if not _may_pass(error):
                     raise
                 problem = error
-            failures = 0 if part.stat().st_size > before else failures + 1
+            failures = 0 if file.stat().st_size > before else failures + 1
             if failures >= FAILURES_IN_A_ROW:
                 raise problem
             if failures:
@@ -125,13 +125,13 @@ def fetch_error(where: str, error: Exception) -> UserError:
     return FetchError(f"{where}: {problem}; run the command again to resume")
 
 
-def _receive(url: str, headers: dict[str, str], part: Path, size: int, on_bytes: OnBytes) -> None:
-    """Append to the part what one connection gives."""
+def _receive(url: str, headers: dict[str, str], file: Path, size: int, on_bytes: OnBytes) -> None:
+    """Append to the file what one connection gives."""
     from huggingface_hub import get_session
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
     from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
-    done = part.stat().st_size
+    done = file.stat().st_size
     if done > size:
         done = 0
     headers["Accept-Encoding"] = "identity"
@@ -139,7 +139,7 @@ def _receive(url: str, headers: dict[str, str], part: Path, size: int, on_bytes:
         headers["Range"] = f"bytes={done}-"
     with (
         get_session().stream("GET", url, headers=headers, timeout=HF_HUB_DOWNLOAD_TIMEOUT) as response,
-        part.open("ab") as sink,
+        file.open("ab") as sink,
     ):
         hf_raise_for_status(response)
         if done and not _starts_at(response, done):

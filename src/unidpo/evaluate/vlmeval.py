@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unidpo.data.download import FetchError, download_url, in_megabytes, part_of, size_of
+from unidpo.data.download import FetchError, download_url, in_megabytes, size_of, unfinished_of
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, EvaluationFailed, Judged, Score, md5_of
 from unidpo.generate.questions import Generation, Part
 from unidpo.progress import OnProgress
@@ -86,12 +86,12 @@ def download_file(name: str, folder: Path, on_progress: OnProgress | None = None
     if place.is_file():
         return place
     published = PAPER[name]
-    part, size = part_of(place, published.md5), size_of(published.url)
-    download_url(published.url, part, size, in_megabytes(f"download {name}", size, on_progress))
-    if md5_of(part) != published.md5:
-        part.unlink()
+    unfinished, size = unfinished_of(place, published.md5), size_of(published.url)
+    download_url(published.url, unfinished, size, in_megabytes(f"download {name}", size, on_progress))
+    if md5_of(unfinished) != published.md5:
+        unfinished.unlink()
         raise FetchError(f"{published.url}: its MD5 is not the published {published.md5}; it was deleted")
-    part.replace(place)
+    unfinished.replace(place)
     return place
 
 

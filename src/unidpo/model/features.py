@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from unidpo.errors import ModelError
-from unidpo.model.parts import parts
+from unidpo.model.parts import parameters_by_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def join(features: Sequence[ImageFeatures]) -> ImageFeatures | None:
 def images_are_frozen(model: PreTrainedModel) -> bool:
     """Whether nothing is trained between an image and its features; false where the model's parts are unknown."""
     try:
-        found = parts(model)
+        found = parameters_by_part(model)
     except ModelError:
         return False
     return not any(weight.requires_grad for part in ("vision", "projector") for _, weight in found[part])

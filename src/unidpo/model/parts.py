@@ -11,7 +11,7 @@ from unidpo.config.schema import ModelPart
 from unidpo.errors import ModelError
 
 
-def parts(model: PreTrainedModel) -> Mapping[ModelPart, list[tuple[str, torch.nn.Parameter]]]:
+def parameters_by_part(model: PreTrainedModel) -> Mapping[ModelPart, list[tuple[str, torch.nn.Parameter]]]:
     """The model's named parameters as vision tower, projector and language model.
 
     The language model is transformers' `get_decoder()` with the embeddings and the head, the vision tower its
@@ -58,13 +58,13 @@ def freeze(model: PreTrainedModel, frozen: Iterable[ModelPart]) -> None:
     An output head that shares its weight with the embeddings belongs to them, as language.
 
     Raises:
-        ModelError: nothing would be left to train, or the model's parts are unknown, see `parts`.
+        ModelError: nothing would be left to train, or the model's parts are unknown, see `parameters_by_part`.
     """
     frozen = set(frozen)
     model.requires_grad_(True)
     if not frozen:
         return
-    by_part = parts(model)
+    by_part = parameters_by_part(model)
     for part in frozen:
         for _, parameter in by_part[part]:
             parameter.requires_grad_(False)

@@ -13,7 +13,7 @@ from unidpo.config import LoraSection
 from unidpo.config.schema import ModelPart
 from unidpo.errors import ModelError
 from unidpo.model.adapters import lora_config, with_adapter
-from unidpo.model.parts import language_linear_layers, parts
+from unidpo.model.parts import language_linear_layers, parameters_by_part
 
 _MATRICES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
@@ -77,12 +77,12 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
     """The shape of a model, which may lie on the `meta` device.
 
     Raises:
-        ModelError: it has no language model with a head, or its parts are unknown, see `unidpo.model.parts.parts`.
+        ModelError: it has no language model with a head, or its parts are unknown, see `parts.parameters_by_part`.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     if head is None:
         raise ModelError(f"{type(model).__name__} has no head over a vocabulary; a plan needs a language model")
-    by_part = parts(model)
+    by_part = parameters_by_part(model)
     ids = {part: {id(parameter) for _, parameter in named} for part, named in by_part.items()}
     outside = {id(head.weight), id(model.get_input_embeddings().weight)}
     heads = config.num_attention_heads

@@ -8,7 +8,7 @@ from typing import Any
 
 from unidpo.data.check.report import CheckReport
 from unidpo.data.formats import read_groups
-from unidpo.data.formats.files import is_same, write_json
+from unidpo.data.formats.files import is_same, write_json_rows
 from unidpo.data.formats.reading import read_rows
 from unidpo.data.pairs import PromptGroup
 from unidpo.errors import DataError
@@ -43,7 +43,7 @@ def write_usable(report: CheckReport, to: str | Path) -> int:
     usable = {group.pairs[0].row for group in report.groups}
     try:
         with replacing(target) as unproved:
-            write_json((row.given for row in read_rows(report.file) if row.number in usable), unproved)
+            write_json_rows((row.given for row in read_rows(report.file) if row.number in usable), unproved)
             _require_same(unproved, report, target)
     except OSError as error:
         raise DataError(f"{target}: the file cannot be written: {error.strerror}") from error

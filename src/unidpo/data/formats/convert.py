@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from unidpo.data.formats import tables
 from unidpo.data.formats.detection import detect, extra_columns, read_row
-from unidpo.data.formats.files import LINE_SUFFIXES, is_same, write_json
+from unidpo.data.formats.files import LINE_SUFFIXES, is_same, write_json_rows
 from unidpo.data.formats.layouts import LAYOUTS
 from unidpo.data.formats.reading import read_rows
 from unidpo.data.formats.row import ADDRESS, Row
@@ -110,7 +110,7 @@ def convert(
     bad_rows = 0
     for row in read_rows(source, images=images, layout=from_layout):
         report.rows_read += 1
-        for _, image in row.sources:
+        for _, image in row.images:
             if isinstance(image, Path):
                 named.setdefault(image, row.number)
         extra = extra_columns(row) if row.group is not None else {}
@@ -227,7 +227,7 @@ def _write(items: Sequence[Item], path: Path, layout: str) -> int:
     if path.suffix == ".parquet":
         tables.write_parquet(rows, path)
     else:
-        write_json(rows(), path)
+        write_json_rows(rows(), path)
     return written
 
 

@@ -31,7 +31,7 @@ _UNUSED = {"response", "kto_tag", "messages", "prompt", "query", "history"}
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class ColumnNames:
     """How a file names its columns.
 
     Attributes:
@@ -45,10 +45,10 @@ class Columns:
     tags: Mapping[str, str] = field(default_factory=lambda: TAGS)
 
 
-PLAIN = Columns()
+PLAIN = ColumnNames()
 
 
-def columns_of(file: Path) -> Columns:
+def columns_of(file: Path) -> ColumnNames:
     """What the ``dataset_info.json`` beside a file says about it; `PLAIN` if there is none or it does not name it.
 
     A column that is not mapped keeps the layout's own name. (LLaMA-Factory takes it for absent.)
@@ -80,7 +80,7 @@ def _names(entry: dict[str, Any], file: Path) -> bool:
     return isinstance(name, str) and Path(name) == Path(file.name)
 
 
-def _columns(entry: dict[str, Any], where: str) -> Columns:
+def _columns(entry: dict[str, Any], where: str) -> ColumnNames:
     layout = entry.get("formatting", "alpaca")
     if layout not in ("alpaca", "sharegpt"):
         raise DataError(f"{where}: `formatting` is alpaca or sharegpt, not {shown(layout)}")
@@ -89,7 +89,8 @@ def _columns(entry: dict[str, Any], where: str) -> Columns:
     tags = _names_of(entry, "tags", TAGS, set(), where)
     if "formatting" not in entry and not columns:
         return PLAIN  # nothing is said about the columns: the rows speak for themselves
-    return Columns(layout, {known[ours]: theirs for ours, theirs in columns.items() if ours in known}, {**TAGS, **tags})
+    names = {known[ours]: theirs for ours, theirs in columns.items() if ours in known}
+    return ColumnNames(layout, names, {**TAGS, **tags})
 
 
 def _names_of(

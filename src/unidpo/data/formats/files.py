@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unidpo.data.formats import tables
-from unidpo.data.formats.writing import replacing
+from unidpo.data.formats.writing import new_data_file
 from unidpo.errors import DataError, Finding, shown
 from unidpo.files.places import missing_here
 from unidpo.files.regular import open_regular
@@ -102,7 +102,7 @@ def loads(text: str, **options: Any) -> Any:
     return value
 
 
-def write_json(rows: Iterable[dict[str, Any]], path: Path) -> None:
+def write_json_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write rows as a JSON list, or a row per line if the path ends in ``.jsonl``; bytes as ``{"bytes": base64}``.
 
     The file appears complete or not at all.
@@ -111,7 +111,7 @@ def write_json(rows: Iterable[dict[str, Any]], path: Path) -> None:
         DataError: a row holds a value JSON has no word for, or the file cannot be written.
     """
     before, between, after = (b"", b"\n", b"\n") if path.suffix in LINE_SUFFIXES else (b"[\n", b",\n", b"\n]\n")
-    with replacing(path) as file:
+    with new_data_file(path) as file:
         file.write(before)
         for number, row in enumerate(rows):
             file.write((between if number else b"") + json_bytes(row, path))

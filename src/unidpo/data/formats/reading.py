@@ -170,5 +170,5 @@ def _collected(name: str | Path, rows: Iterable[Row]) -> Read:
         if row.group is not None:
             groups.append(row.group)
         findings += row.findings
-        uses += [ImageUse(row.number, key, source) for key, source in row.sources]
+        uses += [ImageUse(row.number, key, source) for key, source in row.images]
     return Read(Path(name), count, groups, findings, uses)

@@ -14,7 +14,7 @@ from unidpo.data.formats import tables
 from unidpo.data.formats.dataset_info import columns_of
 from unidpo.data.formats.files import is_parquet, is_same, json_bytes, rows_of
 from unidpo.data.formats.row import ADDRESS, IMAGE_COLUMNS, IMAGE_KEYS
-from unidpo.data.formats.writing import replacing
+from unidpo.data.formats.writing import new_data_file
 from unidpo.errors import DataError, Finding, from_findings, shown
 from unidpo.files.regular import is_regular, open_regular
 
@@ -85,7 +85,7 @@ def relocate(
     columns = tuple(names.get(name, name) for name in IMAGE_COLUMNS)
 
     move = functools.partial(move_images, columns=columns, find=find, report=report)
-    with replacing(target) as file:
+    with new_data_file(target) as file:
         if is_parquet(source):
             _move_table(source, file, columns, move)
         else:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import PIL.Image
 
-from unidpo.data.formats.dataset_info import PLAIN, Columns
+from unidpo.data.formats.dataset_info import PLAIN, ColumnNames
 from unidpo.data.formats.files import json_type
 from unidpo.data.formats.texts import Content, encodable, is_visible, joined, marked
 from unidpo.data.pairs import IMAGE, ImageMark, ImageSource, Message, Pair, PromptGroup, Response
@@ -45,7 +45,7 @@ class Row:
         shared: images embedded in the file; equal ones become one object.
         values: its columns under the layout's own names, once the layout is known.
         findings: what is wrong with it, or worth knowing.
-        sources: the images it names, with their keys.
+        images: those it names, with their keys.
         lost: keys that hold something a prompt group has no place for, below the columns of the layout.
         layout: the name of its layout, once known.
         group: what was read, or ``None`` with at least one error among the findings.
@@ -56,11 +56,11 @@ class Row:
     file: str | Path | None
     root: Path
     require_scores: bool = False
-    columns: Columns = PLAIN
+    columns: ColumnNames = PLAIN
     shared: dict[bytes, bytes] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict, init=False)
     findings: list[Finding] = field(default_factory=list, init=False)
-    sources: list[tuple[str, ImageSource]] = field(default_factory=list, init=False)
+    images: list[tuple[str, ImageSource]] = field(default_factory=list, init=False)
     lost: list[str] = field(default_factory=list, init=False)
     layout: str | None = field(default=None, init=False)
     group: PromptGroup | None = field(default=None, init=False)
@@ -218,7 +218,7 @@ class Row:
     def make_group(self, messages: Sequence[Message], responses: Sequence[Response], pairs: Sequence[Pair]) -> None:
         """Make the group, unless anything was wrong."""
         if not self.is_bad:
-            images = tuple(source for _, source in self.sources)
+            images = tuple(source for _, source in self.images)
             self.group = PromptGroup(tuple(messages), images, tuple(responses), tuple(pairs))
 
     def make_pair(self, messages: Sequence[Message], chosen: str, rejected: str) -> None:
@@ -250,7 +250,7 @@ class Row:
             self.lost += [f"{self._key_in_file(key)}.{k}" for k, v in value.items() if k not in known and v is not None]
 
     def _images(self) -> int:
-        """Read the row's images into ``sources``, with their keys, and say how many it names."""
+        """Read the row's images into ``images``, with their keys, and say how many it names."""
         given = [key for key in IMAGE_COLUMNS if self.values.get(key) is not None]
         if len(given) > 1:
             self.error("wrong-type", "image", "both `images` and `image` are given; keep one of them")
@@ -263,7 +263,7 @@ class Row:
                 problem = f"the row names images under `{column}` too; keep one of them"
                 self.error("inline-image", key.rpartition(".")[0], problem)
         read = [(key, self._image(entry, key)) for key, entry in entries or self._inline]
-        self.sources = [(key, source) for key, source in read if source is not None]
+        self.images = [(key, source) for key, source in read if source is not None]
         return len(read)
 
     def _image(self, value: Any, key: str) -> ImageSource | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from unidpo.data.formats.writing import replacing
+from unidpo.data.formats.writing import new_data_file
 from unidpo.errors import DataError, Finding, shown
 from unidpo.files.places import missing_here
 
@@ -81,7 +81,7 @@ def write_parquet(rows: Callable[[], Iterator[dict[str, Any]]], path: Path) -> N
         schema = pa.schema({})
         for batch in _batches(rows()):
             schema = pa.unify_schemas([schema, _schema(batch)], promote_options="permissive")
-        with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
+        with new_data_file(path) as file, pq.ParquetWriter(file, schema) as writer:
             for batch in _batches(rows()):
                 writer.write_table(pa.Table.from_pylist(batch, schema=schema))
     except (pa.ArrowException, OSError, OverflowError, UnicodeEncodeError) as error:

@@ -12,7 +12,7 @@ from unidpo.files import writing
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def new_data_file(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its place only when all is written; until then, and on failure, the old one stays.
 
     Raises:

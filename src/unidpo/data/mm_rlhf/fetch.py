@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.filesize import decimal
 
-from unidpo.data.download import FetchError, in_megabytes, part_of, size_on_disk
+from unidpo.data.download import FetchError, in_megabytes, size_on_disk, unfinished_of
 from unidpo.data.mm_rlhf.archives import Extracted, extract, top_names
 from unidpo.data.mm_rlhf.fetch_plan import FetchPlan, FetchRecord, FileStep
 from unidpo.data.mm_rlhf.hubs import RemoteFile
@@ -98,7 +98,7 @@ def _download(plan: FetchPlan, step: FileStep, on_progress: OnProgress | None) -
     if _is_right(place, remote, on_progress):
         return 0
     place.unlink(missing_ok=True)
-    before = size_on_disk(part_of(place, remote.identity))
+    before = size_on_disk(unfinished_of(place, remote.identity))
     on_bytes = in_megabytes(f"download {remote.path}", remote.size, on_progress)
     plan.hub.download(plan.repo, remote, place, on_bytes)
     if not _is_right(place, remote, on_progress):

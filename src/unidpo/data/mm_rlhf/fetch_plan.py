@@ -14,9 +14,9 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from unidpo.data.download import part_of, size_on_disk
+from unidpo.data.download import size_on_disk, unfinished_of
 from unidpo.data.mm_rlhf.archives import is_inside
-from unidpo.data.mm_rlhf.hubs import Hub, RemoteFile, Source, open_hub
+from unidpo.data.mm_rlhf.hubs import Hub, HubName, RemoteFile, open_hub
 from unidpo.data.mm_rlhf.ratings import DEFAULT_SUBSETS, SUBSETS
 from unidpo.errors import DataError, require_known, shown
 from unidpo.files.writing import write_json
@@ -24,7 +24,7 @@ from unidpo.files.writing import write_json
 DataSet: TypeAlias = Literal["mm-rlhf", "uni-dpo"]
 
 
-_REPOS: dict[tuple[DataSet, Source], str] = {
+_REPOS: dict[tuple[DataSet, HubName], str] = {
     ("mm-rlhf", "huggingface"): "yifanzhang114/MM-RLHF",
     ("uni-dpo", "huggingface"): "psp-dada/Uni-DPO",
     ("uni-dpo", "modelscope"): "pspdada/Uni-DPO",
@@ -121,7 +121,7 @@ def plan_fetch(
     dataset: DataSet,
     to: str | Path,
     *,
-    source: Source = "huggingface",
+    source: HubName = "huggingface",
     subsets: Sequence[str] | None = None,
     repo: str | None = None,
     endpoint: str | None = None,
@@ -188,7 +188,7 @@ def _step(remote: RemoteFile, to: Path, record: FetchRecord) -> FileStep:
     return FileStep(
         remote,
         place,
-        present=remote.size if there else min(remote.size, size_on_disk(part_of(place, remote.identity))),
+        present=remote.size if there else min(remote.size, size_on_disk(unfinished_of(place, remote.identity))),
         verified=there and record.has_file(remote, place),
         unpacks_to=int(remote.size * _UNPACKED_ESTIMATE) if is_archive and not is_unpacked else 0,
         unpack=is_archive,

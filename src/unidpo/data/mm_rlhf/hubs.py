@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias, get_args
 
-from unidpo.data.download import OnBytes, download_url, fetch_error, part_of
+from unidpo.data.download import OnBytes, download_url, fetch_error, unfinished_of
 from unidpo.errors import DataError, require_known
 
-Source = Literal["huggingface", "modelscope"]
+HubName = Literal["huggingface", "modelscope"]
 _NAME = "unidpo"
 """The user agent that the Hugging Face hub sees."""
 
@@ -22,7 +22,7 @@ class RemoteFile:
     Attributes:
         path: its path in the repository.
         size: in bytes.
-        identity: names the content; a part that was downloaded is resumed only while this is the same.
+        identity: names the content; a download is resumed only while this is the same.
         sha256: of the content, where the hub gives it (it does for every large file).
         git_blob: git's SHA-1 of the content, where the hub gives it (for small files).
     """
@@ -38,10 +38,10 @@ class RemoteFile:
         return place.is_file() and place.stat().st_size == self.size
 
 
-class HuggingFace:
+class HuggingFaceHub:
     """The Hugging Face hub, or a mirror of it."""
 
-    name: Source = "huggingface"
+    name: HubName = "huggingface"
 
     def __init__(self, endpoint: str | None) -> None:
         import huggingface_hub
@@ -73,15 +73,15 @@ class HuggingFace:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         url = hf_hub_url(repo, file.path, repo_type="dataset", revision=self.revision, endpoint=self.api.endpoint)
-        part, headers = part_of(place, file.identity), build_hf_headers(library_name=_NAME)
-        download_url(url, part, file.size, on_bytes, name=f"{repo}/{file.path}", headers=headers)
-        part.replace(place)
+        unfinished, headers = unfinished_of(place, file.identity), build_hf_headers(library_name=_NAME)
+        download_url(url, unfinished, file.size, on_bytes, name=f"{repo}/{file.path}", headers=headers)
+        unfinished.replace(place)
 
 
-class ModelScope:
+class ModelScopeHub:
     """The ModelScope hub, through `modelscope_hub`, which resumes by itself."""
 
-    name: Source = "modelscope"
+    name: HubName = "modelscope"
 
     def __init__(self, endpoint: str | None) -> None:
         try:
@@ -92,7 +92,7 @@ class ModelScope:
         self.api: Any = module.HubApi(endpoint=endpoint)
 
     def files(self, repo: str) -> list[RemoteFile]:
-        """As `HuggingFace.files`."""
+        """As `HuggingFaceHub.files`."""
         try:
             listed = [item for item in self.api.list_repo_files(repo, "dataset") if not item.is_dir]
         except Exception as error:
@@ -100,7 +100,7 @@ class ModelScope:
         return [RemoteFile(i.path, i.size, i.sha256 or i.blob_id or str(i.size), i.sha256) for i in listed]
 
     def download(self, repo: str, file: RemoteFile, place: Path, on_bytes: OnBytes) -> None:
-        """As `HuggingFace.download`."""
+        """As `HuggingFaceHub.download`."""
         folder = place.parents[len(PurePosixPath(file.path).parts) - 1]
         try:
             self.api.download_file(
@@ -111,14 +111,14 @@ class ModelScope:
         on_bytes(file.size)
 
 
-Hub: TypeAlias = HuggingFace | ModelScope
+Hub: TypeAlias = HuggingFaceHub | ModelScopeHub
 
 
-def open_hub(source: Source, endpoint: str | None = None) -> Hub:
+def open_hub(source: HubName, endpoint: str | None = None) -> Hub:
     """The hub of a name, at its usual address or another one.
 
     Raises:
         DataError: there is no hub of that name, or the package that speaks to it is not installed.
     """
-    require_known("--source", "hub", [source], get_args(Source))
-    return HuggingFace(endpoint) if source == "huggingface" else ModelScope(endpoint)
+    require_known("--source", "hub", [source], get_args(HubName))
+    return HuggingFaceHub(endpoint) if source == "huggingface" else ModelScopeHub(endpoint)
