@@ -22,7 +22,7 @@ def unidpo(*arguments: object) -> Result:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """Two rows in the seed's layout whose images lay elsewhere when it was written."""
+    """Two rows in the authors' layout (alpaca) whose images lay elsewhere when it was written."""
     (tmp_path / "here" / "train").mkdir(parents=True)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (40, 40)).save(tmp_path / "here" / "train" / name)

@@ -64,7 +64,7 @@ def test_ids_labels_positions_and_pixels_are_the_references(golden, make):
             for axis in range(3):
                 ours = [*encoded.position_ids[axis].tolist(), *going_on]
                 assert ours == recorded["position_ids"][axis][row][:length]
-        # The reference holds the picture twice, once per row.
+        # The authors' batch holds the picture twice, once per row.
         assert 2 * encoded.vision["pixel_values"].double().sum().item() == pytest.approx(
             recorded["pixel_sum"], rel=1e-6
         )

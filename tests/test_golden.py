@@ -1,4 +1,4 @@
-"""The reference's trajectories through the public classes, over every way of laying out the same work."""
+"""The trajectories of the authors' implementation, over every way of laying out the same work."""
 
 import json
 
@@ -24,7 +24,7 @@ WAYS = {
     "live reference": {"reference": "live"},
     "padded, live reference": {"attention": "padded", "reference": "live"},
 }
-# Our key → the reference's, with the largest difference allowed.
+# Our key → the authors', with the largest difference allowed.
 LOGGED = {
     "logps/chosen": ("policy_logps/chosen", 2e-5),
     "logps/rejected": ("policy_logps/rejected", 2e-5),
@@ -100,7 +100,7 @@ def test_the_batch_may_fall_into_passes_as_it_likes(golden, tmp_path, name, batc
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_of_the_first_step(golden, tmp_path, name):
-    """After clipping to norm 1, as the reference recorded it; for Uni-DPO tensor by tensor, else norm by norm."""
+    """After clipping to norm 1, as the authors recorded it; for Uni-DPO tensor by tensor, else norm by norm."""
     from transformers import TrainerCallback
 
     found = {}

@@ -1,4 +1,4 @@
-"""The losses against the reference's numbers, against the formula retyped with `math`, and by their properties."""
+"""The losses against the authors' numbers, against the formula retyped with `math`, and by their properties."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def test_all_reference_cases_to_1e_9(golden):
                 where = f"case {number}.{at}: {name}"
                 if abs(value - reference) <= 1e-9 * abs(reference):
                     continue
-                # Where σ rounds to 1 the reference's `1 - σ` has lost digits (2 of the 96 cases, values below
+                # Where σ rounds to 1 the authors' `1 - σ` has lost digits (2 of the 96 cases, values below
                 # 1e-30). There the judge is the formula in 60 digits.
                 assert (number, at) in {(2, 8), (2, 14)}, where
                 exact = sixty_digits(*(case[n][at] for n in names), **case["settings"])[name]

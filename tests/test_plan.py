@@ -85,8 +85,8 @@ def plan_of(recipe_file):
     return plan
 
 
-class TestTheSeedsEpoch:
-    """FACTS of the seed's data: 50,555 pairs, 12,503 prompts, 752 image tokens and 98 of text, 100 a response."""
+class TestAnEpochOfThePublishedData:
+    """The published data: 50,555 pairs, 12,503 prompts, 752 image tokens and 98 of text, 100 a response."""
 
     PROMPT, RESPONSE = 752 + 98, 100
     IMAGE = Vision(patches_per_token=4).load([752])

@@ -1,4 +1,4 @@
-"""`unidpo train` from outside: the reference's numbers, the run folder, resuming, and wrong inputs."""
+"""`unidpo train` from outside: the authors' numbers, the run folder, resuming, and wrong inputs."""
 
 import contextlib
 import io

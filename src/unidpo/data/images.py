@@ -45,7 +45,7 @@ def open_image(source: ImageSource) -> Image.Image:
     """Decode an image completely, as RGB.
 
     Transparency is dropped and palettes are expanded by a plain ``convert("RGB")``, as the authors do. Unlike
-    the reference, a rotation noted in the EXIF data is applied. Of an animation the first frame is taken.
+    theirs, a rotation noted in the EXIF data is applied. Of an animation the first frame is taken.
 
     Args:
         source: a file, the encoded bytes of one, or a decoded image (left as it is, a new one is returned).
@@ -78,7 +78,7 @@ def cap_pixels(image: Image.Image, max_pixels: int, min_pixels: int = MIN_PIXELS
     """Scale an image, keeping its shape, to at most ``max_pixels`` and at least ``min_pixels`` (width x height).
 
     Sides are rounded down after scaling, as in LLaMA-Factory, so a result may miss ``min_pixels`` by a rim; an
-    image within the limits is returned as it is. Sides never reach 0, where the reference would crash.
+    image within the limits is returned as it is. Sides never reach 0, where the authors' code would crash.
     """
     size = capped_size(image.size, max_pixels, min_pixels)
     return image if size == image.size else image.resize(size)

@@ -31,7 +31,7 @@ class UniDPO(PreferenceLoss):
     tau_good: float = 2.5
     """Score from which a chosen response is guarded by the NLL term."""
     detach_performance_weight: bool = False
-    """Whether the performance weight is a constant to the gradient; the reference differentiates through it."""
+    """Whether the performance weight is a constant to the gradient; the authors differentiate through it."""
 
     length_normalized: ClassVar[bool] = True
     needs_scores: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's alpaca ranking, which the reference uses: `instruction`, `chosen`, `rejected` as texts."""
+"""LLaMA-Factory's alpaca ranking, which the authors use: `instruction`, `chosen`, `rejected` as texts."""
 
 from __future__ import annotations
 
