@@ -195,7 +195,7 @@ def test_several_answers_are_a_list_in_a_cell(tmp_path: Path) -> None:
         ([{"question": "?", "answer": "x"}], {"name": "../x"}, ["`name`"]),
         ([{"question": "?", "answer": "x"}], {"file": "other.jsonl"}, ["other.jsonl", "cannot be read"]),
         ([{"question": "?", "answer": "x"}], {"file": "other.csv"}, ["other.csv", ".tsv"]),
-        ([{"question": "?"}], {}, ["row 1, `answer`", "missing"]),
+        ([{"question": "?"}], {}, ["row 1, `answer`", "required"]),
         ([{"question": "?", "answer": "x"}, {"question": "", "answer": "x"}], {}, ["row 2, `question`"]),
         ([{"question": "?", "answer": True}], {}, ["row 1, `answer`", "in quotes"]),
         ([{"question": "?", "answer": "maybe"}], {"type": "yesno"}, ["row 1", "yes or no"]),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from unidpo.config.hf_arguments import OWNED_BY_RECIPE
@@ -17,10 +17,11 @@ from unidpo.config.schema import (
     LoraSection,
     MethodSection,
     ModelSection,
+    Section,
     SourceSection,
     TrainSection,
 )
-from unidpo.errors import did_you_mean, shown
+from unidpo.errors import Finding, did_you_mean, shown
 from unidpo.losses import LOSSES
 
 _SECTIONS: Mapping[str, type[BaseModel]] = {
@@ -70,7 +71,13 @@ FOREIGN: Mapping[str, str] = {
 """What other trainers call a key of ours."""
 
 
-def explained(detail: ErrorDetails, model: type[BaseModel], values: Mapping[str, Any]) -> tuple[str, str, str]:
+def findings_of(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> list[Finding]:
+    """What pydantic says of these values, in our words."""
+    found = (_explained(detail, model, values) for detail in error.errors(include_url=False))
+    return [Finding(kind, message, key=key or None) for key, kind, message in found]
+
+
+def _explained(detail: ErrorDetails, model: type[BaseModel], values: Mapping[str, Any]) -> tuple[str, str, str]:
     """Dotted key, kind and message of one validation error of these values."""
     key = _key(detail, values)
     context: Mapping[str, Any] = detail.get("ctx", {})
@@ -91,6 +98,8 @@ def explained(detail: ErrorDetails, model: type[BaseModel], values: Mapping[str,
         case "literal_error":
             words = re.findall("'(.*?)'", context["expected"]) or [context["expected"]]
             return key, "bad-value", f"must be {_one_of(words, detail['input'])}"
+        case "string_pattern_mismatch":
+            return key, "bad-value", f"must match {context['pattern']}, not {given}"
         case "too_short" | "string_too_short":
             return key, "bad-value", "must not be empty"
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
@@ -135,9 +144,10 @@ def _unknown(key: str, model: type[BaseModel], values: Mapping[str, Any]) -> str
             )
     elsewhere = [dotted for dotted in dotted_keys() if dotted.endswith(f".{word}")]
     hint = did_you_mean(word, known)
-    if word in FOREIGN:
+    is_recipe = issubclass(model, Section)
+    if is_recipe and word in FOREIGN:
         hint = f"; did you mean `{FOREIGN[word].removeprefix(f'{section}.')}`?"
-    elif elsewhere and not hint:
+    elif is_recipe and elsewhere and not hint:
         hint = f"; did you mean `{elsewhere[0]}`?"
     return f"is not a key{f' of `{section}`' if section else ''}{hint}"
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from unidpo.config.explaining import explained
+from unidpo.config.explaining import findings_of
 from unidpo.config.named import missing_things
 from unidpo.config.reading import lay_over, read_yaml, reason_of, secrets
 from unidpo.config.schema import Recipe
@@ -117,8 +117,8 @@ class Problems:
             if not self.found:
                 return valid
         except ValidationError as error:
-            for detail in error.errors(include_url=False):
-                self.add(*explained(detail, model, values))
+            for finding in findings_of(error, model, values):
+                self.add(finding.key or "", finding.kind, finding.message)
         raise self.error()
 
     def error(self) -> RecipeError:

@@ -9,10 +9,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from unidpo.config.explaining import findings_of
 from unidpo.config.reading import read_yaml
 from unidpo.errors import DataError, did_you_mean, from_findings, shown
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, Judged, Score, md5_of
-from unidpo.evaluate.own_rows import Item, findings_of, read_items
+from unidpo.evaluate.own_rows import Item, read_items
 from unidpo.evaluate.scorers import KINDS, VERSION
 from unidpo.generate.questions import Generation
 
@@ -130,11 +131,11 @@ def load_benchmark(path: Path) -> OwnBenchmark:
         EvaluationError: something in it is wrong.
         DataError: the questions cannot be read, or rows of them are wrong; all of them at once.
     """
-    values = OmegaConf.to_container(read_yaml(path, what="benchmark"))
+    values: Any = OmegaConf.to_container(read_yaml(path, what="benchmark"))
     try:
         settings = BenchmarkFile.model_validate(values)
     except ValidationError as error:
-        findings = findings_of(error, known=BenchmarkFile.model_fields)
+        findings = findings_of(error, BenchmarkFile, values)
         raise from_findings(EvaluationError, f"{path}: the benchmark cannot be used", findings) from error
     file = path.parent / settings.file
     folder = file.parent if settings.images is None else path.parent / settings.images

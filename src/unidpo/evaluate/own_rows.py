@@ -11,7 +11,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 
+from unidpo.config.explaining import findings_of
 from unidpo.data.formats.files import loads, rows_of
 from unidpo.data.formats.texts import encodable, marked
 from unidpo.data.pairs import IMAGE
-from unidpo.errors import DataError, Finding, did_you_mean, shown
+from unidpo.errors import DataError, Finding, shown
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError
 from unidpo.evaluate.scorers import Truth
 from unidpo.files.regular import read_regular
@@ -60,42 +61,14 @@ def read_items(path: Path, kind: str, instruction: str, images: Path) -> tuple[l
     items: dict[str, Item] = {}
     findings: list[Finding] = []
     for number, row in _rows(path):
-        try:
-            item = _item(number, row, kind, instruction, images)
-        except ValidationError as error:
-            findings += findings_of(error, row=number)
-            continue
-        if isinstance(item, Finding):
-            findings.append(replace(item, row=number))
+        item = _item(number, row, kind, instruction, images)
+        if isinstance(item, list):
+            findings += [replace(finding, row=number) for finding in item]
         elif (index := item.question.index) in items:
             findings.append(Finding("bad-row", f"{shown(index)} was that of an earlier row", row=number, key="index"))
         else:
             items[index] = item
     return list(items.values()), findings
-
-
-def findings_of(error: ValidationError, *, row: int | None = None, known: Iterable[str] = ()) -> list[Finding]:
-    """What pydantic says, in our words.
-
-    Args:
-        error: of the row, or of a mapping of keys.
-        row: its number.
-        known: the keys there are.
-    """
-    found = []
-    for each in error.errors():
-        names = [part for part in each["loc"] if isinstance(part, str)]
-        key = names[-1] if names else None
-        message = each["msg"].removeprefix("Value error, ")
-        match each["type"]:
-            case "extra_forbidden":
-                message = f"there is no such key{did_you_mean(str(key), known)}"
-            case "missing":
-                message = "it is missing or empty"
-            case other if other != "value_error":
-                message = f"{message[:1].lower()}{message[1:]}, not {shown(each['input'])}"
-        found.append(Finding("bad-value", message, row=row, key=key))
-    return found
 
 
 def _text(value: object) -> str:
@@ -179,25 +152,30 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: not a table of tab-separated values ({error})") from error
 
 
-def _item(number: int, row: Any, kind: str, instruction: str, folder: Path) -> Item | Finding:
-    """A row, or a line of JSON, as a question, or why it is none. Raises `ValidationError`."""
+def _item(number: int, row: Any, kind: str, instruction: str, folder: Path) -> Item | list[Finding]:
+    """A row, or a line of JSON, as a question, or why it is none."""
     if isinstance(row, str):
         try:
             row = loads(row, parse_int=str, parse_float=str, parse_constant=str)
         except (ValueError, RecursionError) as error:
-            return Finding("bad-row", f"the line is not valid JSON ({error})")
+            return [Finding("bad-row", f"the line is not valid JSON ({error})")]
     if isinstance(row, Finding):
-        return row
+        return [row]
     if not isinstance(row, dict):
-        return Finding("bad-row", "a row is an object with `question` and `answer`")
+        return [Finding("bad-row", "a row is an object with `question` and `answer`")]
     if row.get("") is not None:
-        return Finding("bad-row", "the row has more cells than the table has columns")
+        return [Finding("bad-row", "the row has more cells than the table has columns")]
     cells = {key: value for key, value in row.items() if value not in (None, "", [])}
     given = [f"`{key}`" for key in _IMAGES if key in cells]
     if len(given) > 1:
-        return Finding("bad-row", f"{' and '.join(given)} are both given; keep one of them")
+        return [Finding("bad-row", f"{' and '.join(given)} are both given; keep one of them")]
     options = {letter: cells[letter] for letter in LETTERS if kind == "mcq" and letter in cells}
-    read = QuestionRow.model_validate({"index": number, **cells, "options": options}, context=kind)
+    values = {"index": number, **cells, "options": options}
+    try:
+        read = QuestionRow.model_validate(values, context=kind)
+    except ValidationError as error:
+        found = findings_of(error, QuestionRow, values)
+        return [replace(finding, key=(finding.key or "").removeprefix("options.")) for finding in found]
     lines = [read.hint, read.question, *(f"{letter}. {text}" for letter, text in read.options.items()), instruction]
     content = marked("\n".join(line for line in lines if line))
     images = [_located(each, folder) for each in read.images]
@@ -205,7 +183,7 @@ def _item(number: int, row: Any, kind: str, instruction: str, folder: Path) -> I
         content = (IMAGE,) * len(images) + content
     elif content.count(IMAGE) != len(images):
         problem = f"`{IMAGE.value}` stands {content.count(IMAGE)} times in it, and the row has {len(images)} images"
-        return Finding("bad-row", problem, key="question")
+        return [Finding("bad-row", problem, key="question")]
     left = iter(images)
     parts = tuple(part if isinstance(part, str) else next(left) for part in content)
     choices = read.options or (_YES_NO if kind == "yesno" else {})

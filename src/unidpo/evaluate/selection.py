@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from unidpo.config.explaining import findings_of
 from unidpo.errors import did_you_mean, from_findings, shown
 from unidpo.evaluate.benchmarks import Benchmark, EvaluationError
 from unidpo.evaluate.own import load_benchmark
-from unidpo.evaluate.own_rows import findings_of
 from unidpo.evaluate.vlmeval import PAPER, VlmevalBenchmark, Worker, download_file, require_files, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
 from unidpo.files.regular import read_regular
@@ -127,12 +128,14 @@ def read_config(path: Path) -> KitConfig:
         EvaluationError: the file cannot be read, or asks for something that cannot be done here.
     """
     try:
-        config = KitConfig.model_validate_json(read_regular(path).decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
+        values = json.loads(read_regular(path).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path}: the configuration cannot be read: {error}") from error
+    try:
+        config = KitConfig.model_validate(values)
     except ValidationError as error:
         title = f'{path}: a configuration of VLMEvalKit is {{"model": {{...}}, "data": {{...}}}}, and in this one'
-        raise from_findings(EvaluationError, title, findings_of(error)) from error
+        raise from_findings(EvaluationError, title, findings_of(error, KitConfig, values)) from error
     if any(entry.generation != config.generation for entry in config.model.values()):
         raise EvaluationError(f"{path}: the models have different settings of generation; evaluate them one by one")
     for name, entry in zip(config.benchmarks, config.data.values(), strict=True):
