@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from chat_stub import stubbed
 from exams import Oracle, metric
 from unidpo import cli
+from unidpo.config.named import PAPER, Published
 from unidpo.data.download import FetchError
 from unidpo.evaluate import vlmeval
 from unidpo.evaluate.benchmarks import EvaluationError, EvaluationFailed
@@ -23,7 +24,7 @@ from unidpo.evaluate.judge import read_judge
 from unidpo.evaluate.predictions import read_answers
 from unidpo.evaluate.running import evaluate
 from unidpo.evaluate.selection import read_config, select
-from unidpo.evaluate.vlmeval import PAPER, Published, VlmevalBenchmark, Worker, data_folder, worker_python
+from unidpo.evaluate.vlmeval import VlmevalBenchmark, Worker, data_folder, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
 from vlmeval_world import Table, tables
 from worlds import GOLDEN
@@ -379,7 +380,7 @@ def test_downloads_go_on_and_are_verified(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     content = bytes(range(256)) * 40
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    monkeypatch.setitem(vlmeval.PAPER, "MME", Published(f"{server.address}/MME.tsv", md5))  # type: ignore[arg-type]
+    monkeypatch.setitem(PAPER, "MME", Published(f"{server.address}/MME.tsv", md5))  # type: ignore[arg-type]
     server.files["/MME.tsv"] = content
     (tmp_path / f".MME.tsv.{md5[:16]}.unfinished").write_bytes(content[:1000])
     assert vlmeval.download_file("MME", tmp_path).read_bytes() == content
@@ -432,7 +433,7 @@ def server() -> Iterator[Any]:
     listening.server_close()
 
 
-def test_the_seeds_configuration_is_read(tmp_path: Path) -> None:
+def test_the_authors_configuration_is_read(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     entry = {"class": "Qwen2VLChat", "model_path": "runs/mine/model"}
     names = {name: {"class": cls, "dataset": name} for name, cls in CLASSES.items()}

@@ -84,7 +84,7 @@ def test_no_two_recipes_share_a_run_folder():
     assert len({load_recipe(path).output for path in RECIPES}) == len(RECIPES)
 
 
-def test_the_multimodal_recipes_hold_the_seed_values():
+def test_the_multimodal_recipes_hold_the_authors_values():
     uni_dpo, dpo, simpo = (recipe_of(f"qwen2_vl_2b/{name}") for name in ("uni_dpo", "dpo", "simpo"))
     assert uni_dpo.loss.model_dump() == {
         "name": "uni_dpo", "beta": 2.0, "quality_eta": 0.7, "tau_ref": 2.0, "perf_gamma": 3.0, "nll_weight": 0.001,
@@ -115,7 +115,7 @@ def test_the_multimodal_recipes_hold_the_seed_values():
         *((f"qwen2_5_{size}b", 3.5, 0.8, 2e-6, "UltraFeedback-GPT-4o") for size in ("0_5", "1_5", "3", "7", "14")),
     ],
 )
-def test_the_text_recipes_hold_the_seed_values(name, beta, tau_ref, learning_rate, data):
+def test_the_text_recipes_hold_the_authors_values(name, beta, tau_ref, learning_rate, data):
     recipe = recipe_of(f"text/{name}")
     assert recipe.loss.model_dump() == {
         "name": "uni_dpo", "beta": beta, "quality_eta": 0.7, "tau_ref": tau_ref, "perf_gamma": 3.0, "nll_weight": 0.001,
@@ -131,7 +131,7 @@ def test_the_text_recipes_hold_the_seed_values(name, beta, tau_ref, learning_rat
     assert on_eight == 128 or f"make {on_eight} on 8 GPUs" in text
 
 
-def test_the_math_recipe_holds_the_seed_values():
+def test_the_math_recipe_holds_the_authors_values():
     recipe = recipe_of("math/qwen2_5_math_7b")
     loss = recipe.loss.model_dump()
     assert [loss[key] for key in ("beta", "quality_eta", "tau_ref", "perf_gamma", "nll_weight", "tau_good")] == [

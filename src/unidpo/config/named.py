@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from unidpo.config.schema import Recipe
@@ -12,11 +13,37 @@ from unidpo.files.places import missing_here
 
 TEMPLATES = ("chatml",)
 """Names of chat templates that are no files."""
-BENCHMARKS = (
-    *("paper", "ChartQA_TEST", "MMBench_DEV_CN", "MMBench_DEV_EN", "MME"),
-    *("OCRBench", "POPE", "ScienceQA_TEST", "SEEDBench_IMG", "TextVQA_VAL"),
-)
-"""Names of benchmarks that are no files."""
+_OPENCOMPASS = "https://opencompass.openxlab.space/utils"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A benchmark's file as VLMEvalKit publishes it.
+
+    Attributes:
+        url: where it is downloaded from.
+        md5: of the file.
+    """
+
+    url: str
+    md5: str
+
+
+PAPER: Mapping[str, Published] = {
+    name: Published(f"{_OPENCOMPASS}/{folder}/{name}.tsv", md5)
+    for name, folder, md5 in (
+        ("ChartQA_TEST", "VLMEval", "c902e0aa9be5582a7aad6dcf52734b42"),
+        ("MMBench_DEV_CN", "benchmarks/MMBench", "08b8fc3324a5ed74155350f57be69fbd"),
+        ("MMBench_DEV_EN", "benchmarks/MMBench", "b6caf1133a01c6bb705cf753bb527ed8"),
+        ("MME", "VLMEval", "b36b43c3f09801f5d368627fb92187c3"),
+        ("OCRBench", "VLMEval", "e953d98a987cc6e26ef717b61260b778"),
+        ("POPE", "VLMEval", "c12f5acb142f2ef1f85a26ba2fbe41d5"),
+        ("ScienceQA_TEST", "benchmarks/ScienceQA", "e42e9e00f9c59a80d8a5db35bc32b71f"),
+        ("SEEDBench_IMG", "benchmarks/SEEDBench", "68017231464752261a2526d6ca3a10c0"),
+        ("TextVQA_VAL", "VLMEval", "b233b31f551bbf4056f2f955da3a92cd"),
+    )
+}
+"""The nine benchmarks of the paper, which are named without a file."""
 
 
 def missing_things(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -28,7 +55,7 @@ def missing_things(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.data.template is not None:
         yield from _file("data.template", recipe.data.template, TEMPLATES)
     for index, name in enumerate(recipe.eval.benchmarks if recipe.eval is not None else ()):
-        yield from _file(f"eval.benchmarks[{index}]", name, BENCHMARKS)
+        yield from _file(f"eval.benchmarks[{index}]", name, ("paper", *PAPER))
     for key in ("deepspeed", "fsdp_config", "accelerator_config"):
         value = recipe.train.given().get(key)
         if isinstance(value, str) and not value.lstrip().startswith("{"):

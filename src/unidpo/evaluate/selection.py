@@ -12,10 +12,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unidpo.config.explaining import findings_of
+from unidpo.config.named import PAPER
 from unidpo.errors import did_you_mean, from_findings, shown
 from unidpo.evaluate.benchmarks import Benchmark, EvaluationError
 from unidpo.evaluate.own import load_benchmark
-from unidpo.evaluate.vlmeval import PAPER, VlmevalBenchmark, Worker, download_file, require_files, worker_python
+from unidpo.evaluate.vlmeval import VlmevalBenchmark, Worker, download_file, require_files, worker_python
 from unidpo.evaluate.vlmeval_worker import CLASSES
 from unidpo.files.regular import read_regular
 from unidpo.progress import OnProgress

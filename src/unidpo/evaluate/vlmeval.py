@@ -11,10 +11,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unidpo.config.named import PAPER
 from unidpo.data.download import FetchError, download_url, in_megabytes, size_of, unfinished_of
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, EvaluationFailed, Judged, Score, md5_of
 from unidpo.generate.questions import Generation, Part
@@ -23,39 +23,8 @@ from unidpo.progress import OnProgress
 _LOG = logging.getLogger(__name__)
 _WORKER = Path(__file__).with_name("vlmeval_worker.py")
 _PYTHON = "UNIDPO_VLMEVAL_PYTHON"
-_OPENCOMPASS = "https://opencompass.openxlab.space/utils"
 OCRBENCH_MIN_PIXELS = 100 * 28 * 28
 """What VLMEvalKit enlarges OCRBench's images to; it sets no limits for the others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A benchmark's file as VLMEvalKit publishes it.
-
-    Attributes:
-        url: where it is downloaded from.
-        md5: of the file.
-    """
-
-    url: str
-    md5: str
-
-
-PAPER: Mapping[str, Published] = {
-    name: Published(f"{_OPENCOMPASS}/{folder}/{name}.tsv", md5)
-    for name, folder, md5 in (
-        ("ChartQA_TEST", "VLMEval", "c902e0aa9be5582a7aad6dcf52734b42"),
-        ("MMBench_DEV_CN", "benchmarks/MMBench", "08b8fc3324a5ed74155350f57be69fbd"),
-        ("MMBench_DEV_EN", "benchmarks/MMBench", "b6caf1133a01c6bb705cf753bb527ed8"),
-        ("MME", "VLMEval", "b36b43c3f09801f5d368627fb92187c3"),
-        ("OCRBench", "VLMEval", "e953d98a987cc6e26ef717b61260b778"),
-        ("POPE", "VLMEval", "c12f5acb142f2ef1f85a26ba2fbe41d5"),
-        ("ScienceQA_TEST", "benchmarks/ScienceQA", "e42e9e00f9c59a80d8a5db35bc32b71f"),
-        ("SEEDBench_IMG", "benchmarks/SEEDBench", "68017231464752261a2526d6ca3a10c0"),
-        ("TextVQA_VAL", "VLMEval", "b233b31f551bbf4056f2f955da3a92cd"),
-    )
-}
-"""The nine."""
 
 
 def data_folder(given: Path | None = None) -> Path:
