@@ -20,7 +20,7 @@ from unidpo.evaluate import scorers
 from unidpo.evaluate.benchmarks import EvaluationError
 from unidpo.evaluate.own import load_benchmark
 from unidpo.evaluate.running import evaluate
-from unidpo.evaluate.scorers import KINDS, Truth
+from unidpo.evaluate.scorers import ANSWER_TYPES, Truth
 from unidpo.generate.hugging_face import HuggingFace
 from unidpo.generate.prompts import Prompt, Prompter, processor_fingerprint, stop_ids
 from unidpo.generate.questions import Answer, Generation, Question
@@ -100,7 +100,7 @@ def test_yes_and_no_are_words(text: str, said: str | None) -> None:
     ],
 )
 def test_rules_for_free_answers(rule: str, text: str, answers: list[str], value: float) -> None:
-    assert KINDS["vqa"].rules[rule](text, Truth(tuple(answers))).value == pytest.approx(value)
+    assert ANSWER_TYPES["vqa"].rules[rule](text, Truth(tuple(answers))).value == pytest.approx(value)
 
 
 SPELLED = ["007", "None", "=1+1", "3.10", "NA", " true ", "1e5", "nan", "__import__('os').abort()"]

@@ -28,7 +28,7 @@ from unidpo.evaluate.own import BenchmarkFile, load_benchmark
 from unidpo.evaluate.page import escaped
 from unidpo.evaluate.predictions import Predictions, question_digest, read_answers
 from unidpo.evaluate.running import evaluate
-from unidpo.evaluate.scorers import KINDS, Truth, Verdict
+from unidpo.evaluate.scorers import ANSWER_TYPES, Truth, Verdict
 from unidpo.evaluate.selection import candidates
 from unidpo.generate.hugging_face import HuggingFace, load_model
 from unidpo.generate.questions import Generation, LoadOptions, Question
@@ -341,7 +341,7 @@ def test_a_new_scorer_is_a_function_and_a_line(tmp_path: Path, monkeypatch: pyte
     assert "`metric` of the type vqa is accuracy or relaxed or" in str(unknown)
     assert not (tmp_path / "out").exists()
 
-    monkeypatch.setitem(KINDS["vqa"].rules, "longest", longest)
+    monkeypatch.setitem(ANSWER_TYPES["vqa"].rules, "longest", longest)
     done = run_eval(*words)
     assert done.exit_code == 0, (done.output, done.exception)
     [record] = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
@@ -382,4 +382,4 @@ def test_every_scorer_is_documented() -> None:
         for kind, metrics in re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.MULTILINE)
         for metric in re.findall(r"`(\w+)`", metrics)
     ]
-    assert documented == [(name, metric) for name, kind in KINDS.items() for metric in kind.rules]
+    assert documented == [(name, metric) for name, kind in ANSWER_TYPES.items() for metric in kind.rules]

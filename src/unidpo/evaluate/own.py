@@ -14,7 +14,7 @@ from unidpo.config.reading import read_yaml
 from unidpo.errors import DataError, did_you_mean, from_findings, shown
 from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError, Judged, Score, md5_of
 from unidpo.evaluate.own_rows import Item, read_items
-from unidpo.evaluate.scorers import KINDS, VERSION
+from unidpo.evaluate.scorers import ANSWER_TYPES, VERSION
 from unidpo.generate.questions import Generation
 
 
@@ -24,7 +24,7 @@ class BenchmarkFile(BaseModel):
     Attributes:
         name: of its folder in the results.
         file: the questions; TSV, JSONL or Parquet, relative to the YAML file.
-        type: what kind of answer is expected; one of `KINDS`.
+        type: what kind of answer is expected; one of `ANSWER_TYPES`.
         metric: one of the type's rules; the first by default.
         images: folder that image paths start from; by default the one of `file`.
         instruction: what follows each question; the type's by default, "" for nothing.
@@ -47,10 +47,12 @@ class BenchmarkFile(BaseModel):
 
     @model_validator(mode="after")
     def _goes_together(self) -> BenchmarkFile:
-        if self.type not in KINDS:
-            raise ValueError(f"`type` {_expected(KINDS, self.type)}")
-        if self.metric is not None and self.metric not in KINDS[self.type].rules:
-            raise ValueError(f"`metric` of the type {self.type} {_expected(KINDS[self.type].rules, self.metric)}")
+        if self.type not in ANSWER_TYPES:
+            raise ValueError(f"`type` {_expected(ANSWER_TYPES, self.type)}")
+        if self.metric is not None and self.metric not in ANSWER_TYPES[self.type].rules:
+            raise ValueError(
+                f"`metric` of the type {self.type} {_expected(ANSWER_TYPES[self.type].rules, self.metric)}"
+            )
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError("`min_pixels` is more than `max_pixels`; swap them")
         return self
@@ -69,7 +71,7 @@ class OwnBenchmark:
         self.settings = settings
         self.items = items
         self.checksum = checksum
-        self.metric = settings.metric or next(iter(KINDS[settings.type].rules))
+        self.metric = settings.metric or next(iter(ANSWER_TYPES[settings.type].rules))
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -96,7 +98,7 @@ class OwnBenchmark:
         return Score(self.metric, accuracy, 100.0, judged, parts=parts)
 
     def _judged(self, item: Item, text: str) -> Judged:
-        verdict = KINDS[self.settings.type].rules[self.metric](text, item.truth)
+        verdict = ANSWER_TYPES[self.settings.type].rules[self.metric](text, item.truth)
         index = item.question.index
         truth = item.truth.answers[0] if self.settings.type == "yesno" else ""
         return Judged(index, index, verdict.value, verdict.said is not None, item.category, truth, verdict.said or "")
@@ -120,7 +122,7 @@ def _percent(judged: Sequence[Judged]) -> float:
 
 def instruction_of(settings: BenchmarkFile) -> str:
     """What follows each question."""
-    return KINDS[settings.type].instruction if settings.instruction is None else settings.instruction
+    return ANSWER_TYPES[settings.type].instruction if settings.instruction is None else settings.instruction
 
 
 def load_benchmark(path: Path) -> OwnBenchmark:

@@ -9,7 +9,6 @@ import base64
 import csv
 import io
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,6 +20,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, Validation
 
 from unidpo.config.explaining import findings_of
 from unidpo.data.formats.files import loads, rows_of
+from unidpo.data.formats.row import DATA_URI
 from unidpo.data.formats.texts import encodable, marked
 from unidpo.data.pairs import IMAGE
 from unidpo.errors import DataError, Finding, shown
@@ -31,7 +31,6 @@ from unidpo.files.regular import read_regular
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _YES_NO = {"yes": "", "no": ""}
 _IMAGES = ("images", "image", "image_path")
-_DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _BASE64_STARTS = ("iVBOR", "/9j/", "R0lGOD", "UklGR")
 """Of PNG, JPEG, GIF and WebP."""
 _LONGEST_PATH = 1024
@@ -46,12 +45,12 @@ class Item:
     category: str = ""
 
 
-def read_items(path: Path, kind: str, instruction: str, images: Path) -> tuple[list[Item], list[Finding]]:
+def read_items(path: Path, answer_type: str, instruction: str, images: Path) -> tuple[list[Item], list[Finding]]:
     """All questions of a file that can be used, and what is wrong with the others.
 
     Args:
         path: TSV, JSONL or Parquet.
-        kind: the benchmark's type.
+        answer_type: the benchmark's type.
         instruction: follows each question.
         images: folder that image paths start from. No image is opened.
 
@@ -61,7 +60,7 @@ def read_items(path: Path, kind: str, instruction: str, images: Path) -> tuple[l
     items: dict[str, Item] = {}
     findings: list[Finding] = []
     for number, row in _rows(path):
-        item = _item(number, row, kind, instruction, images)
+        item = _item(number, row, answer_type, instruction, images)
         if isinstance(item, list):
             findings += [replace(finding, row=number) for finding in item]
         elif (index := item.question.index) in items:
@@ -116,13 +115,13 @@ class QuestionRow(BaseModel):
     @field_validator("answer")
     @classmethod
     def _fits_the_type(cls, answers: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
-        kind, first, options = info.context, answers[0], info.data.get("options", {})
-        if kind in ("mcq", "yesno") and len(answers) > 1:
-            raise ValueError(f"the type {kind} has one answer")
-        if kind == "mcq" and (first not in options or len(options) < 2):
+        answer_type, first, options = info.context, answers[0], info.data.get("options", {})
+        if answer_type in ("mcq", "yesno") and len(answers) > 1:
+            raise ValueError(f"the type {answer_type} has one answer")
+        if answer_type == "mcq" and (first not in options or len(options) < 2):
             letters = ", ".join(options) or "(there are none)"
             raise ValueError(f"{shown(first)} is none of the letters {letters}; options are the columns A, B, ...")
-        if kind == "yesno":
+        if answer_type == "yesno":
             answers = (first.lower(),)
             if answers[0] not in _YES_NO:
                 raise ValueError(f"the answer is yes or no, not {shown(first)}")
@@ -152,7 +151,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: not a table of tab-separated values ({error})") from error
 
 
-def _item(number: int, row: Any, kind: str, instruction: str, folder: Path) -> Item | list[Finding]:
+def _item(number: int, row: Any, answer_type: str, instruction: str, folder: Path) -> Item | list[Finding]:
     """A row, or a line of JSON, as a question, or why it is none."""
     if isinstance(row, str):
         try:
@@ -169,10 +168,10 @@ def _item(number: int, row: Any, kind: str, instruction: str, folder: Path) -> I
     given = [f"`{key}`" for key in _IMAGES if key in cells]
     if len(given) > 1:
         return [Finding("bad-row", f"{' and '.join(given)} are both given; keep one of them")]
-    options = {letter: cells[letter] for letter in LETTERS if kind == "mcq" and letter in cells}
+    options = {letter: cells[letter] for letter in LETTERS if answer_type == "mcq" and letter in cells}
     values = {"index": number, **cells, "options": options}
     try:
-        read = QuestionRow.model_validate(values, context=kind)
+        read = QuestionRow.model_validate(values, context=answer_type)
     except ValidationError as error:
         found = findings_of(error, QuestionRow, values)
         return [replace(finding, key=(finding.key or "").removeprefix("options.")) for finding in found]
@@ -186,7 +185,7 @@ def _item(number: int, row: Any, kind: str, instruction: str, folder: Path) -> I
         return [Finding("bad-row", problem, key="question")]
     left = iter(images)
     parts = tuple(part if isinstance(part, str) else next(left) for part in content)
-    choices = read.options or (_YES_NO if kind == "yesno" else {})
+    choices = read.options or (_YES_NO if answer_type == "yesno" else {})
     return Item(BenchmarkQuestion(read.index, parts, choices), Truth(read.answer, read.options), read.category)
 
 
@@ -194,7 +193,7 @@ def _located(image: str | bytes, folder: Path) -> Path | bytes:
     """The bytes of an image in the row; of a path the file, which is not looked at."""
     if isinstance(image, bytes):
         return image
-    uri = _DATA_URI.match(image)
+    uri = DATA_URI.match(image)
     if uri or len(image) > _LONGEST_PATH or image.startswith(_BASE64_STARTS):
         with suppress(ValueError):
             return base64.b64decode(image[uri.end() if uri else 0 :], validate=True)

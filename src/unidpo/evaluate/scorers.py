@@ -1,6 +1,6 @@
 """Rules that score one answer to a question of one's own benchmarks. Nothing here evaluates what data or models say.
 
-A rule of one's own is a function and its line in `KINDS`.
+A rule of one's own is a function and its line in `ANSWER_TYPES`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ Rule: TypeAlias = Callable[[str, Truth], Verdict]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A type of benchmark.
+class AnswerType:
+    """What kind of answer a benchmark expects, its `type`.
 
     Attributes:
         instruction: follows the question, on a line of its own, where the benchmark says nothing else.
@@ -158,10 +158,10 @@ def anls(text: str, truth: Truth) -> Verdict:
     return Verdict(max(map(similarity, truth.answers)), said or None)
 
 
-KINDS: dict[str, Kind] = {
-    "mcq": Kind("Answer with the letter of the right option.", {"accuracy": multiple_choice}),
-    "yesno": Kind("Answer with yes or no.", {"accuracy": yes_or_no, "f1": yes_or_no}),
-    "vqa": Kind(
+ANSWER_TYPES: dict[str, AnswerType] = {
+    "mcq": AnswerType("Answer with the letter of the right option.", {"accuracy": multiple_choice}),
+    "yesno": AnswerType("Answer with yes or no.", {"accuracy": yes_or_no, "f1": yes_or_no}),
+    "vqa": AnswerType(
         "Answer with a word or a short phrase.",
         {
             "accuracy": same_words,
@@ -171,7 +171,7 @@ KINDS: dict[str, Kind] = {
             "contains": contains,
         },
     ),
-    "exact": Kind("", {"accuracy": exact}),
+    "exact": AnswerType("", {"accuracy": exact}),
 }
 """All types of benchmarks, and the rules each can be scored by."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from unidpo.data.images import image_size
 from unidpo.errors import ImageError
 from unidpo.generate.prompts import Prompt, Prompter, stop_ids
 from unidpo.generate.questions import Answer, Generation, LoadOptions, PromptStyle, Question, Sampling
-from unidpo.model.load import Processor, load_policy, load_processor
+from unidpo.model.load import Processor, base_of_adapter, load_policy, load_processor
 
 BATCH_ON_CPU, BATCH_ON_GPU = 16, 64
 """Where the user leaves the choice to us. On a GPU a batch that does not fit is halved."""
@@ -211,7 +210,5 @@ def load_model(name: str, options: LoadOptions, *, gpu: int = 0) -> HuggingFace:
 
 def _with_tokenizer(name: str) -> str:
     """The folder itself, or for an adapter that comes without a tokenizer the model it belongs to."""
-    settings = Path(name) / "adapter_config.json"
-    if not settings.is_file() or (Path(name) / "tokenizer_config.json").is_file():
-        return name
-    return str(json.loads(settings.read_text("utf-8"))["base_model_name_or_path"])
+    base = base_of_adapter(name)
+    return name if base is None or (Path(name) / "tokenizer_config.json").is_file() else base

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unidpo.data.images import cap_pixels, open_image
 from unidpo.errors import ImageError, ModelError
 from unidpo.generate.questions import EMPTY_PROMPT, UNREADABLE_IMAGE, Answer, Generation, Part, PromptStyle, Question
-from unidpo.model.encode import CHATML
+from unidpo.model.encode import CHATML, described_tokenizer
 from unidpo.model.load import Processor
 
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -157,13 +157,9 @@ def stop_ids(processor: Processor, model: PreTrainedModel | None = None) -> list
 
 def processor_fingerprint(prompter: Prompter, stops: Iterable[int]) -> str:
     """Equal where two processors turn every question into the same tensors, and end answers alike."""
-    backend = getattr(prompter.tokenizer, "backend_tokenizer", None)
-    words = {"slow": repr(prompter.tokenizer)} if backend is None else json.loads(backend.to_str())
-    # What the tokenizer was last asked for, and no part of what it is.
-    words |= {"padding": None, "truncation": None}
     processor = prompter.processor
     described = {
-        "tokenizer": words,
+        "tokenizer": described_tokenizer(prompter.tokenizer),
         "images": processor.image_processor.to_dict() if prompter.sees_images else None,
         "template": prompter.template or processor.chat_template if prompter.style == "chat" else None,
         "stops": sorted(stops),

@@ -188,12 +188,8 @@ class Encoder:
 
     def fingerprint(self) -> str:
         """Equal where two encoders turn every group into the same tensors."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        tokenizer = {"slow": repr(self.tokenizer)} if backend is None else json.loads(backend.to_str())
-        # What the tokenizer was last asked for, and no part of what it is.
-        tokenizer |= {"padding": None, "truncation": None}
         described = {
-            "tokenizer": tokenizer,
+            "tokenizer": described_tokenizer(self.tokenizer),
             "processor": self.processor.to_dict() | {"video_processor": None} if self.sees_images else None,
             "template": self._template,
             "turn_end": self._turn_end,
@@ -262,6 +258,14 @@ class Encoder:
         turns = [Message("user", ("?",)), Message("assistant", (_PLACEHOLDER,))]
         _, found, end = self._render(turns, add_generation_prompt=False).rpartition(_PLACEHOLDER)
         return end if found and end.strip() else str(self.tokenizer.eos_token or "")
+
+
+def described_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """All that decides into which tokens it cuts a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = {"slow": repr(tokenizer)} if backend is None else json.loads(backend.to_str())
+    # What the tokenizer was last asked for, and no part of what it is.
+    return {**described, "padding": None, "truncation": None}
 
 
 def refused_images(sizes: Sequence[tuple[int, int]], error: Exception) -> ImageError:

@@ -63,7 +63,7 @@ def load_policy(
         ModelError: there is no model at `name`, or transformers cannot load it, or not quantized.
         RecipeError: `quantize` is given and bitsandbytes is not installed.
     """
-    base = _base_of_adapter(name)
+    base = base_of_adapter(name)
     if base is not None:
         if quantize is not None:
             raise ModelError(
@@ -127,7 +127,7 @@ def load_weights(loader: Any, name: str | Path, **options: Any) -> PreTrainedMod
     return model
 
 
-def _base_of_adapter(name: str | Path) -> str | None:
+def base_of_adapter(name: str | Path) -> str | None:
     """The model that an adapter's folder belongs to, or `None` where `name` is no such folder."""
     settings = Path(name) / "adapter_config.json"
     if not settings.is_file() or (Path(name) / "config.json").is_file():
@@ -159,7 +159,7 @@ def _with_adapter(model: PreTrainedModel, name: str | Path) -> PreTrainedModel:
 
 def load_config(name: str | Path, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The model's configuration. Raises `ModelError` where there is none."""
-    base = _base_of_adapter(name)
+    base = base_of_adapter(name)
     if base is not None:
         return load_config(base, trust_remote_code=trust_remote_code)
     folder = Path(name)

@@ -80,13 +80,13 @@ def load_pairs(
     return select_pairs(groups, min_score_margin=min_score_margin, group_by_prompt=group_by_prompt)
 
 
-def mix(parts: Sequence[tuple[Sequence[PromptGroup], float]], *, seed: int) -> list[PromptGroup]:
+def mix(weighted: Sequence[tuple[Sequence[PromptGroup], float]], *, seed: int) -> list[PromptGroup]:
     """The groups of several sources, each as often as its weight says; see `Source`. In the order of the sources.
 
     The number of groups taken is exact: weight times groups, rounded.
     """
     mixed: list[PromptGroup] = []
-    for index, (groups, weight) in enumerate(parts):
+    for index, (groups, weight) in enumerate(weighted):
         times, rest = divmod(round(weight * len(groups)), len(groups)) if groups else (0, 0)
         # Every source draws by itself, so that adding one changes nothing in those before it.
         once_more = set(random.Random(f"{seed} {index}").sample(range(len(groups)), rest))

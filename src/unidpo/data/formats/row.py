@@ -26,7 +26,7 @@ IMAGE_KEYS = ("image", "path", "url", "image_url")
 """Where an image part of a message may name its image."""
 PAIR_COLUMNS = ("chosen", "rejected", "score_chosen", "score_rejected", *IMAGE_COLUMNS)
 _TURNS: tuple[Literal["user", "assistant"], ...] = ("user", "assistant")
-_DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -282,7 +282,7 @@ class Row:
             return self.shared.setdefault(value, value)
         if not isinstance(value, str) or not value.strip():
             self.error("wrong-type", key, f'an image is a path or {{"bytes": base64}}, not {shown(value)}')
-        elif match := _DATA_URI.match(value):
+        elif match := DATA_URI.match(value):
             return self._decoded(value[match.end() :], key)
         elif ADDRESS.match(value):
             problem = 'addresses are not fetched; give a path, or {"bytes": base64}'
