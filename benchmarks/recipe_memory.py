@@ -16,7 +16,7 @@ from unidpo.model.load import empty_model
 from unidpo.plan import setting_of
 from unidpo.plan.memory import Memory, peak_memory
 from unidpo.plan.shape import shape_of
-from unidpo.plan.work import Load, Vision, packed
+from unidpo.plan.work import Load, PatchCounter, packed
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "qwen2_vl_2b"
 NAMES = ("uni_dpo", "lora", "qlora")
@@ -40,7 +40,7 @@ def memory(recipe: Recipe, load: Load) -> Memory:
 def average(recipe: Recipe) -> Load:
     """A pair with an image of the largest size that a recipe lets through, and average text."""
     image = recipe.data.max_pixels // 28**2
-    return packed(PROMPT_TEXT + image, [RESPONSE] * 2, Vision(patches_per_token=4).load([image]))
+    return packed(PROMPT_TEXT + image, [RESPONSE] * 2, PatchCounter(patches_per_token=4).load([image]))
 
 
 def longest(recipe: Recipe) -> Load:

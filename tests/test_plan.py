@@ -28,11 +28,11 @@ from unidpo.model.load import empty_model, load_processor
 from unidpo.model.packs import pack
 from unidpo.model.policy import Policy
 from unidpo.plan import GPUS, Speed, gpu_by_name, plan_recipe
-from unidpo.plan.data import vision_of
+from unidpo.plan.data import patch_counter_of
 from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of, state_bytes
 from unidpo.plan.report import clock
 from unidpo.plan.shape import adapter_weights, shape_of
-from unidpo.plan.work import Load, Vision, forward, in_chunks, packed, padded, training
+from unidpo.plan.work import Load, PatchCounter, forward, in_chunks, packed, padded, training
 from worlds import GOLDEN, group, tiny_policy
 
 QUIET = Console(quiet=True)
@@ -89,7 +89,7 @@ class TestAnEpochOfThePublishedData:
     """The published data: 50,555 pairs, 12,503 prompts, 752 image tokens and 98 of text, 100 a response."""
 
     PROMPT, RESPONSE = 752 + 98, 100
-    IMAGE = Vision(patches_per_token=4).load([752])
+    IMAGE = PatchCounter(patches_per_token=4).load([752])
 
     def work(self, shape, load, reference):
         learning = training(shape, load, trainable_parts=["language"], checkpointing=True)
@@ -173,7 +173,7 @@ class TestAgainstTorch:
     def load(self, groups, *, stored=False):
         encoder = Encoder(load_processor(GOLDEN / "model"), plain_positions)
         counted = fit_to_length(groups, encoder)
-        tower = replace(vision_of(encoder, patch_size=14), stored=stored)
+        tower = replace(patch_counter_of(encoder, patch_size=14), stored=stored)
         each = [packed(t.prompt, t.responses, tower.load(t.images)) for t in counted.tokens]
         return sum(each, Load())
 
@@ -388,7 +388,7 @@ class TestTokens:
             encoded = encoder.encode(each)
             assert tokens.prompt == len(encoded.prompt_ids)
             assert tokens.responses == tuple(map(len, encoded.response_ids))
-            patches = vision_of(encoder, patch_size=14).load(tokens.images).patches
+            patches = patch_counter_of(encoder, patch_size=14).load(tokens.images).patches
             assert patches == len(encoded.vision["pixel_values"])
 
     def test_grouping_encodes_each_prompt_once(self, recipe_file, plan_of, tmp_path):
@@ -486,7 +486,7 @@ class TestFeatures:
     def test_leave_nothing_of_the_tower_in_memory(self, qwen2_vl_2b):
         setting, seeing = (
             Setting(trainable_parts=frozenset(["language"])),
-            packed(850, [100, 100], Vision(4).load([752])),
+            packed(850, [100, 100], PatchCounter(4).load([752])),
         )
         shape = replace(qwen2_vl_2b, language=replace(qwen2_vl_2b.language, layers=0))
         moments = [

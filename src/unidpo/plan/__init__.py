@@ -20,15 +20,15 @@ from unidpo.plan.data import (
     distinct_prompts,
     micro_batches,
     padded_pairs,
+    patch_counter_of,
     prompt_packs,
     reference_batches,
-    vision_of,
 )
 from unidpo.plan.gpus import GPUS, UTILISATION, gpu_by_name
 from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of
 from unidpo.plan.report import Data, Features, Plan, Speed, Time, Way
 from unidpo.plan.shape import ModelShape, adapter_weights, shape_of
-from unidpo.plan.work import Load, Vision, Work, forward, in_chunks, training
+from unidpo.plan.work import Load, PatchCounter, Work, forward, in_chunks, training
 from unidpo.progress import Stages
 from unidpo.run.data import training_data
 
@@ -69,7 +69,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
             on_progress=partial(stages.update, "counting tokens, groups"),
         )
     with_images = any(tokens.images for tokens in fitted.tokens)
-    vision = vision_of(encoder, patch_size=shape.patch_size) if with_images else Vision()
+    patches = patch_counter_of(encoder, patch_size=shape.patch_size) if with_images else PatchCounter()
     stores = recipe.data.cache_image_features and with_images
     if stores and not takes:
         raise ModelError(
@@ -78,10 +78,10 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         )
     features = None
     if stores:
-        images = sum((vision.load(tokens.images) for tokens in distinct_prompts(fitted)), Load())
+        images = sum((patches.load(tokens.images) for tokens in distinct_prompts(fitted)), Load())
         disk = features_bytes(shape, images.image_tokens, narrow=setting.narrow)
         features = Features(forward(shape, images), disk)
-    counter = LoadCounter(shape.packs and recipe.model.attention != "padded", replace(vision, stored=stores))
+    counter = LoadCounter(shape.packs and recipe.model.attention != "padded", replace(patches, stored=stores))
     steps = list(micro_batches(recipe, fitted, counter, gpus=gpus))
     loads = [load for step in steps for load in step]
     epoch = sum((in_chunks(load, shape) for load in loads), Load())
@@ -160,7 +160,7 @@ def _reference(
     if recipe.reference != "stored":
         shape = shape_of(empty_model(recipe.reference, trust_remote_code=recipe.model.trust_remote_code))
         # Whether its tower is the policy's only the weights would tell.
-        counter = replace(counter, vision=replace(counter.vision, stored=False))
+        counter = replace(counter, patches=replace(counter.patches, stored=False))
     return forward(shape, sum(reference_batches(fitted, counter), Load()))
 
 
@@ -168,7 +168,7 @@ def _ways(
     shape: ModelShape, fitted: Fitted, counter: LoadCounter, work: Callable[[Load], float], *, first: float
 ) -> tuple[Way, ...]:
     """One epoch of this data laid out in other ways. Packs need the work `first` before it."""
-    seeing = replace(counter.vision, stored=False)
+    seeing = replace(counter.patches, stored=False)
     every, selective = (padded_pairs(fitted, seeing, every_logit=every) for every in (True, False))
     ways = (Way("padded pairs, every logit", work(every)), Way("padded pairs, logits of responses", work(selective)))
     if not counter.packs:

@@ -16,11 +16,11 @@ from unidpo.data.pairs import IMAGE, GroupTokens, Message, Pair, PromptGroup, Re
 from unidpo.model.encode import Encoder
 from unidpo.model.lengths import Fitted, TokenCounter
 from unidpo.model.packs import used_responses
-from unidpo.plan.work import Load, Vision, packed, padded
+from unidpo.plan.work import Load, PatchCounter, packed, padded
 from unidpo.training.steps import Dealer, StepSampler, share_tokens
 
 
-def vision_of(encoder: Encoder, *, patch_size: int, side: int = 448) -> Vision:
+def patch_counter_of(encoder: Encoder, *, patch_size: int, side: int = 448) -> PatchCounter:
     """How the processor cuts images, found on a grey one."""
     encoder = copy.copy(encoder)
     encoder.max_length = sys.maxsize
@@ -30,9 +30,9 @@ def vision_of(encoder: Encoder, *, patch_size: int, side: int = 448) -> Vision:
     [tokens] = TokenCounter(encoder).one(group).images
     pixels = encoder.encode(group).vision["pixel_values"]
     if pixels.dim() == 2:  # a patch per row: images of any size
-        return Vision(len(pixels) / tokens)
+        return PatchCounter(len(pixels) / tokens)
     tile = math.prod(pixels.shape[-2:]) // patch_size**2
-    return Vision(math.prod(pixels.shape[:-3]) * tile / tokens, tile)
+    return PatchCounter(math.prod(pixels.shape[:-3]) * tile / tokens, tile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +41,23 @@ class LoadCounter:
 
     Attributes:
         packs: each prompt once; else a padded row per response.
-        vision: of the model's processor.
+        patches: those of images.
     """
 
     packs: bool
-    vision: Vision
+    patches: PatchCounter
 
     def load(self, shares: Sequence[tuple[GroupTokens, Sequence[int]]]) -> Load:
         """The load of some groups, each with the responses that take part."""
         found = Load()
         if self.packs:
             for tokens, used in shares:
-                images = self.vision.load(tokens.images)
+                images = self.patches.load(tokens.images)
                 found += packed(tokens.prompt, [tokens.responses[i] for i in used], images)
             return found
         rows = [(tokens.prompt, tokens.responses[i]) for tokens, used in shares for i in used]
         for tokens, used in shares:
-            found += self.vision.load(tokens.images).times(len(used))
+            found += self.patches.load(tokens.images).times(len(used))
         return padded(rows, found)
 
 
@@ -110,14 +110,14 @@ def prompt_packs(fitted: Fitted, counter: LoadCounter) -> Iterator[Load]:
         _, lengths = prompts.setdefault(group.prompt_key(), (tokens, {}))
         lengths.update(zip((response.text for response in group.responses), tokens.responses, strict=True))
     for tokens, lengths in prompts.values():
-        yield packed(tokens.prompt, list(lengths.values()), counter.vision.load(tokens.images))
+        yield packed(tokens.prompt, list(lengths.values()), counter.patches.load(tokens.images))
 
 
-def padded_pairs(fitted: Fitted, vision: Vision, *, every_logit: bool) -> Load:
+def padded_pairs(fitted: Fitted, patches: PatchCounter, *, every_logit: bool) -> Load:
     """An epoch as other trainers lay it out: chosen and rejected as two padded rows, images in both."""
     found = Load()
     for group, tokens in zip(fitted.groups, fitted.tokens, strict=True):
-        images = vision.load(tokens.images).times(2)
+        images = patches.load(tokens.images).times(2)
         for pair in group.pairs:
             rows = [(tokens.prompt, tokens.responses[i]) for i in (pair.chosen, pair.rejected)]
             found += padded(rows, images, every_logit=every_logit)

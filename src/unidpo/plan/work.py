@@ -51,8 +51,8 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Vision:
-    """How a processor cuts images.
+class PatchCounter:
+    """Counts the patches that a processor cuts images into.
 
     Attributes:
         patches_per_token: patches of the vision tower for one token of the language model.
