@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
 from trainers import some_groups, trainer_of
@@ -127,6 +129,29 @@ def test_narrower_types_differ_by_their_rounding(dtype, tolerance):
     assert_equals_the_definition(sdpa, PACKS["longer than a block"], dtype=dtype, tolerance=tolerance)
 
 
+class Numbers(TorchDispatchMode):
+    """How many numbers all calls made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.made += sum(each.numel() for each in tree_leaves(out) if isinstance(each, torch.Tensor))
+        return out
+
+
+def test_twice_the_prompts_cost_twice_as_much():
+    """The gradient of a slice is as large as what it was cut from: one for each segment costs the square."""
+    made = []
+    for prompts in (13, 26):
+        segments = laid_out(*[(9, 3, 4)] * prompts)
+        arguments, gradient = inputs(segments)
+        with Numbers() as numbers:
+            with_gradients(lambda *qkv, s=segments: sdpa(*qkv, SegmentTable(s, CPU), None, 0.0), arguments, gradient)
+        made.append(numbers.made)
+    assert made[1] <= 2.05 * made[0]
+
+
 # --- the tables of kernels that run on a GPU, tried with plain functions in the kernels' place ---
 
 
@@ -149,15 +174,29 @@ def as_varlen_kernels(queries, keys, values, query_starts, key_starts, longest_q
     return torch.cat(outputs)
 
 
+def varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    """As torch's `varlen_attn`, computed by plain operators."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return as_varlen_kernels(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+
+
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    return varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+def test_the_plain_kernel_takes_what_torch_s_does():
+    theirs = inspect.signature(varlen_attn).parameters
+    for kernel in (varlen, varlen_2_11):
+        ours = inspect.signature(kernel).parameters
+        assert [(name, each.kind) for name, each in theirs.items() if name in ours] == [
+            (name, each.kind) for name, each in ours.items()
+        ]
+
+
 @pytest.fixture
 def plain_kernels(monkeypatch):
     """Plain functions where `varlen_attn`, `flash_attn_varlen_func` and the compiled FlexAttention are looked up."""
-
-    def varlen(*args, **kwargs):
-        given = inspect.signature(varlen_attn).bind(*args, **kwargs)
-        assert given.kwargs["window_size"] == (-1, 0)
-        assert given.kwargs["enable_gqa"] == (args[0].shape[1] != args[1].shape[1])
-        return as_varlen_kernels(*args, scale=given.kwargs["scale"])
 
     def flash(*args, dropout_p, softmax_scale, causal):
         assert causal
@@ -176,6 +215,11 @@ def plain_kernels(monkeypatch):
 @pytest.mark.parametrize("name", ["varlen", "flash"])
 def test_prompts_and_responses_as_sequences_give_the_same_output_and_gradients(plain_kernels, name, segments, scale):
     assert_equals_the_definition(BACKENDS[name].attend, segments, scale=scale)
+
+
+def test_grouped_heads_are_repeated_where_torch_s_kernel_knows_none(plain_kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "_varlen_attn", lambda: varlen_2_11)
+    assert_equals_the_definition(BACKENDS["varlen"].attend, PACKS["several prompts"])
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -312,7 +312,7 @@ class TestMemory:
     def test_a_table_that_is_the_head_too_has_one_gradient_besides_those_that_are_there(
         self, qwen2_vl_2b, narrow, made
     ):
-        """Made in 16 bits where the arithmetic is, and then in 32."""
+        """A sum in 32 bits, and a product in 16 where the arithmetic is."""
         setting = Setting(trainable_parts=frozenset(["language"]), narrow=narrow)
         first, later = (peak_memory(qwen2_vl_2b, setting, Load(tokens=1), micro_batches_per_step=n) for n in (1, 2))
         table, learning = 151936 * 1536, qwen2_vl_2b.weights["language"]

@@ -85,10 +85,10 @@ def for_head(model: PreTrainedModel) -> Iterator[Tensor | None]:
     if type(table) is not torch.nn.Embedding or table.weight is not head.weight or table.max_norm is not None:
         yield head.weight
         return
-    of_lookup, of_head = _TwoUses.apply(table.weight)  # type: ignore[no-untyped-call]
+    of_lookup, of_head = _TwoUses.apply(table.weight, table.padding_idx)  # type: ignore[no-untyped-call]
 
     def look_up(table: torch.nn.Embedding, arguments: tuple[Tensor], _: Tensor) -> Tensor:
-        return F.embedding(*arguments, of_lookup, table.padding_idx, sparse=True)
+        return F.embedding(*arguments, of_lookup, sparse=True)
 
     # Before hooks of others (NEFTune's noise, adapters that want an input with gradient), which see what it returns.
     hook = table.register_forward_hook(look_up, prepend=True)
@@ -108,20 +108,28 @@ def _is_matrix(head: torch.nn.Module | None) -> bool:
 
 
 class _TwoUses(torch.autograd.Function):
-    """A weight as two, one to look up in and one to multiply by."""
+    """A weight as two, one to look up in and one to multiply by; looking up `padding_idx` gives it no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, weight: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.padding_idx, ctx.shape = padding_idx, weight.shape
         return weight.view_as(weight), weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_lookup: Tensor | None, of_head: Tensor | None) -> Tensor | None:
+    def backward(ctx: Any, of_lookup: Tensor | None, of_head: Tensor | None) -> tuple[Tensor | None, None]:
         if of_lookup is None:
-            return of_head
+            return of_head, None
+        rows = of_lookup._values()
         # The head's gradient was made for this alone.
-        return of_lookup.to_dense() if of_head is None else of_head.add_(of_lookup)
+        total = rows.new_zeros(ctx.shape) if of_head is None else of_head
+        kept = None if ctx.padding_idx is None else total[ctx.padding_idx].clone()
+        # Unlike adding a sparse tensor, on a GPU too in an order that is always the same.
+        total.index_put_((of_lookup._indices()[0],), rows, accumulate=True)
+        if kept is not None:
+            total[ctx.padding_idx] = kept
+        return total, None
 
 
 def linear_logps(
@@ -133,20 +141,21 @@ def linear_logps(
     """`log_softmax(hidden @ weight.T)` at the targets, in nats; float32, or float64 where `hidden` is.
 
     The logits of `chunk` targets are in memory at a time, once: backward writes their gradient over them. It begins
-    with the chunk that forward ended with, so that this one is not computed again. The weight's gradient is summed over
-    the chunks in one tensor. Under autocast the products are of its type.
+    with the chunk that forward ended with, so that this one is not computed again. Under autocast the products are of
+    its type. The weight's gradient is summed over the chunks in one float32 tensor (or float64); where the products
+    have 16 bits, one of them is in memory beside it, half as large.
     """
     device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    logps: Tensor = _LinearLogps.apply(hidden, weight, targets, chunk)  # type: ignore[no-untyped-call]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    logps: Tensor = _LinearLogps.apply(hidden, weight, targets, chunk, dtype)  # type: ignore[no-untyped-call]
     return logps
 
 
 class _LinearLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+        # Narrowed here, so that the gradients are not: autograd gives them the types that come in.
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
         logits = hidden.new_empty(min(chunk, len(targets)), len(weight))
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logps, normalizers = (hidden.new_empty(len(targets), dtype=wide) for _ in range(2))
@@ -161,7 +170,7 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
         logits, ctx.last_logits = ctx.last_logits, None
         at_hand = logits is not None  # not in a second backward pass through the same graph
@@ -178,8 +187,13 @@ class _LinearLogps(torch.autograd.Function):
             if of_hidden is not None:
                 torch.mm(own, weight, out=of_hidden[part])
             if ctx.needs_input_grad[1]:
-                of_weight = own.T @ hidden[part] if of_weight is None else of_weight.addmm_(own.T, hidden[part])
-        return of_hidden, of_weight, None, None
+                if of_weight is None:
+                    of_weight = (own.T @ hidden[part]).to(normalizers.dtype)
+                elif of_weight.dtype == own.dtype:
+                    of_weight.addmm_(own.T, hidden[part])
+                else:  # a sum in 16 bits would lose what is small against it
+                    of_weight += own.T @ hidden[part]
+        return of_hidden, of_weight, None, None, None
 
 
 def _to_gradient(logits: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor) -> None:

@@ -131,7 +131,8 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, micro_batche
         micro_batches_per_step: of one GPU; from two on, gradients are there in the forward pass.
     """
     held, head = _held(shape, setting), _head_weights(shape, setting)
-    made, head_gradient = setting.compute_bytes * head, setting.trainable_bytes * head
+    # The head's gradient is a sum in 32 bits; a product in 16 bits is on its way to it.
+    summed, head_gradient = (4 + (2 if setting.narrow else 0)) * head, setting.trainable_bytes * head
     layer_kept, passing = _layer_bytes(shape.language, setting, load.tokens)
     layers, hidden, residual = shape.language.layers, shape.language.hidden, _residual(setting)
     tower, tower_passing = _tower_bytes(shape, setting, load)
@@ -143,14 +144,12 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, micro_batche
     late_copies = held.copies / (layers if setting.checkpointing else 1)
     logits = _logits_bytes(shape, setting, load.targets)
     before = held.gradients if micro_batches_per_step > 1 else 0.0
-    widened = before + head_gradient + (made if made < head_gradient else 0)
     # A tied table's gradient waits for that of the lookups; another's is added to those that are there at once.
     behind_head = before if micro_batches_per_step > 1 and not shape.tied else before + head_gradient
     at_end = held.gradients + head_gradient * (micro_batches_per_step > 1)
     moments = {
         "images": (before, held.copies, tower + tower_passing, 0.0),
-        "logits": (before + made, held.copies, kept, logits),
-        "gradient of the head": (widened, held.copies, kept, 0.0),
+        "logits": (before + summed, held.copies, kept, logits),
         "first layer of the backward pass": (behind_head, late_copies, kept + passing, 0.0),
         "end of the backward pass": (at_end, late_copies, tower + passing, 0.0),
         "update": (held.gradients, 0.0, 0.0, 0.0),

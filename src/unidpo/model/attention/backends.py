@@ -20,7 +20,7 @@ from unidpo.model.attention.table import SegmentTable
 
 def _varlen_missing(device: torch.device) -> str | None:
     if _varlen_attn() is None:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen with grouped heads; 2.12 has"
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen with window_size; 2.11 has"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or above"
     return None
@@ -45,12 +45,16 @@ def varlen(
     """Torch's own variable-length FlashAttention, one call for the whole pack."""
     if dropout:
         raise ValueError("varlen_attn knows no dropout")
-    output = _varlen_attn()(
-        *_sequences(query, key, value, segments),
-        scale=scale,
-        window_size=(-1, 0),  # causal, aligned bottom-right
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    varlen_attn, groups = _varlen_attn(), query.shape[1] // key.shape[1]
+    queries, keys, values = _in_sequences(query, key, value, segments)
+    grouped = {}
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        grouped["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11
+        keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
+    # Causal, aligned bottom-right.
+    options = {"scale": scale, "window_size": (-1, 0), **grouped}
+    output = varlen_attn(queries, keys, values, *segments.sequences.extents, **options)
     return output[None]  # type: ignore[no-any-return]
 
 
@@ -60,7 +64,8 @@ def flash(
 ) -> Seen:
     """The flash-attn package's variable-length kernel, one call for the whole pack."""
     output = importlib.import_module("flash_attn").flash_attn_varlen_func(
-        *_sequences(query, key, value, segments),
+        *_in_sequences(query, key, value, segments),
+        *segments.sequences.extents,
         dropout_p=dropout,
         softmax_scale=scale,
         causal=True,  # aligned bottom-right
@@ -85,39 +90,39 @@ def sdpa(
     query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable, scale: float | None, dropout: float
 ) -> Seen:
     """`scaled_dot_product_attention`, one call per prompt and one per response: the reference for all others."""
-    # With a mask, grouped heads would take the kernel that holds all scores; repeated heads do not.
+    # Heads that share keys stand behind each other and see one copy of these; `enable_gqa` with a mask would take the
+    # kernel that holds all scores. One split per tensor, because the gradient of each slice is as large as the pack.
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
+    lengths = [part.stop - part.start for span in segments.spans for part in (span.prompt, *span.responses)]
+    by_key = query[0].view(-1, groups, *query.shape[2:]), key[0, :, None], value[0, :, None]
+    split = zip(*(torch.split(tensor, lengths, dim=2) for tensor in by_key), strict=True)
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, **mask: Any) -> Tensor:
+        keys, values = (tensor.expand(-1, groups, -1, -1) for tensor in (keys, values))
+        seen = F.scaled_dot_product_attention(queries, keys, values, scale=scale, dropout_p=dropout, **mask)
+        return seen.permute(2, 0, 1, 3)
+
     outputs = []
     for span in segments.spans:
-        prompt = span.prompt
-        outputs.append(attend(query[:, :, prompt], key[:, :, prompt], value[:, :, prompt], is_causal=True))
-        for response in span.responses:
-            queries = query[:, :, response]
-            keys = torch.cat([key[:, :, prompt], key[:, :, response]], dim=2)
-            values = torch.cat([value[:, :, prompt], value[:, :, response]], dim=2)
-            mask = segments.mask(queries.shape[2], keys.shape[2])
-            outputs.append(attend(queries, keys, values, attn_mask=mask))
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+        queries, *prompt = next(split)
+        outputs.append(attend(queries, *prompt, is_causal=True))
+        for _ in span.responses:
+            queries, *own = next(split)
+            keys, values = (torch.cat(both, dim=2) for both in zip(prompt, own, strict=True))
+            outputs.append(attend(queries, keys, values, attn_mask=segments.mask(queries.shape[2], keys.shape[2])))
+    return torch.cat(outputs).flatten(1, 2)[None]
 
 
-def _sequences(query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable) -> tuple[Tensor | int, ...]:
-    """What variable-length kernels take first: queries, keys and values (tokens, heads, dim), and `Sequences`.
+def _in_sequences(
+    query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of `Sequences` as variable-length kernels take them: (tokens, heads, dim).
 
     A prompt's gradient is the sum over the sequences that it is part of.
     """
-    table = segments.sequences
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return (
-        queries.contiguous(),
-        keys.index_select(0, table.keys),
-        values.index_select(0, table.keys),
-        table.query_starts,
-        table.key_starts,
-        table.longest_queries,
-        table.longest_keys,
-    )
+    places = segments.sequences.keys
+    return queries.contiguous(), keys.index_select(0, places), values.index_select(0, places)
 
 
 @functools.cache
@@ -128,9 +133,9 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 @functools.cache
 def _varlen_attn() -> Any:
-    """Torch's function, or `None` where it knows no bottom-right causal mask or no grouped heads yet."""
+    """Torch's function, or `None` where it knows no bottom-right causal mask yet."""
     try:
         function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         return None
-    return function if {"window_size", "enable_gqa"} <= inspect.signature(function).parameters.keys() else None
+    return function if "window_size" in inspect.signature(function).parameters else None

@@ -43,6 +43,11 @@ class Sequences:
     longest_queries: int
     longest_keys: int
 
+    @property
+    def extents(self) -> tuple[Tensor, Tensor, int, int]:
+        """What variable-length kernels take behind queries, keys and values."""
+        return self.query_starts, self.key_starts, self.longest_queries, self.longest_keys
+
 
 class SegmentTable:
     """The segments of a pack on their way to every attention layer; each form is made once, when first asked for.
