@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unidpo.data.check import check_data
-from unidpo.data.check.measure import epoch_tokens, estimated_lengths, spread
+from unidpo.data.check.measure import epoch_tokens, spread, token_estimator
 from unidpo.data.pairs import IMAGE, GroupTokens, Message, Pair, PromptGroup, Response
 from unidpo.terminal import Terminal
 
@@ -45,10 +45,10 @@ def test_lengths_are_estimated_without_a_model() -> None:
     content = ("12345678", IMAGE, IMAGE, "漢字" * 2, IMAGE, IMAGE)
     responses = Response("12345"), Response("é" * 4)
     prompt = PromptGroup((Message("user", content),), images, responses, (Pair(0, 1, 1),))
-    estimate = estimated_lengths({images[0]: (560, 280), images[1]: (4000, 3000)})
+    estimate = token_estimator({images[0]: (560, 280), images[1]: (4000, 3000)})
     # 8 bytes and 12 bytes of text; 20 x 10 patches; 768 x 768 pixels make 752 twice; 10 patches.
     assert estimate(prompt) == GroupTokens(2 + 3 + 200 + 752 + 752 + 10, (2, 2))
-    small = estimated_lengths({images[0]: (560, 280), images[1]: (4000, 3000)}, max_pixels=28 * 28 * 50)
+    small = token_estimator({images[0]: (560, 280), images[1]: (4000, 3000)}, max_pixels=28 * 28 * 50)
     assert small(prompt) == GroupTokens(2 + 3 + 50 + 50 + 50 + 10, (2, 2))
 
 
@@ -96,7 +96,7 @@ def test_tokens_are_counted_where_a_model_is_given(tmp_path: Path) -> None:
     pair = {"chosen": "yes", "rejected": "no"}
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([{"prompt": "Which?", **pair}, {"prompt": "Which one?", **pair}]))
-    report = check_data(path, lengths=letters)
+    report = check_data(path, count_tokens=letters)
     assert report.epoch_tokens == epoch_tokens(
         report.groups, [letters(each) for each in report.groups], estimated=False
     )
@@ -104,7 +104,7 @@ def test_tokens_are_counted_where_a_model_is_given(tmp_path: Path) -> None:
     assert (report.prompt_tokens.minimum, report.prompt_tokens.maximum) == (6, 10)
     assert report.response_tokens is not None
     assert (report.response_tokens.minimum, report.response_tokens.maximum) == (2, 3)
-    text = printed(path, "utf-8", lengths=letters)
+    text = printed(path, "utf-8", count_tokens=letters)
     assert "tokens per epoch" in text
     assert "~" not in text
     assert report.to_json()["epoch_tokens"] == {

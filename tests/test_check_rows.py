@@ -233,7 +233,7 @@ class TestModel:
             return [Finding("response-cut", "cut", severity="warning")]
 
         rows = [row("1"), row("2", system="s"), row("narrow")]
-        report = check(tmp_path, rows, lengths=lengths, extra=[extra])
+        report = check(tmp_path, rows, count_tokens=lengths, extra=[extra])
         assert found(report) == [
             ("response-cut", 1),
             ("response-cut", 2),

@@ -275,21 +275,21 @@ def test_samples_follow_from_the_seed_alone(base: tuple[Any, Any], world: Digits
 
 
 def test_the_demo_replaces_its_own_folder_and_nothing_else(tmp_path: Path) -> None:
-    from unidpo.demo.story import _prepare
+    from unidpo.demo.story import _make_folder
 
     out = tmp_path / "demo"
-    _prepare(out)
+    _make_folder(out)
     (out / "run").mkdir()
     (out / "run" / "metrics.jsonl").touch()
     (out / "notes.txt").touch()
-    _prepare(out)
+    _make_folder(out)
     assert {path.name for path in out.iterdir()} == {".unidpo-demo", "notes.txt"}
 
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter.tex").touch()
     with pytest.raises(UserError, match="something else"):
-        _prepare(other)
+        _make_folder(other)
     assert (other / "chapter.tex").exists()
 
 

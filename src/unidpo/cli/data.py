@@ -185,7 +185,7 @@ def _limits_of(model: str, max_length: int) -> dict[str, Any]:
     return {
         "special_tokens": encoder.tokenizer.all_special_tokens,
         "max_pixels": encoder.max_pixels,
-        "lengths": counter.one,
+        "count_tokens": counter.one,
         "extra": [counter.findings],
     }
 

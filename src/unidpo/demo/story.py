@@ -65,7 +65,7 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
     console = console or Terminal()
     transformers.logging.disable_progress_bar()
     world = load_world()
-    _prepare(out)
+    _make_folder(out)
     console.print(
         "A small Qwen2-VL (2.3 M parameters, shipped with this package) sees handwritten digits well and answers "
         "sloppily: asked in some ways, it often reverses a number or drops its last digit. Uni-DPO is to mend that, "
@@ -118,7 +118,7 @@ def _step(console: Console, number: int, title: str, command: str = "") -> None:
     console.print(heading, soft_wrap=True)
 
 
-def _prepare(out: Path) -> None:
+def _make_folder(out: Path) -> None:
     """Make the folder ready, without an earlier demo's files."""
     mark = out / _MARK
     if out.exists() and not out.is_dir():

@@ -94,11 +94,11 @@ class HuggingFace:
         """While the model answers one batch, the images of the next are decoded."""
         start, size = 0, self.batch_size
         with ThreadPoolExecutor(1) as pool, self._settings(generation, sampling) as settings:
-            coming = pool.submit(self._prepare, questions[:size], generation)
+            coming = pool.submit(self._make_batch, questions[:size], generation)
             while start < len(questions):
                 batch = coming.result()
                 following = questions[start + size : start + 2 * size]
-                coming = pool.submit(self._prepare, following, generation)
+                coming = pool.submit(self._make_batch, following, generation)
                 try:
                     answers = self._generate(batch, settings)
                 except torch.OutOfMemoryError:
@@ -112,9 +112,9 @@ class HuggingFace:
                 size = len(batch.asked) // 2  # of all that follow
                 _LOG.warning("%d questions do not fit into memory together: %d from now on", len(batch.asked), size)
                 torch.cuda.empty_cache()
-                coming = pool.submit(self._prepare, questions[start : start + size], generation)
+                coming = pool.submit(self._make_batch, questions[start : start + size], generation)
 
-    def _prepare(self, questions: Sequence[Question], generation: Generation) -> _Batch:
+    def _make_batch(self, questions: Sequence[Question], generation: Generation) -> _Batch:
         prompts = {question.index: self.prompter.prompt(question, generation) for question in questions}
         asked = [prompt for prompt in prompts.values() if isinstance(prompt, Prompt)]
         refused = {index: [answer] for index, answer in prompts.items() if isinstance(answer, Answer)}

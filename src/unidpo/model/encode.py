@@ -132,7 +132,7 @@ class Encoder:
             ImageError: an image cannot be read, or the model's processor refuses it.
             ModelError: the group has images and the model takes none, or the template leaves a prompt empty.
         """
-        images = [self._prepare(open_image(source)) for source in group.images]
+        images = [cap_pixels(open_image(source), self.max_pixels) for source in group.images]
         prompt_ids, types, vision = self.tokenize(self.prompt_text(group.messages), images)
         positions = self._position_ids(prompt_ids, types, vision)
         prompt = EncodedGroup(prompt_ids, positions, types, response_ids=(), cut_tokens=(), vision=vision)
@@ -198,9 +198,6 @@ class Encoder:
         }
         text = json.dumps(described, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-    def _prepare(self, image: PIL.Image.Image) -> PIL.Image.Image:
-        return cap_pixels(image, self.max_pixels)
 
     def tokenize(self, text: str, images: Sequence[PIL.Image.Image]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Ids (tokens,), token types (tokens,) and image tensors of a rendered prompt with scaled images.

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from unidpo.data.check.measure import Lengths, estimated_lengths
+from unidpo.data.check.measure import CountTokens, token_estimator
 from unidpo.data.check.report import CheckReport, describe
 from unidpo.data.check.rows import (
     IMAGE_TOKENS,
@@ -41,7 +41,7 @@ def check_data(
     require_scores: bool = False,
     special_tokens: Sequence[str] = SPECIAL_TOKENS,
     max_pixels: int = MAX_PIXELS,
-    lengths: Lengths | None = None,
+    count_tokens: CountTokens | None = None,
     extra: Iterable[GroupCheck] = (),
     on_progress: OnProgress | None = None,
     knobs: ScoreKnobs | None = DEFAULTS,
@@ -59,9 +59,9 @@ def check_data(
         special_tokens: what text should not hold; those of the families in use by default. Qwen's image tokens among
             them are an error in data with images.
         max_pixels: what images are scaled down to before the model sees them.
-        lengths: counts tokens; by default they are estimated.
-        extra: further checks of each row that is usable so far. A `UserError` they (or ``lengths``) raise becomes an
-            error of the row.
+        count_tokens: counts those of a group; by default they are estimated.
+        extra: further checks of each row that is usable so far. A `UserError` of theirs, or of ``count_tokens``,
+            becomes an error of the row.
         on_progress: called with ``images`` or ``rows``, how many are done and how many there are.
         knobs: values of the loss that the scores are held against; `None` for a loss without such.
 
@@ -72,7 +72,7 @@ def check_data(
     odd_images, sizes = _inspect_images(read.image_uses if scan_images else [], max_pixels, on_progress)
     findings = [*read.findings, *odd_images, *byte_order_mark(Path(path))]
 
-    measure = lengths or estimated_lengths(sizes, max_pixels=max_pixels)
+    measure = count_tokens or token_estimator(sizes, max_pixels=max_pixels)
     # A pack puts rows with images beside those without, so that one image token too many stops them all.
     stops = IMAGE_TOKENS if read.image_uses else ()
     checks = (special_token_check(special_tokens, fatal=stops), text_check, white_space_check, *extra)
@@ -94,7 +94,7 @@ def check_data(
     if knobs is not None:
         findings += score_scale(usable, knobs)
     findings = [replace(finding, file=finding.file or path) for finding in findings]
-    return describe(path, images, read.rows, findings, usable, measured, estimated=lengths is None)
+    return describe(path, images, read.rows, findings, usable, measured, estimated=count_tokens is None)
 
 
 def _inspect_images(
@@ -119,7 +119,7 @@ def _inspect_images(
 
 
 def _examine(
-    group: PromptGroup, checks: Iterable[GroupCheck], measure: Lengths
+    group: PromptGroup, checks: Iterable[GroupCheck], measure: CountTokens
 ) -> tuple[list[Finding], GroupTokens | None]:
     """What is wrong with one row, and its lengths, or ``None`` if it cannot be used."""
     findings: list[Finding] = []

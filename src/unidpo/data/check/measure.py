@@ -34,7 +34,7 @@ class Spread:
     maximum: float
 
 
-Lengths: TypeAlias = Callable[[PromptGroup], GroupTokens]
+CountTokens: TypeAlias = Callable[[PromptGroup], GroupTokens]
 """How many tokens a group has for a model."""
 
 
@@ -71,10 +71,10 @@ def epoch_tokens(groups: Sequence[PromptGroup], lengths: Sequence[GroupTokens], 
     return EpochTokens(estimated, padded, packed, sum(distinct.values()))
 
 
-def estimated_lengths(
+def token_estimator(
     sizes: Mapping[ImageSource, tuple[int, int]] | None = None, *, max_pixels: int = MAX_PIXELS
-) -> Lengths:
-    """Lengths without a model: a token for four bytes of UTF-8, and for 28 x 28 pixels of an image once scaled.
+) -> CountTokens:
+    """CountTokens without a model: a token for four bytes of UTF-8, and for 28 x 28 pixels of an image once scaled.
 
     Args:
         sizes: width and height of images; those not in it count as ``max_pixels``.
