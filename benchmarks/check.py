@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def generate(folder: Path, rows: int) -> Path:
-    """Rows of the reference's shape: four pairs per prompt, one photograph each, answers of about 100 tokens.
+    """Rows of the published data's shape: four pairs per prompt, one photograph each, answers of about 100 tokens.
 
     As one JSON list, which takes more memory than lines.
     """

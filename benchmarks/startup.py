@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def generate(folder: Path, rows: int) -> Path:
-    """Rows of the reference's shape, one JSON list: four responses to each prompt, of which four pairs are made.
+    """Rows of the published data's shape, one JSON list: four responses to each prompt, of which four pairs are made.
 
     Questions of about 70 words, answers of about 100, and JPEG photographs of 200 to 640 pixels a side.
     """
