@@ -20,8 +20,9 @@ from benchmarks.settings import BETA, LEARNING_RATE, MAX_GRAD_NORM, Setting
 from unidpo.data.pairs import PromptGroup
 from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.load import load_policy, load_processor
-from unidpo.model.packs import PaddedRows, pad, to_device
+from unidpo.model.packs import PaddedRows, pad
 from unidpo.model.parts import freeze, keep_trainable_in_float32
+from unidpo.model.transfer import to_device
 
 # Sums of log-probabilities, (rows,), and the logits where those of all positions are held.
 RowLogps = Callable[[PreTrainedModel, PaddedRows], tuple[Tensor, Tensor | None]]

@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from unidpo.model.attention import PACK_ATTENTION, set_text_attention
 from unidpo.model.batches import BatchMaker
 from unidpo.model.logps import response_logps
 from unidpo.model.pack_check import smallest
-from unidpo.training.steps import Dealer, StepLoader, StepMaker, StepSampler
+from unidpo.model.transfer import Parcel
+from unidpo.training.reading import StepLoader, StepReader
+from unidpo.training.steps import Dealer, StepSampler
 from worlds import GOLDEN, group, tiny_policy
 
 counts = st.lists(st.integers(1, 12), min_size=1, max_size=20)
@@ -195,8 +198,8 @@ def test_a_batch_holds_only_the_responses_its_pairs_name(encoder):
     lengths = [len(encoder.response_ids(groups[0].responses[i])) for i in (1, 3)]
     assert batch.responses.response_tokens.tolist()[:2] == lengths
     assert batch.ref_logps.tolist() == [-2.0, -4.0, -5.0, -6.0]
-    assert batch.pairs.source_chosen.tolist() == [1, 0]
-    assert batch.pairs.rows.tolist() == [1, 2]
+    assert batch.pairs.source_chosen == (1, 0)
+    assert batch.pairs.rows == (1, 2)
 
 
 def test_without_stored_numbers_a_batch_has_none(encoder):
@@ -204,14 +207,19 @@ def test_without_stored_numbers_a_batch_has_none(encoder):
     assert batch.ref_logps is None
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+def reader(groups, encoder, dealt, **options):
+    batches, device = BatchMaker(groups, encoder), torch.device("cpu")
+    return StepReader(batches, dealt.dealer, dealt.tokens, **{"device": device} | options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_the_loader_gives_a_step_at_a_time(encoder, workers):
     groups = [group(images=0, seed=i, row=i + 1) for i in range(5)]
     dealt = Dealt([1] * 5, step=3)
-    maker = StepMaker(BatchMaker(groups, encoder), dealt.dealer, dealt.tokens)
-    loader = StepLoader(dealt.steps, lambda: maker, workers=workers)
+    loader = StepLoader(dealt.steps)
     loader.set_epoch(1)
-    rows = [[row for batch in step.batches for row in batch.pairs.rows.tolist()] for step in loader]
+    steps = reader(groups, encoder, dealt, workers=workers).read(loader)
+    rows = [[row for batch in step.batches for row in batch.pairs.rows] for step in steps]
     assert [len(step) for step in rows] == [3, 2]
     assert len(loader) == 2
     expected = Dealt([1] * 5, step=3, epoch=1)
@@ -224,12 +232,55 @@ def test_a_row_that_went_bad_is_left_out_and_named(encoder, tmp_path, workers):
     groups = [group(images=1, seed=i, row=i + 1) for i in range(3)]
     groups[1] = replace(groups[1], images=(tmp_path / "gone.png",))
     dealt = Dealt([1] * 3, step=3)
-    maker = StepMaker(BatchMaker(groups, encoder), dealt.dealer, dealt.tokens)
-    loader = StepLoader(dealt.steps, lambda: maker, workers=workers)
-    (step,) = loader
+    (step,) = reader(groups, encoder, dealt, workers=workers).read(dealt.steps)
     assert step.pairs == 2
-    assert [row for batch in step.batches for row in batch.pairs.rows.tolist()] == [1, 3]
+    assert [row for batch in step.batches for row in batch.pairs.rows] == [1, 3]
     assert [(finding.row, "gone.png" in finding.message) for finding in step.lost] == [(2, True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_gives_micro_batches_one_by_one_each_in_one_buffer(encoder, monkeypatch, workers):
+    groups = [group(images=1, seed=i, row=i + 1) for i in range(8)]
+    dealt = Dealt([1] * 8, step=4, max_pairs=1)
+    items = []
+    opened = Parcel.opened
+    monkeypatch.setattr(Parcel, "opened", lambda item: items.append(item.buffer.nbytes) or opened(item))
+    # A device without memory: what goes to one is laid into a buffer.
+    steps = [*reader(groups, encoder, dealt, workers=workers, device=torch.device("meta")).read(dealt.steps)]
+    assert [len(step.batches) for step in steps] == [4, 4]
+    assert len(items) == 8
+    alone, _ = BatchMaker(groups, encoder).batch([(0, (0,))])
+    assert max(items) < 1.2 * Parcel.of(alone).buffer.nbytes
+    for batch in (batch for step in steps for batch in step.batches):
+        tensors = [batch.responses.input_ids, batch.responses.vision["pixel_values"], batch.pairs.chosen_scores]
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
+def test_workers_read_one_step_ahead_and_no_further(encoder, monkeypatch):
+    read_ahead = []
+
+    class Recording(DataLoader):
+        def __init__(self, *args, **options):
+            read_ahead.append(options["prefetch_factor"] * options["num_workers"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr("unidpo.training.reading.DataLoader", Recording)
+    groups = [group(images=0, seed=i, row=i + 1) for i in range(40)]
+    dealt = Dealt([1] * 40, step=8, max_pairs=1, shuffle=False)
+    drawn = []
+    steps = reader(groups, encoder, dealt, workers=2).read(drawn.append(step) or step for step in dealt.steps)
+    for number, step in enumerate(steps, start=1):
+        assert step.pairs == 8
+        assert min(number + 1, 5) <= len(drawn) <= number + 2
+    assert read_ahead == [8]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_leaves_the_global_generator(encoder, workers):
+    dealt = Dealt([1] * 2, step=1)
+    before = torch.get_rng_state()
+    list(reader([group(images=0)] * 2, encoder, dealt, workers=workers).read(dealt.steps))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_stored_numbers_stay_with_their_responses_where_rows_are_left_out(encoder, tmp_path):
@@ -238,7 +289,7 @@ def test_stored_numbers_stay_with_their_responses_where_rows_are_left_out(encode
     stored = [torch.tensor([-2.0 * i - 1, -2.0 * i - 2]) for i in range(4)]
     stored[2] = None  # there was nothing to compute it from
     batch, lost = BatchMaker(groups, encoder, ref_logps=stored).batch([(index, (0,)) for index in range(4)])
-    assert batch.pairs.rows.tolist() == [1, 4]
+    assert batch.pairs.rows == (1, 4)
     assert batch.ref_logps.tolist() == [-1.0, -2.0, -7.0, -8.0]
     assert [finding.row for finding in lost] == [2, 3]
 
@@ -272,7 +323,7 @@ def test_a_dummy_group_joins_a_batch_without_an_image_and_no_pair_refers_to_it(m
     assert lost == []
     assert len(batch.responses.response_tokens) == 4 + 3
     assert len(batch.responses.vision["pixel_values"]) == len(mixed.dummy_group.vision["pixel_values"])
-    assert batch.pairs.rows.tolist() == [1, 3]
+    assert batch.pairs.rows == (1, 3)
     assert {*batch.pairs.chosen.tolist(), *batch.pairs.rejected.tolist()} == {0, 1, 2, 3}
     assert batch.ref_logps.tolist() == [-1.0, -2.0, -3.0, -4.0, 0.0, 0.0, 0.0]
 

@@ -20,9 +20,9 @@ from unidpo.losses import SimPO
 from unidpo.model.attention import PACK_ATTENTION, set_text_attention
 from unidpo.model.packs import pack
 from unidpo.model.policy import Policy
+from unidpo.training.reading import Step
 from unidpo.training.record import RunRecord
 from unidpo.training.running import StepReport
-from unidpo.training.steps import Step
 from worlds import GOLDEN, group, tiny_policy
 
 SKIP = {"on_bad_row": "skip", "max_lost_fraction": 1.0}

@@ -373,7 +373,7 @@ class TestTokens:
             loss=SimPO(),
         )
         trainer._apply_setup()
-        batches = [batch.responses for step in trainer.get_train_dataloader() for batch in step.batches]
+        batches = [batch.responses for step in trainer.read(trainer.get_train_dataloader()) for batch in step.batches]
         plan = plan_of(*overrides)
         assert plan.data.response_tokens == sum(int(batch.response_tokens.sum()) for batch in batches)
         if layout == "auto":  # with padding the order, which is drawn, decides

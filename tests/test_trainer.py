@@ -21,7 +21,7 @@ from unidpo.model.load import load_policy
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import Pack, index_pairs, pack, pad
 from unidpo.run_folder.records import LEDGER_COLUMNS
-from unidpo.training.metrics import pair_columns
+from unidpo.training.metrics import PairColumns
 from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN, group, save_gemma2, tiny_policy
 
@@ -345,7 +345,9 @@ def test_a_micro_batch_without_pairs_gives_every_trainable_weight_a_gradient_of_
     total.backward()
     learning = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert all(gradient is not None and not gradient.any() for gradient in learning.values())
-    assert {len(column) for column in pair_columns(batch, pairs, terms).values()} == {0}
+    columns = PairColumns()
+    columns.add(batch, pairs, terms)
+    assert columns.take() == {}
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -477,7 +479,7 @@ def test_a_limit_on_tokens_counts_the_prompt_of_each_padded_row(make, attention,
     options = {"attention": attention, "max_tokens_per_pack": 2 * (prompt + responses), "loss": SimPO()}
     trainer = make(groups, batch=(1, 2), max_steps=1, **options)
     trainer._apply_setup()
-    (step,) = trainer.get_train_dataloader()
+    (step,) = trainer.read(trainer.get_train_dataloader())
     assert len(step.batches) == passes
 
 

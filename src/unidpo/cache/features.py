@@ -30,7 +30,8 @@ from unidpo.model.encode import EncodedGroup, Encoder
 from unidpo.model.features import ImageFeatures, without_pixels
 from unidpo.model.lengths import TokenCounter
 from unidpo.model.pack_check import features_problem, padded_rows, smallest
-from unidpo.model.packs import join_vision, to_device
+from unidpo.model.packs import join_vision
+from unidpo.model.transfer import to_device
 
 _LOG = logging.getLogger(__name__)
 PART_BYTES = 256 * 2**20

@@ -19,7 +19,8 @@ from unidpo.cache.stored_pass import StoredPass
 from unidpo.data.pairs import PromptGroup
 from unidpo.errors import ModelError
 from unidpo.model.encode import EncodedGroup
-from unidpo.model.packs import Collate, to_device
+from unidpo.model.packs import Collate
+from unidpo.model.transfer import to_device
 
 ROUNDING = 1e-4
 """How far above 0 a log-softmax may come out, in nats per token: float32 rounds it by 1e-7 of the largest logit."""

@@ -39,7 +39,7 @@ OWNED_BY_RECIPE: Mapping[str, str] = {
     "fp16": "is not set here; `model.dtype` decides",
     "bf16_full_eval": "is not set here; `model.dtype` decides",
     "fp16_full_eval": "is not set here; `model.dtype` decides",
-    "dataloader_pin_memory": "is not set here; batches are not pinned",
+    "dataloader_pin_memory": "is not set here; batches for a GPU are pinned",
     "remove_unused_columns": "is not set here; the trainer needs every column",
     "resume_from_checkpoint": "is not set here; use `unidpo train RECIPE --resume`",
     "do_train": "is not set here; `unidpo train` trains",

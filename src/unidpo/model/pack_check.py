@@ -18,8 +18,9 @@ from unidpo.errors import ModelError, UserError
 from unidpo.model.attention import BACKENDS, PackAttentionError, missing
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.features import takes_features
-from unidpo.model.packs import Collate, Pack, PaddedRows, pack, pad, to_device, with_features
+from unidpo.model.packs import Collate, Pack, PaddedRows, pack, pad, with_features
 from unidpo.model.policy import Policy
+from unidpo.model.transfer import to_device
 
 _LOG = logging.getLogger(__name__)
 # Largest difference between the two paths, in nats per token, that rounding explains, by the compute dtype.

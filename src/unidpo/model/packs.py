@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from unidpo.data.pairs import Pair, PromptGroup
 from unidpo.model.encode import EncodedGroup
 from unidpo.model.features import ImageFeatures, join, without_pixels
 
-T = TypeVar("T")
 P = TypeVar("P", bound="Pack | PaddedRows")
 
 
@@ -97,10 +96,10 @@ class PairIndex:
     rejected: Int[Tensor, " pairs"]
     chosen_scores: Float[Tensor, " pairs"]
     rejected_scores: Float[Tensor, " pairs"]
-    rows: Int[Tensor, " pairs"]
+    rows: tuple[int, ...]
     files: tuple[str | None, ...]
-    source_chosen: Int[Tensor, " pairs"]
-    source_rejected: Int[Tensor, " pairs"]
+    source_chosen: tuple[int, ...]
+    source_rejected: tuple[int, ...]
 
 
 Collate: TypeAlias = Callable[[Sequence[EncodedGroup]], Pack | PaddedRows]
@@ -169,7 +168,7 @@ def used_responses(pairs: Sequence[Pair]) -> list[int]:
 
 def index_pairs(batch: Sequence[tuple[PromptGroup, Sequence[Pair]]]) -> PairIndex:
     """Index pairs into a batch that holds, group after group, the `used_responses` of the pairs given with it."""
-    integers: list[tuple[int, ...]] = []
+    places: list[tuple[int, int]] = []
     scores: list[tuple[float, ...]] = []
     offset = 0
     for group, pairs in batch:
@@ -177,29 +176,22 @@ def index_pairs(batch: Sequence[tuple[PromptGroup, Sequence[Pair]]]) -> PairInde
         at = {index: offset + place for place, index in enumerate(used)}
         offset += len(used)
         for pair in pairs:
-            integers.append((at[pair.chosen], at[pair.rejected], pair.row, pair.chosen, pair.rejected))
+            places.append((at[pair.chosen], at[pair.rejected]))
             both = (group.responses[pair.chosen].score, group.responses[pair.rejected].score)
             scores.append(tuple(float("nan") if score is None else score for score in both))
-    chosen, rejected, rows, source_chosen, source_rejected = (
-        torch.tensor(integers, dtype=torch.long).view(-1, 5).unbind(1)
-    )
+    chosen, rejected = torch.tensor(places, dtype=torch.long).view(-1, 2).unbind(1)
     chosen_scores, rejected_scores = torch.tensor(scores, dtype=torch.float64).view(-1, 2).unbind(1)
-    files = tuple(None if pair.file is None else str(pair.file) for _, pairs in batch for pair in pairs)
-    return PairIndex(chosen, rejected, chosen_scores, rejected_scores, rows, files, source_chosen, source_rejected)
-
-
-def to_device(batch: T, device: torch.device) -> T:
-    """A copy of a dataclass with its tensors on `device`, those of dataclasses inside it too."""
-    moved: dict[str, Any] = {}
-    for field in fields(batch):  # type: ignore[arg-type]
-        value = getattr(batch, field.name)
-        if isinstance(value, Tensor):
-            moved[field.name] = value.to(device, non_blocking=True)
-        elif isinstance(value, Mapping):
-            moved[field.name] = {name: tensor.to(device, non_blocking=True) for name, tensor in value.items()}
-        elif is_dataclass(value):
-            moved[field.name] = to_device(value, device)
-    return replace(batch, **moved)  # type: ignore[type-var]
+    indexed = [pair for _, pairs in batch for pair in pairs]
+    return PairIndex(
+        chosen,
+        rejected,
+        chosen_scores,
+        rejected_scores,
+        rows=tuple(pair.row for pair in indexed),
+        files=tuple(None if pair.file is None else str(pair.file) for pair in indexed),
+        source_chosen=tuple(pair.chosen for pair in indexed),
+        source_rejected=tuple(pair.rejected for pair in indexed),
+    )
 
 
 def with_features(batch: P, features: ImageFeatures) -> P:

@@ -33,7 +33,7 @@ class PairsCallback(TrainerCallback):  # type: ignore[misc]
     """A callback that also gets the pairs of each optimizer step, in the main process."""
 
     def on_pairs(self, columns: Columns) -> None:
-        """Take the pairs of a step, of all processes: `step`, `epoch`, and what `metrics.pair_columns` names."""
+        """Take the pairs of a step, of all processes: `step`, `epoch`, and what `metrics.PairColumns` has."""
         raise NotImplementedError
 
 

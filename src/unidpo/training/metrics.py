@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from unidpo.errors import Finding, TrainingError, from_findings
@@ -39,39 +40,61 @@ def held_out_keys(loss: PreferenceLoss) -> list[str]:
     return ["loss", *logged, "rewards/margins", "rewards/accuracies"]
 
 
-def pair_columns(batch: Batch, pairs: PairLogps, terms: LossTerms) -> dict[str, list[Any]]:
-    """The pairs of a batch as columns of plain numbers, one entry per pair: the rows of the ledger."""
-    index, tokens = batch.pairs, batch.responses.response_tokens
-    columns: dict[str, Tensor | None] = {
-        "row": index.rows,
-        "chosen": index.source_chosen,
-        "rejected": index.source_rejected,
-        "chosen_score": index.chosen_scores,
-        "rejected_score": index.rejected_scores,
-        "chosen_logps": pairs.chosen_logps,
-        "rejected_logps": pairs.rejected_logps,
-        "ref_chosen_logps": pairs.ref_chosen_logps,
-        "ref_rejected_logps": pairs.ref_rejected_logps,
-        "chosen_tokens": tokens[index.chosen],
-        "rejected_tokens": tokens[index.rejected],
-        **{field.name: getattr(terms, field.name) for field in fields(terms)},
-    }
-    count = len(index.rows)
-    numbers = {n: [None] * count if c is None else c.detach().tolist() for n, c in columns.items()}
-    return {"file": list(index.files)} | numbers
+_LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 
 
-def extend(columns: dict[str, list[Any]], more: Columns) -> None:
-    """Add the pairs of other columns behind those of `columns`."""
-    for name, values in more.items():
-        columns.setdefault(name, []).extend(values)
+class PairColumns:
+    """The pairs of some batches as columns of plain numbers, one entry per pair: the rows of the ledger.
+
+    What is computed stays on its device until it is asked for, all of it by one copy: to wait for a number within a
+    step leaves the device without work.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[Columns] = []
+        self._names: list[str] = []
+        self._computed: list[Tensor] = []
+
+    def add(self, batch: Batch, pairs: PairLogps, terms: LossTerms) -> None:
+        """Add the pairs of a batch.
+
+        Args:
+            batch: as it lies on the host.
+        """
+        index, tokens = batch.pairs, batch.responses.response_tokens
+        self._known.append(
+            {
+                "file": index.files,
+                "row": index.rows,
+                "chosen": index.source_chosen,
+                "rejected": index.source_rejected,
+                "chosen_score": index.chosen_scores.tolist(),
+                "rejected_score": index.rejected_scores.tolist(),
+                "chosen_tokens": tokens[index.chosen].tolist(),
+                "rejected_tokens": tokens[index.rejected].tolist(),
+            }
+        )
+        computed = {name: getattr(pairs, name) for name in _LOGPS}
+        computed |= {field.name: getattr(terms, field.name) for field in fields(terms)}
+        self._names = [name for name, numbers in computed.items() if numbers is not None]
+        # As wide as the widest of them, so that no number changes.
+        self._computed.append(torch.stack([computed[name].detach() for name in self._names]))
+
+    def take(self) -> dict[str, list[Any]]:
+        """The columns of all pairs so far; empty where there is none."""
+        known = joined(self._known)
+        if not known:
+            return known
+        missing = dict.fromkeys(_LOGPS, [None] * len(known["row"]))
+        return known | missing | dict(zip(self._names, torch.cat(self._computed, dim=1).tolist(), strict=True))
 
 
 def joined(parts: Iterable[Columns]) -> dict[str, list[Any]]:
-    """The columns of several processes as one; empty where no process has a pair."""
+    """Columns one behind the other, of several batches or processes; empty where there is no pair."""
     together: dict[str, list[Any]] = {}
     for part in parts:
-        extend(together, part)
+        for name, values in part.items():
+            together.setdefault(name, []).extend(values)
     return together if together and together["row"] else {}
 
 
@@ -100,7 +123,7 @@ class Means:
         self._pairs = 0
 
     def add(self, columns: Columns) -> None:
-        """Take in the pairs of some columns, see `pair_columns`."""
+        """Take in the pairs of some columns, see `PairColumns`."""
         for key, name in LOGGED.items():
             if columns[name][0] is not None:
                 self._sums[key] += sum(columns[name])
@@ -125,7 +148,7 @@ class RewardShift:
     responses: int = 0
 
     def add(self, columns: Columns) -> None:
-        """Take in the pairs of a step, see `pair_columns`."""
+        """Take in the pairs of a step, see `PairColumns`."""
         self.total += sum(columns["chosen_reward"]) + sum(columns["rejected_reward"])
         self.responses += 2 * len(columns["chosen_reward"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,12 @@ from unidpo.data.lost_rows import LostRows
 from unidpo.distributed import gather, is_main, world_size
 from unidpo.errors import DataError, Finding, from_findings
 from unidpo.losses import LossTerms, PairLogps
-from unidpo.model.batches import Batch
-from unidpo.model.packs import to_device
+from unidpo.model.batches import Batch, Share
+from unidpo.model.transfer import ahead
 from unidpo.training.callbacks import PairsCallback
 from unidpo.training.checkpoints import CheckpointTrainer
-from unidpo.training.metrics import Columns, Means, RewardShift, extend, joined, pair_columns, require_finite
-from unidpo.training.steps import Step
+from unidpo.training.metrics import Columns, Means, PairColumns, RewardShift, joined, require_finite
+from unidpo.training.reading import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class StepReport:
 class StepTrainer(CheckpointTrainer):
     """transformers' `Trainer`, for whose loop one batch is a whole optimizer step; its loss is the mean over pairs.
 
+    The loop draws which pairs are in a step; `get_batch_samples` gives it the step.
+
     Args:
         lost: what becomes of rows that cannot be read any more.
         policy_is_reference: whether policy and reference are equal until the first update.
@@ -49,11 +51,17 @@ class StepTrainer(CheckpointTrainer):
         self._policy_is_reference = policy_is_reference
         self._means = Means()
         self._stop_requested = self._stopping = False
+        self._epoch: Iterator[Sequence[Share]] | None = None
+        self._steps: Iterator[Step] = iter([])
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False
 
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
+        raise NotImplementedError
+
+    def read(self, steps: Iterable[Sequence[Share]]) -> Iterator[Step]:
+        """Steps to train on, from the shares in them."""
         raise NotImplementedError
 
     def request_stop(self) -> None:
@@ -64,10 +72,16 @@ class StepTrainer(CheckpointTrainer):
         self._stop_requested = True
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Step], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Sequence[Share]], num_batches: int, device: torch.device
     ) -> tuple[list[Step], None]:
         """The next step. There is no count of labels beside it: the mean is over pairs, which a step knows itself."""
-        return list(itertools.islice(epoch_iterator, num_batches)), None
+        if self._epoch is not epoch_iterator:
+            self._epoch, self._steps = epoch_iterator, self.read(epoch_iterator)
+        return list(itertools.islice(self._steps, num_batches)), None
+
+    def stop_reading(self) -> None:
+        """End the processes that read steps ahead."""
+        self._epoch, self._steps = None, iter([])
 
     def training_step(self, model: torch.nn.Module, inputs: Step, num_items_in_batch: Any = None) -> Float[Tensor, ""]:
         """Forward and backward of one optimizer step; returns its loss, the mean over the step's pairs.
@@ -91,18 +105,18 @@ class StepTrainer(CheckpointTrainer):
         # Wrappers average gradients over processes; the mean is over pairs, of which processes have unequal numbers.
         weight = world_size() / pairs_of_step
         is_engine = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        columns: dict[str, list[Any]] = {}
+        columns = PairColumns()
+        on_device = ahead(inputs.batches, self.args.device)
         for place, batch in enumerate(inputs.batches, start=1):
-            batch = to_device(batch, self.args.device)
             is_last = place == len(inputs.batches)
             self.accelerator.gradient_state._set_sync_gradients(is_last)
             with contextlib.nullcontext() if is_last or is_engine else self.accelerator.no_sync(model):
-                pairs, terms = self.evaluate_pairs(batch)
+                pairs, terms = self.evaluate_pairs(next(on_device))
                 loss = terms.loss.sum() * weight
                 self.accelerator.backward(loss, **({"scale_wrt_gas": False} if is_engine else {}))
             total += loss.detach()
-            extend(columns, pair_columns(batch, pairs, terms))
-        self._add_pairs(joined(gather([columns])))
+            columns.add(batch, pairs, terms)
+        self._add_pairs(joined(gather([columns.take()])))
         # A warm-up's first update may be made with learning rate 0 and change nothing.
         if any(group["lr"] > 0 for group in self.optimizer.param_groups):
             self._policy_is_reference = False
@@ -127,13 +141,13 @@ class StepTrainer(CheckpointTrainer):
             DataError: rows cannot be read any more, as in `training_step`, or none can.
             TrainingError: a loss is not a finite number; names the pairs.
         """
-        columns: dict[str, list[Any]] = {}
+        columns = PairColumns()
         for step in steps:
             self._lost.add([finding for lost in gather([step.lost]) for finding in lost])
+            on_device = ahead(step.batches, self.args.device)
             for batch in step.batches:
-                batch = to_device(batch, self.args.device)
-                extend(columns, pair_columns(batch, *self.evaluate_pairs(batch)))
-        seen = joined(gather([columns]))
+                columns.add(batch, *self.evaluate_pairs(next(on_device)))
+        seen = joined(gather([columns.take()]))
         if not seen:
             raise DataError("none of the held-out rows can be read any more")
         require_finite(seen)

@@ -25,10 +25,12 @@ from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.lengths import Fitted
 from unidpo.model.load import load_policy
 from unidpo.model.pack_check import choose_batch_form, features_problem, smallest
-from unidpo.model.packs import Collate, pack, to_device
+from unidpo.model.packs import Collate, pack
 from unidpo.model.policy import Policy
+from unidpo.model.transfer import to_device
 from unidpo.training.objective import Objective
-from unidpo.training.steps import Dealer, StepMaker, share_tokens
+from unidpo.training.reading import StepReader
+from unidpo.training.steps import Dealer, share_tokens
 from unidpo.training.trainable import Trainable
 
 _LOG = logging.getLogger(__name__)
@@ -40,13 +42,13 @@ class Setup:
 
     Attributes:
         attention: of the language model, by the name transformers knows.
-        train, held_out: make the steps to train on and to measure on.
+        train, held_out: read the steps to train on and to measure on.
         objective: the loss, with its reference.
     """
 
     attention: str
-    train: StepMaker
-    held_out: StepMaker
+    train: StepReader
+    held_out: StepReader
     objective: Objective
 
 
@@ -133,9 +135,16 @@ class SetupMaker:
         """All groups, the held-out ones behind those that are trained on."""
         return [*self.train.groups, *self.held_out.groups]
 
-    def _steps(self, batches: BatchMaker, data: Fitted, max_pairs: int) -> StepMaker:
-        dealer = Dealer(max_pairs, self.max_tokens_per_pack, rank(), world_size())
-        return StepMaker(batches, dealer, share_tokens(data.groups, data.tokens, packs=batches.collate is pack))
+    def _steps(self, batches: BatchMaker, data: Fitted, max_pairs: int) -> StepReader:
+        return StepReader(
+            batches,
+            Dealer(max_pairs, self.max_tokens_per_pack, rank(), world_size()),
+            share_tokens(data.groups, data.tokens, packs=batches.collate is pack),
+            device=self.args.device,
+            workers=self.args.dataloader_num_workers,
+            prefetch=self.args.dataloader_prefetch_factor,
+            pinned=self.args.dataloader_pin_memory,
+        )
 
     def _compute_dtype(self, policy: Policy) -> torch.dtype:
         compute_dtype = torch.float16 if self.args.fp16 else policy.plain.dtype

@@ -4,36 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from unidpo.data.pairs import GroupTokens, PromptGroup
-from unidpo.errors import Finding
-from unidpo.model.batches import Batch, BatchMaker, Share
+from unidpo.model.batches import Share
 from unidpo.model.packs import used_responses
 
 ShareTokens: TypeAlias = Callable[[Share], int]
 """How many tokens a share takes in a micro-batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One optimizer step, as far as this process makes it.
-
-    Attributes:
-        batches: its micro-batches.
-        lost: rows that could be read when the data was checked and cannot any more.
-    """
-
-    batches: list[Batch]
-    lost: list[Finding]
-
-    @property
-    def pairs(self) -> int:
-        """Pairs in all micro-batches."""
-        return sum(len(batch.pairs.rows) for batch in self.batches)
 
 
 class StepSampler(Sampler[list[Share]]):
@@ -159,75 +140,3 @@ def _by_tokens(step: Sequence[Share], tokens: ShareTokens, limit: int) -> list[l
         micro_batches[place].append(share)
         rooms[place] -= size
     return micro_batches
-
-
-@dataclass(frozen=True, slots=True)
-class StepMaker:
-    """Makes steps of the shares that are in them."""
-
-    batches: BatchMaker
-    dealer: Dealer
-    tokens: ShareTokens
-
-    def step(self, shares: Sequence[Share]) -> Step:
-        made = [self.batches.batch(each) for each in self.dealer.deal(shares, self.tokens)]
-        return Step(
-            batches=[batch for batch, _ in made if batch is not None],
-            lost=[finding for _, lost in made for finding in lost],
-        )
-
-
-class StepDataset(Dataset[Step]):
-    """Shares in, a step out.
-
-    Args:
-        pairs: how many there are.
-        maker: called when the first step is drawn.
-    """
-
-    def __init__(self, pairs: int, maker: Callable[[], StepMaker]) -> None:
-        self._pairs = pairs
-        self._maker = maker
-
-    def __len__(self) -> int:
-        """Pairs in the data set, which is what transformers reports speed in."""
-        return self._pairs
-
-    def __getitems__(self, shares: Sequence[Share]) -> Step:
-        """Called by torch's loader with all that the batch sampler gives at once."""
-        return self._maker().step(shares)
-
-
-class StepLoader(DataLoader[Step]):
-    """A loader whose items are optimizer steps, read ahead in worker processes.
-
-    Args:
-        maker: called when the first step is drawn. transformers asks for the loader, and for its length, before the
-            model is in its wrapper; what makes steps is made after that.
-        prefetch: steps that each worker reads ahead; `None` for torch's default, and where there are no workers.
-    """
-
-    def __init__(
-        self,
-        sampler: StepSampler,
-        maker: Callable[[], StepMaker],
-        *,
-        workers: int = 0,
-        prefetch: int | None = None,
-    ) -> None:
-        super().__init__(
-            StepDataset(sampler.pairs, maker),
-            batch_sampler=sampler,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=prefetch,
-        )
-        self._sampler = sampler
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by transformers' loop before each epoch."""
-        self._sampler.set_epoch(epoch)
-
-
-def _as_it_is(step: Any) -> Any:
-    return step

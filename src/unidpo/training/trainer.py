@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 
 from unidpo.cache.store import default_cache
@@ -18,7 +17,7 @@ from unidpo.data.lost_rows import LostRows
 from unidpo.distributed import gather, is_main, on_main
 from unidpo.errors import Interrupted
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
-from unidpo.model.batches import Batch
+from unidpo.model.batches import Batch, Share
 from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.lengths import Fitted
 from unidpo.model.load import Processor, load_policy, load_processor
@@ -27,10 +26,11 @@ from unidpo.training.arguments import checkpoints_are_reentrant, refuse_settings
 from unidpo.training.callbacks import BeforeFirstStep, Hooks
 from unidpo.training.checkpoints import checkpoint_to_resume, read_reward_shift
 from unidpo.training.groups import fit_both, given_groups
+from unidpo.training.reading import Step, StepLoader
 from unidpo.training.record import recorded
 from unidpo.training.running import StepTrainer
 from unidpo.training.setup import Setup, SetupMaker
-from unidpo.training.steps import Step, StepLoader, StepMaker, StepSampler
+from unidpo.training.steps import StepSampler
 from unidpo.training.trainable import make_trainable
 
 
@@ -229,6 +229,7 @@ class PreferenceTrainer(StepTrainer):
             if self._is_recorded:
                 stack.enter_context(recorded(self, checkpoint))
             stack.enter_context(self.policy.attention_restored())
+            stack.callback(self.stop_reading)
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         self._lost.warn()
         if self._stopping:
@@ -241,19 +242,21 @@ class PreferenceTrainer(StepTrainer):
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[Step]:
-        """Optimizer steps; see `StepSampler`."""
-        return self._loader(self._train, lambda: self.setup.train, shuffle=self._shuffle)
+    def get_train_dataloader(self) -> StepLoader:
+        """The pairs of optimizer steps; see `StepSampler`."""
+        return StepLoader(self._sampler(self._train, shuffle=self._shuffle))
 
-    def _loader(self, data: Fitted, maker: Callable[[], StepMaker], *, shuffle: bool) -> StepLoader:
-        sampler = StepSampler(
+    def read(self, steps: Iterable[Sequence[Share]]) -> Iterator[Step]:
+        """Steps to train on, from the shares in them."""
+        return self.setup.train.read(steps)
+
+    def _sampler(self, data: Fitted, *, shuffle: bool) -> StepSampler:
+        return StepSampler(
             [len(group.pairs) for group in data.groups],
             pairs_per_step=self._pairs_per_step,
             shuffle=shuffle,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
-        workers, prefetch = self.args.dataloader_num_workers, self.args.dataloader_prefetch_factor
-        return StepLoader(sampler, maker, workers=workers, prefetch=prefetch)
 
     def evaluate_pairs(self, batch: Batch) -> tuple[PairLogps, LossTerms]:
         """Log-probabilities and loss terms of a batch that lies on the model's device."""
@@ -288,9 +291,9 @@ class PreferenceTrainer(StepTrainer):
         return metrics
 
     def _evaluate_held_out(self) -> dict[str, float]:
-        steps = self._loader(self._held_out, lambda: self.setup.held_out, shuffle=False)
+        steps = self._sampler(self._held_out, shuffle=False)
         with self.policy.measuring():
-            return self.held_out_metrics(steps)
+            return self.held_out_metrics(self.setup.held_out.read(steps))
 
     def _run_benchmark(self) -> Mapping[str, float]:
         assert self._hooks.benchmark is not None
