@@ -14,7 +14,7 @@ data = typer.Typer(help="Check, convert, move and fetch preference data.", no_ar
 
 # Names of `unidpo.data.formats.LAYOUTS`, which is not imported for `--help`. A test compares the two.
 LAYOUT = "alpaca|sharegpt|trl|ranked"
-DataFile = Annotated[
+DataArgument = Annotated[
     str,
     typer.Argument(metavar="FILE", help="JSON, JSONL or Parquet file, or a hub data set.", show_default=False),
 ]
@@ -27,7 +27,7 @@ To = Annotated[Path, typer.Option("--to", help="The new file.", show_default=Fal
 
 @data.command()
 def check(
-    file: DataFile,
+    file: DataArgument,
     images: Images = None,
     model: Annotated[
         str | None, typer.Option(help="Model whose limits and special tokens the data is held against.")

@@ -9,6 +9,7 @@ import base64
 import csv
 import io
 import json
+import string
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,7 +29,6 @@ from unidpo.evaluate.benchmarks import BenchmarkQuestion, EvaluationError
 from unidpo.evaluate.scorers import Truth
 from unidpo.files.regular import read_regular
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _YES_NO = {"yes": "", "no": ""}
 _IMAGES = ("images", "image", "image_path")
 _BASE64_STARTS = ("iVBOR", "/9j/", "R0lGOD", "UklGR")
@@ -168,7 +168,7 @@ def _item(number: int, row: Any, answer_type: str, instruction: str, folder: Pat
     given = [f"`{key}`" for key in _IMAGES if key in cells]
     if len(given) > 1:
         return [Finding("bad-row", f"{' and '.join(given)} are both given; keep one of them")]
-    options = {letter: cells[letter] for letter in LETTERS if answer_type == "mcq" and letter in cells}
+    options = {letter: cells[letter] for letter in string.ascii_uppercase if answer_type == "mcq" and letter in cells}
     values = {"index": number, **cells, "options": options}
     try:
         read = QuestionRow.model_validate(values, context=answer_type)

@@ -120,7 +120,7 @@ def delete_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_benchmark(folder: Path, result: BenchmarkResult, score: Score) -> None:
+def write_benchmark_result(folder: Path, result: BenchmarkResult, score: Score) -> None:
     """Write `judged.jsonl`, the scorer's own table, and last `results.json`."""
     lines = [json.dumps(asdict(each)) for each in score.judged]
     write_atomically(folder / JUDGED, "".join(f"{line}\n" for line in lines).encode())
@@ -132,11 +132,11 @@ def write_benchmark(folder: Path, result: BenchmarkResult, score: Score) -> None
 
 
 def read_judged(folder: Path) -> list[Judged]:
-    """What `write_benchmark` wrote of each answer."""
+    """What `write_benchmark_result` wrote of each answer."""
     return [Judged(**json.loads(line)) for line in (folder / JUDGED).read_text("utf-8").splitlines()]
 
 
-def write_model(result: ModelResult) -> None:
+def write_model_result(result: ModelResult) -> None:
     """Write a model's `results.json`."""
     record = {"model": result.model, "label": result.label, "benchmarks": [asdict(each) for each in result.benchmarks]}
     write_json(result.folder / RESULTS, record)

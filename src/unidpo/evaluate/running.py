@@ -26,8 +26,8 @@ from unidpo.evaluate.results import (
     Counts,
     ModelResult,
     delete_results,
-    write_benchmark,
-    write_model,
+    write_benchmark_result,
+    write_model_result,
 )
 from unidpo.evaluate.selection import Candidate
 from unidpo.files.locks import locked
@@ -175,7 +175,7 @@ def evaluate(
     ]
     result = ModelResult(label or model, model, out, found)
     out.mkdir(parents=True, exist_ok=True)
-    write_model(result)
+    write_model_result(result)
     write_atomically(out / PAGE, page([result]).encode())
     return result
 
@@ -224,7 +224,7 @@ def _run(
             limit=limit,
             identity={**kept.identity, "judge": "none" if judge is None else judge.identity()},
         )
-        write_benchmark(kept.folder, result, score)
+        write_benchmark_result(kept.folder, result, score)
     except UserError as error:
         _LOG.error("%s failed: %s", name, error)
         return BenchmarkResult(name, failure=str(error), identity=kept.identity)

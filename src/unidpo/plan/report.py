@@ -157,7 +157,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values; work in floating-point operations, memory in bytes, time in seconds."""
-        own: dict[str, Any] = plain(self)
+        own: dict[str, Any] = as_values(self)
         return own | {"utilisation": UTILISATION, "fits": list(self.fits), "notes": self.notes()}
 
     def notes(self) -> list[str]:
@@ -200,7 +200,7 @@ class Plan:
         last = self.ways[-1].work
         ways = [(way.name, operations(way.work), f"{way.work / last:.1f} x") for way in self.ways]
         _print(console, "An epoch and its reference, laid out in other ways", ways)
-        held: dict[str, Any] = plain(self.memory)
+        held: dict[str, Any] = as_values(self.memory)
         moment = held.pop("moment")
         memory = [(name, gigabytes(size), "") for name, size in held.items() if size]
         fits = f"{self.fits[0]} GB" if self.fits else "none"
@@ -214,10 +214,10 @@ class Plan:
         console.print("all figures are estimates; what they leave out is in docs/plan.md", soft_wrap=True)
 
 
-def plain(value: Any) -> Any:
+def as_values(value: Any) -> Any:
     """Dataclasses as dictionaries, each with its total if it has one."""
     if isinstance(value, tuple):
-        return [plain(each) for each in value]
+        return [as_values(each) for each in value]
     if isinstance(value, frozenset):
         return sorted(value)
     if not is_dataclass(value):
@@ -225,7 +225,7 @@ def plain(value: Any) -> Any:
     names = [field.name for field in fields(value)]
     if hasattr(value, "total"):
         names.append("total")
-    return {name: plain(getattr(value, name)) for name in names}
+    return {name: as_values(getattr(value, name)) for name in names}
 
 
 def _print(console: Console, title: str, rows: list[tuple[str, str, str]]) -> None:

@@ -22,7 +22,7 @@ from unidpo.data.pairs import ImageSource, Message, PromptGroup, merge_by_prompt
 from unidpo.errors import DataError, Finding, from_findings, require_known
 from unidpo.files.regular import is_regular
 
-Item: TypeAlias = tuple[PromptGroup, dict[str, Any]]
+GroupAndExtra: TypeAlias = tuple[PromptGroup, dict[str, Any]]
 """A group and the columns that go with its rows."""
 _SUFFIXES = (".json", *LINE_SUFFIXES, ".parquet")
 
@@ -65,7 +65,7 @@ def write_pairs(groups: Iterable[PromptGroup], path: str | Path, layout: str = "
     Raises:
         DataError: a layout cannot hold a group, its rows could not be read again, or the file cannot be written.
     """
-    items: list[Item] = [(group, {}) for group in groups]
+    items: list[GroupAndExtra] = [(group, {}) for group in groups]
     for group, _ in items:
         check_writable(group, layout)
     return _write(items, _target(path, layout), layout)
@@ -105,7 +105,7 @@ def convert(
     if is_same(target, Path(source)):
         raise DataError(f"{to}: this is the source itself; give another file")
     report = ConvertReport(target, to_layout)
-    items: list[Item] = []
+    items: list[GroupAndExtra] = []
     named: dict[Path, int] = {}
     bad_rows = 0
     for row in read_rows(source, images=images, layout=from_layout):
@@ -193,9 +193,9 @@ def _not_expressible(group: PromptGroup, problem: str) -> DataError:
     return DataError(str(finding), findings=[finding])
 
 
-def _join(items: Sequence[Item]) -> list[Item]:
+def _join(items: Sequence[GroupAndExtra]) -> list[GroupAndExtra]:
     """Groups of one prompt joined where their other columns agree, in order of first appearance."""
-    members: dict[Any, list[Item]] = {}
+    members: dict[Any, list[GroupAndExtra]] = {}
     for group, extra in items:
         key = group.prompt_key(), json.dumps(extra, sort_keys=True, default=repr)
         members.setdefault(key, []).append((group, extra))
@@ -209,7 +209,7 @@ def _target(to: str | Path, *layouts: str) -> Path:
     return Path(to)
 
 
-def _write(items: Sequence[Item], path: Path, layout: str) -> int:
+def _write(items: Sequence[GroupAndExtra], path: Path, layout: str) -> int:
     """Write the rows of groups; returns their number."""
     forms: set[Form] = {LAYOUTS[layout].form(group) for group, _ in items}
     form: Form = max(forms, key=get_args(Form).index, default="text")

@@ -28,7 +28,7 @@ class RatedPrompt:
         file: the file.
         row: its number in the file, from 1.
         id: as in the file, "" where it has none.
-        question: the text, as `plain` gives it.
+        question: the text, as `plain_question` gives it.
         message: the text with its image marks, as a user's message.
         images: as the file names them.
         responses: those with a text and all ratings asked for, scored by the weighted mean of these.
@@ -63,7 +63,7 @@ def subset_of(values: Mapping[str, Any]) -> str | None:
     return prefix[0] if prefix and prefix[0] in SUBSETS else None
 
 
-def plain(question: str) -> str:
+def plain_question(question: str) -> str:
     """A question without image marks and with single spaces: what it is recognised by."""
     return " ".join(question.replace(IMAGE.value, " ").split())
 
@@ -119,7 +119,7 @@ class RatedRow:
             self.file,
             self.number,
             "" if identity is None else str(identity),
-            plain(message.text),
+            plain_question(message.text),
             message,
             images,
             tuple(responses),
@@ -145,7 +145,7 @@ class RatedRow:
     def _message(self, images: int) -> Message:
         """The question with its image marks; where it has none, the images come first."""
         value = self.values.get("question")
-        if not isinstance(value, str) or not encodable(value) or not plain(value):
+        if not isinstance(value, str) or not encodable(value) or not plain_question(value):
             self._note("missing-question", "question", "the row has no question, or one that is no text")
             return Message("user", ())
         content = marked(value)

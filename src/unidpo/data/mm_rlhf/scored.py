@@ -15,7 +15,7 @@ from typing import Any
 
 from unidpo.data.formats import write_pairs
 from unidpo.data.formats.files import json_type, rows_of
-from unidpo.data.mm_rlhf.ratings import SUBSETS, RatedPrompt, RatedRow, plain, subset_of
+from unidpo.data.mm_rlhf.ratings import SUBSETS, RatedPrompt, RatedRow, plain_question, subset_of
 from unidpo.data.mm_rlhf.scoring import PAIRS_FILE, RATINGS_FILE, RatingsReport, Scoring
 from unidpo.data.pairs import Pair, PromptGroup
 from unidpo.errors import DataError, Finding, shown
@@ -202,7 +202,7 @@ def _find_pair(
     if not (image is None or isinstance(image, str)):
         return Finding("wrong-type", f"an image is a path, not {shown(image)}", key="image")
     by_id = [i for i in by_key.get(str(values.get("id")), ()) if image is None or image in prompts[i].images]
-    same = [*by_id, *by_key.get((plain(question), image), ())]
+    same = [*by_id, *by_key.get((plain_question(question), image), ())]
     if not same:
         return Finding("no-such-prompt", f"{RATINGS_FILE} has no usable row with this question and image")
     for i in same:
