@@ -24,7 +24,7 @@ from unidpo.plan.data import (
     prompt_packs,
     reference_batches,
 )
-from unidpo.plan.gpus import GPUS, UTILISATION, gpu_by_name
+from unidpo.plan.gpus import GPUS, gpu_by_name
 from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of
 from unidpo.plan.report import Data, Features, Plan, Speed, Time, Way
 from unidpo.plan.shape import ModelShape, adapter_weights, shape_of
@@ -32,7 +32,7 @@ from unidpo.plan.work import Load, PatchCounter, Work, forward, in_chunks, train
 from unidpo.progress import Stages
 from unidpo.run.data import training_data
 
-__all__ = ["GPUS", "UTILISATION", "Plan", "Speed", "gpu_by_name", "plan_recipe"]
+__all__ = ["GPUS", "Plan", "Speed", "gpu_by_name", "plan_recipe"]
 
 
 def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1, console: Console) -> Plan:

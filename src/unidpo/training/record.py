@@ -57,15 +57,12 @@ class RunRecord(PairsCallback):
         if control.should_save:
             self._ledger.flush()
 
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save:
-            self._ledger.flush()
+    on_epoch_end = on_step_end
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._ledger.flush()
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._ledger.flush()
+    on_train_end = on_evaluate
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs: Mapping[str, float] = kwargs.get("logs") or {}

@@ -2,14 +2,13 @@
 
 from unidpo.data.mm_rlhf.fetch import Fetched, fetch
 from unidpo.data.mm_rlhf.fetch_plan import FetchPlan, plan_fetch
-from unidpo.data.mm_rlhf.scored import Scored, from_mm_rlhf, scored_groups
+from unidpo.data.mm_rlhf.scored import from_mm_rlhf, scored_groups
 from unidpo.data.mm_rlhf.scoring import RatingsReport, Scoring, parse_weights
 
 __all__ = [
     "FetchPlan",
     "Fetched",
     "RatingsReport",
-    "Scored",
     "Scoring",
     "fetch",
     "from_mm_rlhf",
