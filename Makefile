@@ -14,7 +14,7 @@ CORE := adapters arguments check cli config demo encode equivalence golden losse
   packs recipes reference runs sources stores train trainer
 TESTS ?= $(CORE:%=tests/test_%.py)
 
-.PHONY: help setup demo test test-avx2 test-oldest test-newest test-python test-eval test-watch mutants bench lint fmt FORCE
+.PHONY: help setup demo test test-avx2 test-oldest test-newest test-python test-eval test-watch mutants bench gpu lint fmt FORCE
 
 help: ## this list
 	@sed -nE 's/^([a-z][a-z0-9 -]*):[^#]* ## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -76,8 +76,14 @@ mutants: $(INSTALLED) ## plant each bug of tests/mutants and see a test catch it
 	$(BIN)/python -m scripts.plant_bugs --workers $(WORKERS) $(NAMES)
 
 # One thread: process CPU time is compared. About an hour on one core.
+gpu: $(INSTALLED) ## what a CUDA GPU has to show, half an hour on one
+	$(BIN)/python -m benchmarks.gpu
+
+ANSWERS := "prompt packs" "pair packs" live selective
+
 bench: $(INSTALLED) ## speed and memory against padded rows, an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --shape cpu --pairs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --shape answers --pairs 2 --variants $(ANSWERS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.profile
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.memory
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed --curves

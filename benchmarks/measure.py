@@ -39,6 +39,9 @@ class Seconds:
             torch.cuda.synchronize()
         return cls(time.process_time(), time.perf_counter())
 
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.cpu + other.cpu, self.wall + other.wall)
+
     def __sub__(self, other: Seconds) -> Seconds:
         return Seconds(self.cpu - other.cpu, self.wall - other.wall)
 

@@ -50,8 +50,11 @@ def compare(shape: Shape) -> dict[str, Any]:
             takes[name] = in_own_process(run, name, setting, device=shape.device)
             print(f"{VARIANTS[name].title:45} {takes[name].peak / MIB:8,.0f} MiB")
         libraries = in_own_process(peak, device="cpu") if shape.device == "cpu" else 0
+    largest, different = agreement(shape.dtype, takes)
+    if different:
+        raise SystemExit("; ".join(different))
     return {
-        "largest_difference": agreement(shape.dtype, takes),
+        "largest_difference": largest,
         "libraries_bytes": libraries,
         "variants": {n: {"peak_bytes": t.peak} for n, t in takes.items()},
     }

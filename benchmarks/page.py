@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.curves import CURVES
+from benchmarks.records import last_record
 from benchmarks.variants import VARIANTS
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"(?<=<!-- measured: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 # The published setting's epoch: pairs, prompts.
@@ -35,36 +35,46 @@ def write() -> None:
 
 def rendered(text: str) -> str:
     """The page with each measured part made anew."""
-    return BLOCK.sub(lambda found: f"{found[1]}{found[2]}{PARTS[found[1]](last(found[1]))}\n", text)
+    return BLOCK.sub(lambda found: f"{found[1]}{found[2]}{PARTS[found[1]](last_record(found[1]))}\n", text)
 
 
-def last(name: str) -> Record | None:
-    """The last record of a results file; `None` where nothing was measured yet."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text("utf-8"))[-1] if path.exists() else None
-
-
-def _cpu(record: Record | None) -> str:
+def _cpu(record: Record | None, shape: str = "cpu") -> str:
     if record is None:
-        return _not_yet(["variant", "CPU s/pair"], "--shape cpu")
+        return _not_yet(["variant", "CPU s/pair"], f"--shape {shape}")
+    others = [other for other in ("selective", "loop") if other in record["variants"]]
     rows = []
     for name, found in record["variants"].items():
-        against = [_times(record, name, other, "cpu_seconds_per_pair") for other in ("selective", "loop")]
-        memory = [_part(record, name, other) for other in ("selective", "loop")]
+        seconds = found["cpu_seconds_per_pair"]
+        first = seconds + (found["reference_cpu_seconds_per_pair"] or 0)
+        speeds = [
+            f"{record['variants'][other]['cpu_seconds_per_pair'] / own:.1f}"
+            for other in others
+            for own in (first, seconds)
+        ]
         rows.append(
             [
                 VARIANTS[name].title,
-                f"{found['cpu_seconds_per_pair']:.2f}",
-                *against,
+                f"{seconds:.2f}",
+                *speeds,
                 f"{found['pairs_per_second']:.2f}",
                 f"{found['work_per_pair'] / 1e9:,.0f}",
                 f"{found['peak_bytes'] / 2**20:,.0f}",
-                *memory,
+                *(_part(record, name, other) for other in others),
             ]
         )
-    head = ["variant", "CPU s/pair", "speed ÷ selective", "÷ all logits", "pairs/s", "GFLOP/pair", "peak MiB"]
-    table = _table([*head, "÷ selective", "÷ all logits"], rows)
-    return "\n\n".join([_where(record), table, _stored(record), _aims(record)])
+    than = [_short(other) for other in others]
+    speeds = [f"{run} ÷ {other}" for other in than for run in ("first run, speed", "later runs, speed")]
+    head = [
+        "variant",
+        "CPU s/pair",
+        *speeds,
+        "pairs/s",
+        "GFLOP/pair",
+        "peak MiB",
+        *(f"memory ÷ {other}" for other in than),
+    ]
+    parts = [_where(record), _table(head, rows), _stored(record)]
+    return "\n\n".join([*parts, _aims(record)] if shape == "cpu" else parts)
 
 
 def _gpu(record: Record | None) -> str:
@@ -81,6 +91,13 @@ def _gpu(record: Record | None) -> str:
         rows.append([VARIANTS[name].title, *cells, f"{minutes[0]:,.0f} min", f"{sum(minutes):,.0f} min"])
     rate = f"A plain {record['dtype']} matrix product reaches {record['matmul_per_second'] / 1e12:,.0f} TFLOP/s."
     return "\n\n".join([f"{_where(record)} {rate}", _table(GPU_HEAD, rows)])
+
+
+def _checks(record: Record | None) -> str:
+    if record is None:
+        return "Not measured yet: `make gpu` on a machine with a CUDA GPU."
+    rows = [[f"`{done['command']}`", done["outcome"], f"{done['seconds']:,.0f}"] for done in record["checks"].values()]
+    return f"{record['date']}: {record['gpu']}.\n\n{_table(['command', 'outcome', 'seconds'], rows)}"
 
 
 def _memory(record: Record | None) -> str:
@@ -127,7 +144,15 @@ def _curves(record: Record | None) -> str:
     )
 
 
-PARTS = {"speed-cpu": _cpu, "speed-gpu": _gpu, "memory-cpu": _memory, "profile-cpu": _profile, "speed-curves": _curves}
+PARTS = {
+    "speed-cpu": _cpu,
+    "speed-answers": partial(_cpu, shape="answers"),
+    "speed-gpu": _gpu,
+    "gpu": _checks,
+    "memory-cpu": _memory,
+    "profile-cpu": _profile,
+    "speed-curves": _curves,
+}
 
 
 def _where(record: Record) -> str:
@@ -157,9 +182,9 @@ def _stored(record: Record) -> str:
         if (seconds := variant["reference_cpu_seconds_per_pair"]) is not None
     ]
     return (
-        f"The passes that store the reference and image features are not in these figures. They run once, before the "
-        f"first step, and cost, in CPU seconds per pair: {'; '.join(found)}. A second run over the same data does not "
-        f"need them."
+        f"The first run over some data also makes the passes that store the reference and image features, which later "
+        f"runs find on disk; they cost, in CPU seconds per pair: {'; '.join(found)}. The other variants compute their "
+        f"reference in each step."
     )
 
 
@@ -183,10 +208,6 @@ def _short(name: str) -> str:
 
 def _ratio(record: Record, name: str, other: str, key: str) -> float:
     return float(record["variants"][name][key] / record["variants"][other][key])
-
-
-def _times(record: Record, name: str, other: str, key: str) -> str:
-    return f"{_ratio(record, other, name, key):.1f}" if {name, other} <= record["variants"].keys() else ""
 
 
 def _part(record: Record, name: str, other: str) -> str:

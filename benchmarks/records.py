@@ -12,8 +12,14 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def add_record(name: str, **values: Any) -> None:
-    """Append a record to benchmarks/results/NAME.json."""
+def last_record(name: str) -> dict[str, Any] | None:
+    """The last of benchmarks/results/NAME.json, where there is one."""
+    path = RESULTS / f"{name}.json"
+    return dict(json.loads(path.read_text())[-1]) if path.exists() else None
+
+
+def add_record(name: str, *, instead_of_last: bool = False, **values: Any) -> None:
+    """Append a record to benchmarks/results/NAME.json, or put it in the place of the last one."""
     path = RESULTS / f"{name}.json"
     record = {
         "date": datetime.date.today().isoformat(),
@@ -24,7 +30,8 @@ def add_record(name: str, **values: Any) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     records = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*records, record], indent=2) + "\n")
+    kept = records[:-1] if instead_of_last else records
+    path.write_text(json.dumps([*kept, record], indent=2) + "\n")
     print(f"added to {path}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ SHAPES = {
         pairs_per_pass=4,
     ),
 }
+# Where a prompt is short beside what is said about it, and packs save least.
+SHAPES["answers"] = replace(SHAPES["cpu"], lengths=Lengths(image=(16, 64), response=(150, 600)))
 
 
 def save_model(shape: Shape, folder: Path) -> int:

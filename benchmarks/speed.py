@@ -1,12 +1,15 @@
 """How fast each way to train is, in one interleaved run on the same model and the same pairs.
 
     python -m benchmarks.speed --shape cpu                  some minutes a run
+    python -m benchmarks.speed --shape answers              the same model; small images and long answers
     python -m benchmarks.speed --shape gpu                  Qwen2-VL-2B's shape, on a CUDA GPU
     python -m benchmarks.speed --curves                     cost against lengths, responses and batch; with plots
     python -m benchmarks.speed --shape tiny --json          what the tests do
 
 Every variant trains in a process of its own: a first step, which warms up and whose losses are compared, then the
-steps that are measured. Adds a record to benchmarks/results and writes docs/performance.md.
+steps that are measured. Adds a record to benchmarks/results and writes docs/performance.md. What is measured is kept
+after each run of a variant, and a command that was stopped goes on from there. A variant that fails or computes
+something else than the others is recorded so; the command then ends with status 1.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import argparse
 import json
 import math
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -26,10 +31,11 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are forked
 
 import torch
+from pydantic import TypeAdapter
 
 from benchmarks import curves, page
 from benchmarks.measure import Taken, in_own_process
-from benchmarks.records import add_record
+from benchmarks.records import RESULTS, add_record
 from benchmarks.settings import Setting
 from benchmarks.shapes import SHAPES, Shape, save_model
 from benchmarks.variants import VARIANTS, run
@@ -38,10 +44,8 @@ from benchmarks.work import matmul_rate, step_work
 PACKAGES = ("torch", "transformers", "accelerate", "trl")
 # Largest relative difference that rounding explains: of losses, log-probabilities, norms of gradients.
 TOLERANCE = {torch.float32: (1e-4, 1e-4, 1e-3), torch.bfloat16: (1e-2, 1e-2, 5e-2)}
-
-
-class DifferentResult(AssertionError):
-    """A variant computes something else than the others."""
+TRY_AGAIN = 75
+"""Exit status where the time was up before everything was measured; the same command goes on."""
 
 
 def main() -> None:
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of each variant, interleaved (default 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--curves", action="store_true", help="measure cost against lengths instead")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many")
     parser.add_argument("--json", action="store_true", help="print the record and leave the files as they are")
     options = parser.parse_args()
     if options.curves:
@@ -64,39 +69,96 @@ def main() -> None:
         if pairs % (6 * per_pass) and per_pass > 1:
             parser.error(f"--pairs is a multiple of {6 * per_pass} for this shape, so that all passes are full")
         name = f"speed-{options.shape}"
-        record = compare(SHAPES[options.shape], pairs, options.steps, options.runs, options.variants)
+        shape = SHAPES[options.shape]
+        kept = Kept(
+            None if options.json else RESULTS / f"{name}-unfinished.json", [asdict(shape), pairs, options.steps]
+        )
+        until = time.monotonic() + 60 * options.minutes
+        found = compare(shape, pairs, options.steps, options.runs, options.variants, kept, until)
+        if found is None:
+            print("the time is up; the same command goes on")
+            sys.exit(TRY_AGAIN)
+        record = found
     record = environment() | record
     if options.json:
         print(json.dumps(record))
-        return
-    add_record(name, **record)
-    if options.curves:
-        curves.plot(record)
-    page.write()
+    else:
+        add_record(name, **record)
+        if options.curves:
+            curves.plot(record)
+        else:
+            kept.forget()
+        page.write()
+    if wrong := [*record.get("different", ()), *record.get("failed", {}).items()]:
+        sys.exit(f"not as it should be: {wrong}")
 
 
-def compare(shape: Shape, pairs: int, steps: int, runs: int, names: Sequence[str]) -> dict[str, Any]:
-    """Train with each variant in turn, `runs` times over.
+class Kept:
+    """Runs that were measured, or why they failed, by run and variant; in a file after each.
 
-    Raises:
-        DifferentResult: the first step's losses, log-probabilities or gradients differ.
+    Args:
+        path: `None` to keep nothing.
+        setting: what was measured; a file of another one, or of other versions and hardware, is not taken.
+    """
+
+    _type = TypeAdapter(dict[str, Taken | str])
+
+    def __init__(self, path: Path | None, setting: Any) -> None:
+        self._path = path
+        self._setting = json.loads(json.dumps([setting, environment() | {"load_average_before": 0}], default=str))
+        self.runs: dict[str, Taken | str] = {}
+        if path is not None and path.exists():
+            held = json.loads(path.read_text("utf-8"))
+            if held["setting"] == self._setting:
+                self.runs = self._type.validate_python(held["runs"])
+
+    def add(self, key: str, run: Taken | str) -> None:
+        self.runs[key] = run
+        if self._path is not None:
+            runs = self._type.dump_python(self.runs, mode="json")
+            self._path.write_text(json.dumps({"setting": self._setting, "runs": runs}, indent=2), "utf-8")
+
+    def forget(self) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def compare(
+    shape: Shape, pairs: int, steps: int, runs: int, names: Sequence[str], kept: Kept, until: float
+) -> dict[str, Any] | None:
+    """Train with each variant in turn, `runs` times over; `None` where the time is up before that.
+
+    Args:
+        kept: what was measured before is not measured again.
+        until: on the monotonic clock; nothing new begins after it.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         parameters = in_own_process(save_model, shape, model, device=shape.device)
-        found: dict[str, list[Taken]] = {name: [] for name in names}
         prompts = math.ceil(pairs / 6)
         for number in range(runs):
             for name in names:
                 work = Path(folder) / f"{number} {name}"
                 setting = Setting(shape, model, work, pairs=pairs, prompts=prompts, steps=1 + steps)
-                taken = in_own_process(run, name, setting, device=shape.device)
-                found[name].append(taken)
-                spent = taken.per_pair()
-                print(f"{name:12} {spent.cpu:8.3f} CPU s/pair {spent.wall:8.3f} s/pair {taken.peak / 2**20:8,.0f} MiB")
+                if f"{number} {name}" in kept.runs:
+                    continue
+                if time.monotonic() > until:
+                    return None
+                kept.add(f"{number} {name}", _one(name, setting))
         works = {name: in_own_process(step_work, setting, name, device="cpu") for name in names}
         rate = in_own_process(matmul_rate, shape, device=shape.device)
-    firsts = {name: takes[0] for name, takes in found.items()}
+    every = {name: [kept.runs[f"{number} {name}"] for number in range(runs)] for name in names}
+    failed = {
+        name: next(run for run in of_name if isinstance(run, str))
+        for name, of_name in every.items()
+        if str in map(type, of_name)
+    }
+    found = {
+        name: [run for run in of_name if isinstance(run, Taken)]
+        for name, of_name in every.items()
+        if name not in failed
+    }
+    largest, different = agreement(shape.dtype, {name: takes[0] for name, takes in found.items()})
     return {
         "parameters": parameters,
         "dtype": str(shape.dtype).removeprefix("torch."),
@@ -106,12 +168,27 @@ def compare(shape: Shape, pairs: int, steps: int, runs: int, names: Sequence[str
         "measured_steps": steps,
         "runs": runs,
         "matmul_per_second": rate,
-        "largest_difference": agreement(shape.dtype, firsts),
+        "largest_difference": largest,
+        "different": different,
+        "failed": failed,
         "variants": {
             name: summary(takes, works[name] / takes[0].pairs) | {"first": asdict(takes[0].first)}
             for name, takes in found.items()
         },
     }
+
+
+def _one(name: str, setting: Setting) -> Taken | str:
+    """One run of a variant, or why it failed: out of memory, or a library that is not there."""
+    try:
+        taken = in_own_process(run, name, setting, device=setting.shape.device)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"{name:24} {failure}")
+        return failure
+    spent = taken.per_pair()
+    print(f"{name:24} {spent.cpu:8.3f} CPU s/pair {spent.wall:8.3f} s/pair {taken.peak / 2**20:8,.0f} MiB")
+    return taken
 
 
 def summary(takes: Sequence[Taken], work_per_pair: float) -> dict[str, Any]:
@@ -138,19 +215,17 @@ def summary(takes: Sequence[Taken], work_per_pair: float) -> dict[str, Any]:
     }
 
 
-def agreement(dtype: torch.dtype, takes: Mapping[str, Taken]) -> dict[str, float]:
-    """Largest relative differences between the variants, each to the first one that takes as many pairs in a step.
+def agreement(dtype: torch.dtype, takes: Mapping[str, Taken]) -> tuple[dict[str, float], list[str]]:
+    """Largest relative differences between the variants, and what of them is larger than rounding explains.
 
-    The first loss is ln 2 whatever a variant computes, for the policy is its own reference; log-probabilities, the
-    gradient and the loss after an update are not.
-
-    Raises:
-        DifferentResult: they are larger than rounding explains.
+    Each is compared with the first one that takes as many pairs in a step. The first loss is ln 2 whatever a variant
+    computes, for the policy is its own reference; log-probabilities, the gradient and the loss after an update are not.
     """
     largest = {"losses": 0.0, "logps": 0.0, "gradients": 0.0}
+    different: list[str] = []
     tolerance = dict(zip(largest, TOLERANCE[dtype], strict=True))
-    first = next(iter(takes.values())).first
     for name, taken in takes.items():
+        first = next(iter(takes.values())).first
         peer = next(other for other in takes.values() if other.pairs == taken.pairs)
         compared = {
             "losses": [(taken.first.loss, math.log(2))],
@@ -165,9 +240,9 @@ def agreement(dtype: torch.dtype, takes: Mapping[str, Taken]) -> dict[str, float
         for what, values in compared.items():
             differences = [abs(found - expected) / abs(expected) for found, expected in values]
             if not all(difference <= tolerance[what] for difference in differences):
-                raise DifferentResult(f"{name}: {what} differ: found and expected {values}")
+                different.append(f"{name}: {what} differ: found and expected {values}")
             largest[what] = max(largest[what], *differences)
-    return largest
+    return largest, different
 
 
 def environment() -> dict[str, Any]:

@@ -77,11 +77,11 @@ def unidpo(
     pairs = each * len(groups) // (setting.steps + 1)
     clock = Clock(setting.watch)
     rows: list[dict[str, Any]] = []
-    marks: list[Seconds] = []
+    marks: dict[str, list[Seconds]] = {}  # by stage, so that what lies between the passes is not in them
 
     def mark(stage: str, done: int, total: int) -> None:
         if not stage.startswith("tokenizing"):
-            marks.append(Seconds.now())
+            marks.setdefault(stage, []).append(Seconds.now())
 
     trainer = PreferenceTrainer(
         load_policy(setting.model, dtype=setting.shape.dtype),
@@ -110,7 +110,7 @@ def unidpo(
         rejected_logps=fmean(rows[0]["rejected_logps"][place] for place in shared),
     )
     losses = [entry["loss"] for entry in history]
-    spent = marks[-1] - marks[0] if marks else None
+    spent = sum((of_stage[-1] - of_stage[0] for of_stage in marks.values()), Seconds(0, 0)) if marks else None
     return taken(clock, first, losses, pairs, reference=spent, reference_pairs=each * len(groups))
 
 

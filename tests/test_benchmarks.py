@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import page
+from benchmarks import gpu, page, records, speed
 from benchmarks.loops import full_logits
-from benchmarks.measure import First, Taken
+from benchmarks.measure import First, Seconds, Taken
 from benchmarks.shapes import SHAPES, Lengths, Shape
-from benchmarks.speed import DifferentResult, agreement
+from benchmarks.speed import Kept, agreement, compare
 from benchmarks.variants import VARIANTS
 from benchmarks.work import group_work
 from benchmarks.world import as_pairs, make_prompts
+from scripts.gpu_wheels import ROOTS, closure
 from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.load import load_processor
 from unidpo.model.packs import pad
@@ -65,7 +66,7 @@ def test_the_page_says_what_was_measured() -> None:
 
 
 def test_a_page_without_measurements_says_so(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     text = page.rendered(page.DOCUMENT.read_text("utf-8"))
     assert text.count("Not measured yet") == len(page.PARTS)
 
@@ -79,9 +80,67 @@ def taken(**different: float) -> Taken:
     "different", [{"loss": 0.6}, {"grad_norm": 2.1}, {"chosen_logps": -100.1}, {"rejected_logps": float("nan")}]
 )
 def test_a_variant_that_computes_something_else_is_found_out(different) -> None:
-    assert agreement(torch.float32, {"a": taken(), "b": taken()})["gradients"] == 0
-    with pytest.raises(DifferentResult, match=r"^b: "):
-        agreement(torch.float32, {"a": taken(), "b": taken(**different)})
+    assert agreement(torch.float32, {"a": taken(), "b": taken()}) == (
+        {"losses": pytest.approx(0, abs=0.01), "logps": 0, "gradients": 0},
+        [],
+    )
+    _, found = agreement(torch.float32, {"a": taken(), "b": taken(**different)})
+    assert found
+    assert all(each.startswith("b: ") for each in found)
+
+
+def test_a_benchmark_that_was_stopped_goes_on_and_a_failure_stops_nothing(monkeypatch, tmp_path) -> None:
+    tried = []
+
+    def one(name: str, setting: object) -> Taken | str:
+        tried.append(name)
+        return (
+            "OutOfMemoryError: 90 GiB"
+            if name == "trl"
+            else replace(taken(), passes=Seconds(1, 1), update=Seconds(1, 1))
+        )
+
+    monkeypatch.setattr(speed, "in_own_process", lambda *_, **__: 1)
+    monkeypatch.setattr(speed, "_one", one)
+    tiny = SHAPES["tiny"]
+    run = lambda minutes: compare(tiny, 6, 1, 1, ["loop", "trl"], Kept(tmp_path / "kept", "a"), minutes)  # noqa: E731
+    assert run(0) is None
+    kept = Kept(tmp_path / "kept", "a")
+    kept.add("0 loop", one("loop", None))
+    found = run(float("inf"))
+    assert tried == ["loop", "trl"]
+    assert (list(found["variants"]), found["failed"]) == (["loop"], {"trl": "OutOfMemoryError: 90 GiB"})
+    assert not Kept(tmp_path / "kept", "another setting").runs
+
+
+def test_the_checks_of_a_gpu_record_failures_and_are_not_done_twice(monkeypatch, tmp_path) -> None:
+    goes_on = f"import pathlib, sys; p = pathlib.Path({str(tmp_path / 'seen')!r}); "
+    goes_on += "p.exists() or (p.touch(), sys.exit(75))"
+    made = {"good": ["-c", "print(1)"], "bad": ["-c", "raise ValueError('no kernel')"], "long": ["-c", goes_on]}
+    monkeypatch.setattr(gpu, "checks", lambda shape: made)
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "environment", lambda: {"gpu": "H200"})
+    monkeypatch.setattr(gpu.page, "write", lambda: None)
+    for module in (gpu, records):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    outcomes = []
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="not everything passed"):
+            gpu.main()
+        outcomes.append({name: check["outcome"] for name, check in records.last_record("gpu")["checks"].items()})
+    assert outcomes == [{"good": "passed", "bad": "failed: ValueError: no kernel", "long": "passed"}] * 2
+    assert len(json.loads((tmp_path / "gpu.json").read_text())) == 1
+    (tmp_path / "gpu-good.log").unlink()
+    made["bad"] = ["-c", ""]
+    gpu.main()
+    assert not (tmp_path / "gpu-good.log").exists()
+
+
+def test_wheels_for_a_gpu_are_all_that_torch_and_transformers_do_not_bring() -> None:
+    wanted = closure(ROOTS) - closure(["torch", "transformers"])
+    assert {"peft", "trl", "pytest", "pyarrow"} <= wanted
+    assert not {"torch", "numpy", "sympy"} & wanted
 
 
 def test_prompts_have_the_lengths_asked_for_and_their_mean(tmp_path) -> None:

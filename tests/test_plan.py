@@ -6,7 +6,7 @@ import json
 import math
 import random
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from unidpo.model.packs import pack
 from unidpo.model.policy import Policy
 from unidpo.plan import GPUS, Speed, gpu_by_name, plan_recipe
 from unidpo.plan.data import patch_counter_of
-from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of, state_bytes
+from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of, state_bytes, tokens_that_fit
 from unidpo.plan.report import clock
 from unidpo.plan.shape import adapter_weights, shape_of
 from unidpo.plan.work import Load, PatchCounter, forward, in_chunks, packed, padded, training
@@ -83,6 +83,18 @@ def plan_of(recipe_file):
         return plan_recipe(load_recipe(recipe_file, overrides), console=QUIET, **options)
 
     return plan
+
+
+def test_the_fast_recipe_fits_the_card_it_is_made_for(qwen2_vl_2b):
+    recipe = load_recipe(GOLDEN.parents[1] / "recipes" / "qwen2_vl_2b" / "uni_dpo_fast.yaml")
+    setting = Setting(frozenset({"language"}))
+    pack = sum((packed(850, [100] * 4, PatchCounter(4, stored=True).load([752])) for _ in range(9)), Load())
+    fit = {size: tokens_that_fit(qwen2_vl_2b, setting, pack, size * 1e9, micro_batches_per_step=3) for size in (24, 80)}
+    assert fit[24] == 0
+    assert recipe.train.max_tokens_per_pack <= fit[80] < 13_000
+    for tokens, fits in ((fit[80], True), (fit[80] + 100, False)):
+        load = Load(*(round(count * tokens / pack.tokens) for count in astuple(pack)))
+        assert (peak_memory(qwen2_vl_2b, setting, load, micro_batches_per_step=3).total <= 80e9) is fits
 
 
 class TestAnEpochOfThePublishedData:
@@ -572,6 +584,7 @@ class TestCommand:
             "15  of 5 prompts",
             "Floating-point work",
             "smallest card",
+            "train.max_tokens_per_pack",
             "H100, 40% of 989 TFLOP/s",
             "estimates",
         ):

@@ -25,8 +25,8 @@ from unidpo.plan.data import (
     reference_batches,
 )
 from unidpo.plan.gpus import GPUS, gpu_by_name
-from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of
-from unidpo.plan.report import Data, Features, Plan, Speed, Time, Way
+from unidpo.plan.memory import Setting, features_bytes, peak_memory, sharding_of, tokens_that_fit
+from unidpo.plan.report import CARD_SIZES, Data, Features, Plan, Speed, Time, Way
 from unidpo.plan.shape import ModelShape, adapter_weights, shape_of
 from unidpo.plan.work import Load, PatchCounter, Work, forward, in_chunks, training
 from unidpo.progress import Stages
@@ -106,6 +106,7 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         """Work of training on a load, and of the reference."""
         return work_of(load).total + (forward(shape, load).total if reference else 0.0)
 
+    longest_load = (shape, setting, longest)
     plan = Plan(
         model=recipe.model.name,
         gpus=gpus,
@@ -122,7 +123,11 @@ def plan_recipe(recipe: Recipe, *, speeds: tuple[Speed, ...] = (), gpus: int = 1
         features=features,
         total_work=epochs * once.total + apart,
         ways=_ways(shape, fitted, counter, both, first=first),
-        memory=peak_memory(shape, setting, longest, micro_batches_per_step=micro_batches_per_step),
+        memory=peak_memory(*longest_load, micro_batches_per_step=micro_batches_per_step),
+        tokens_that_fit={
+            size: tokens_that_fit(*longest_load, size * 1e9, micro_batches_per_step=micro_batches_per_step)
+            for size in CARD_SIZES
+        },
         times=(),
         reference=recipe.reference if recipe.loss.needs_reference else None,
     )

@@ -6,6 +6,7 @@ most families are near enough to. docs/plan.md says how far they are from measur
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
 from dataclasses import astuple, dataclass, replace
@@ -27,6 +28,7 @@ _BUCKET = 500_000_000  # weights whose gradients DeepSpeed brings together at a 
 _LIVE = 1_000_000_000  # weights that ZeRO-3 lets be whole at a time
 _CONTEXT = 1.5e9  # bytes of the CUDA context and the kernels' workspaces
 _FRAGMENTS = 0.05
+_LONGEST = 1_000_000  # tokens of a micro-batch that nobody has
 # Bytes of optimizer state per trainable weight, by what stands in the optimizer's name; the first that matches.
 _STATES = (
     ("lion.*8bit|rmsprop.*8bit", 1),
@@ -157,6 +159,18 @@ def peak_memory(shape: ModelShape, setting: Setting, load: Load, *, micro_batche
     found = [Memory(name, held.weights, g, held.optimizer, c, a, lo) for name, (g, c, a, lo) in moments.items()]
     worst = max(found, key=lambda memory: memory.total)
     return replace(worst, margin=_CONTEXT + _FRAGMENTS * worst.total)
+
+
+def tokens_that_fit(
+    shape: ModelShape, setting: Setting, load: Load, size: float, *, micro_batches_per_step: int
+) -> int:
+    """How long a micro-batch made of the same parts as `load` may be in `size` bytes: tokens, in full hundreds."""
+
+    def needed(tokens: int) -> float:
+        part = Load(*(round(count * tokens / load.tokens) for count in astuple(load)))
+        return peak_memory(shape, setting, part, micro_batches_per_step=micro_batches_per_step).total
+
+    return max(0, 100 * (bisect.bisect_right(range(0, _LONGEST, 100), size, key=needed) - 1))
 
 
 def _held(shape: ModelShape, setting: Setting) -> Memory:

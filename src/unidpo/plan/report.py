@@ -12,7 +12,7 @@ from unidpo.plan.gpus import GPU, GPUS, UTILISATION
 from unidpo.plan.memory import Memory, Setting
 from unidpo.plan.work import Work
 
-_SIZES = tuple(sorted({gpu.memory for gpu in GPUS} | {16}))
+CARD_SIZES = tuple(sorted({gpu.memory for gpu in GPUS} | {16}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +128,7 @@ class Plan:
         total_work: of the run.
         ways: the same data laid out otherwise.
         memory: on each GPU.
+        tokens_that_fit: length of a micro-batch for cards of several sizes in GB, see `memory.tokens_that_fit`.
         reference: as in the recipe, or `None` where the loss needs none.
     """
 
@@ -147,13 +148,14 @@ class Plan:
     total_work: float
     ways: tuple[Way, ...]
     memory: Memory
+    tokens_that_fit: dict[int, int]
     times: tuple[Time, ...]
     reference: str | None
 
     @property
     def fits(self) -> tuple[int, ...]:
         """Sizes of cards, in GB, that hold it."""
-        return tuple(size for size in _SIZES if self.memory.total <= size * 1e9)
+        return tuple(size for size in CARD_SIZES if self.memory.total <= size * 1e9)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain values; work in floating-point operations, memory in bytes, time in seconds."""
@@ -204,7 +206,9 @@ class Plan:
         moment = held.pop("moment")
         memory = [(name, gigabytes(size), "") for name, size in held.items() if size]
         fits = f"{self.fits[0]} GB" if self.fits else "none"
-        memory.append(("smallest card", fits, f"of those up to {_SIZES[-1]} GB"))
+        memory.append(("smallest card", fits, f"of those up to {CARD_SIZES[-1]} GB"))
+        room = [f"{tokens:,} on {size} GB" for size, tokens in self.tokens_that_fit.items() if tokens]
+        memory.append(("train.max_tokens_per_pack", "at most", ", ".join(room) or "none fits"))
         _print(console, f"Memory{per_gpu}, at its worst in: {moment}", memory)
         if self.times:
             cards = f" on {self.gpus} GPUs" if self.gpus > 1 else ""
