@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from unidpo.model.attention import BACKENDS, Attend, SegmentTable, missing
-from unidpo.model.packs import Segment
+from unidpo.model.attention import BACKENDS, Attend, Segment, SegmentTable, missing
+from unidpo.model.transfer import to_device
 
 PROMPT, RESPONSES = 560, (110, 140, 170, 200)
 RUNS = 20
@@ -27,15 +27,15 @@ def main() -> None:
     groups, heads, kv_heads, dim = (8, 12, 2, 128) if gpu else (1, 8, 8, 64)
     length = PROMPT + sum(RESPONSES)
     segments = [Segment(number * length, PROMPT, RESPONSES) for number in range(groups)]
-    kernels: dict[str, Attend] = {}
+    kernels: dict[str, tuple[Attend, SegmentTable]] = {}
     for name, backend in BACKENDS.items():
         reason = missing(name, device=device, dtype=dtype)
         if reason is None:
-            kernels[name] = backend.attend
+            made = None if backend.table is None else to_device(backend.table(segments), device)
+            kernels[name] = backend.attend, SegmentTable(segments, device, made)
         else:
             print(f"{name:10} not measured: {reason}")
 
-    table = SegmentTable(segments, device)
     inputs = [
         torch.randn(1, groups * length, count, dim, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
         for count in (heads, kv_heads, kv_heads)
@@ -43,7 +43,7 @@ def main() -> None:
     gradient = torch.randn(1, groups * length, heads, dim, device=device, dtype=dtype)
     times: dict[str, list[float]] = {name: [] for name in kernels}
     for run in range(RUNS + 3):  # the first three compile and warm up
-        for name, attend in kernels.items():
+        for name, (attend, table) in kernels.items():
             seconds = _now(device)
             torch.autograd.grad(attend(*inputs, table, None, 0.0), inputs, gradient)
             if run >= 3:

@@ -27,7 +27,7 @@ from families import (
 )
 from unidpo import PreferenceTrainer, UniDPO
 from unidpo.errors import ModelError
-from unidpo.model.attention import PackAttentionError
+from unidpo.model.attention import PACK_ATTENTION, PackAttentionError
 from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.lengths import TokenCounter
 from unidpo.model.load import load_policy, load_processor
@@ -199,7 +199,7 @@ def test_a_family_trains_from_its_folder_on_the_layout_it_can_take(folder, tmp_p
     losses = [entry["preference/loss"] for entry in trainer.state.log_history if "preference/loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < 0.5
-    assert (trainer.setup.train.batches.collate is pack) == packs
+    assert (trainer.setup.attention == PACK_ATTENTION) == packs
     assert ("sliding_attention" in caplog.text) != packs
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from retyped import neg_log_sigmoid, one_pair, pair_logps, sigmoid
 from unidpo.losses import DPO, IPO, MPO, PairLogps
+from unidpo.model.encode import EncodedGroup
 from unidpo.model.logps import response_logps
-from unidpo.model.packs import PaddedRows
+from unidpo.model.packs import pad
 from worlds import SMALL
 
 LOGPS = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
@@ -128,20 +129,20 @@ def world():
     with torch.no_grad():
         model.lm_head.weight.mul_(30)
     prompts, lengths = [3, 5, 2] * 2, [4, 4, 4, 7, 2, 5]
-    width = max(p + n for p, n in zip(prompts, lengths, strict=True))
-    columns = torch.arange(width)
-    ends = torch.tensor(prompts) + torch.tensor(lengths)
-    inside = columns < ends[:, None]
+    groups = [
+        EncodedGroup(
+            prompt_ids=torch.randint(0, 61, (prompt,)),
+            position_ids=torch.arange(prompt)[None],
+            mm_token_type_ids=torch.zeros(prompt, dtype=torch.long),
+            response_ids=(torch.randint(0, 61, (length,)),),
+            cut_tokens=(0,),
+            vision={},
+        )
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
     return SimpleNamespace(
         model=model,
-        rows=PaddedRows(
-            input_ids=torch.randint(0, 61, (6, width)) * inside,
-            attention_mask=inside.long(),
-            mm_token_type_ids=torch.zeros(6, width, dtype=torch.long),
-            vision={},
-            is_target=inside & (columns >= torch.tensor(prompts)[:, None]),
-            response_tokens=torch.tensor(lengths),
-        ),
+        rows=pad(groups, pad_token_id=0),
         ref_logps=-torch.rand(6) * 20 - 5,
     )
 

@@ -102,6 +102,21 @@ def test_padded_rows_equal_separate_passes_to_1e_9(policy, groups):
     torch.testing.assert_close(response_logps(model, rows), expected, rtol=0, atol=1e-9)
 
 
+def test_padded_rows_bring_the_positions_that_the_model_would_look_for(policy, monkeypatch):
+    model, _, encoder = policy
+    rows = pad([encoder.encode(one) for one in CASES["mixed groups"]], pad_token_id=0)
+    own, _ = model.model.get_rope_index(
+        rows.input_ids,
+        mm_token_type_ids=rows.mm_token_type_ids,
+        image_grid_thw=rows.vision["image_grid_thw"],
+        attention_mask=rows.attention_mask,
+    )
+    inside = rows.attention_mask.bool()
+    assert torch.equal(rows.position_ids[:, inside], own[:, inside])
+    monkeypatch.setattr(type(model.model), "get_rope_index", None)
+    response_logps(model, rows)
+
+
 def test_a_one_token_response():
     model, _, encoder = tiny_policy(torch.float64)
     encoded = encoder.encode(group())

@@ -7,8 +7,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from unidpo.model.attention import SegmentTable
@@ -34,39 +36,38 @@ def _of_pack(model: PreTrainedModel, pack: Pack, weight: Tensor | None) -> Tenso
         # One axis is what plain rotary models take, (1, tokens); M-RoPE models take (3, 1, tokens).
         position_ids=pack.position_ids if len(pack.position_ids) == 1 else pack.position_ids[:, None],
         use_cache=False,
-        segments=SegmentTable(pack.segments, pack.input_ids.device),
+        segments=SegmentTable(pack.segments, pack.input_ids.device, pack.kernel),
         **_images(pack),
     ).last_hidden_state[0]
     head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
     values = token_logps(hidden[pack.predict_at], head, pack.targets, weight=weight, soft_cap=soft_cap)
-    return _sum_by(pack.owner, values, len(pack.response_tokens))
+    return _sum_by_response(values, pack)
 
 
 def _of_rows(model: PreTrainedModel, rows: PaddedRows, weight: Tensor | None) -> Tensor:
-    # Columns that predict a target in some row; prompts are left out where a model must compute its own logits.
-    columns = rows.is_target[:, 1:].any(0).nonzero()[:, 0]
-    is_target, targets = rows.is_target[:, columns + 1], rows.input_ids[:, columns + 1]
     inputs: dict[str, Any] = {
         "input_ids": rows.input_ids,
         "attention_mask": rows.attention_mask,
         "use_cache": False,
         **_images(rows),
     }
+    if rows.position_ids is not None:
+        inputs["position_ids"] = rows.position_ids
     if rows.vision or rows.features is not None:
         takes = inspect.signature(type(model.base_model).forward).parameters
         names = [name for name in ("mm_token_type_ids", "token_type_ids") if name in takes]
         inputs |= dict.fromkeys(names, rows.mm_token_type_ids)
     if _head_is_known(model):
-        hidden = model.base_model(**inputs).last_hidden_state[:, columns][is_target]
+        hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)[rows.predict_at]
         head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
-        values = token_logps(hidden, head, targets[is_target], weight=weight, soft_cap=soft_cap)
+        values = token_logps(hidden, head, rows.targets, weight=weight, soft_cap=soft_cap)
     else:
         # The class's forward: on the instance `policy` may have put one that ends here.
-        logits = type(model).forward(model, logits_to_keep=columns, **inputs).logits
-        if logits.shape[1] != len(columns):  # a model that knows no `logits_to_keep` gives all of them
-            logits = logits[:, columns]
-        values = target_logps(logits[is_target], targets[is_target])
-    return _sum_by(is_target.nonzero()[:, 0], values, len(rows.response_tokens))
+        logits = type(model).forward(model, logits_to_keep=rows.columns, **inputs).logits
+        # A model that knows no `logits_to_keep` gives all of them.
+        at = rows.kept_at if logits.shape[1] == len(rows.columns) else rows.predict_at
+        values = target_logps(logits.flatten(0, 1)[at], rows.targets)
+    return _sum_by_response(values, rows)
 
 
 def _images(batch: Pack | PaddedRows) -> dict[str, Any]:
@@ -76,8 +77,25 @@ def _images(batch: Pack | PaddedRows) -> dict[str, Any]:
     return {**batch.vision, "mm_encoder_outputs": {"image": batch.features.as_output()}}
 
 
-def _sum_by(owner: Tensor, values: Tensor, responses: int) -> Tensor:
-    return values.new_zeros(responses, *values.shape[1:]).index_add(0, owner, values)
+def _sum_by_response(values: Float[Tensor, " targets"], batch: Pack | PaddedRows) -> Float[Tensor, " responses"]:
+    sums: Tensor = _SumByResponse.apply(values, batch.owner, batch.response_tokens)  # type: ignore[no-untyped-call]
+    return sums
+
+
+class _SumByResponse(torch.autograd.Function):
+    """Sums in the order of the tokens: on a GPU `index_add` would add them as they come."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, owner: Tensor, response_tokens: Tensor) -> Tensor:
+        ctx.owner = owner
+        starts = F.pad(response_tokens.cumsum(0), (1, 0))
+        order = torch.arange(len(values), device=values.device)
+        return F.embedding_bag(order, values[:, None], starts, mode="sum", include_last_offset=True)[:, 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.owner), None, None
 
 
 def _soft_cap(model: PreTrainedModel) -> float | None:

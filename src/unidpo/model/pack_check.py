@@ -47,6 +47,11 @@ class BatchForm:
     collate: Collate
     attention: str
 
+    @property
+    def has_packs(self) -> bool:
+        """Whether a batch is a pack, or else padded rows."""
+        return self.attention in {backend.attention for backend in BACKENDS.values()}
+
 
 def choose_batch_form(
     policy: Policy,
@@ -79,7 +84,7 @@ def choose_batch_form(
     tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[compute_dtype]
     problem: str | None = None
     for backend in candidates:
-        packs = BatchForm(pack, BACKENDS[backend].attention)
+        packs = BatchForm(functools.partial(pack, table=BACKENDS[backend].table), BACKENDS[backend].attention)
         problem = _problem(policy, group, rows, packs, tolerance, device)
         if problem is None:
             _LOG.info("packs, with attention by %s", backend)

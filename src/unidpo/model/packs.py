@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from unidpo.data.pairs import Pair, PromptGroup
+from unidpo.model.attention import Segment, Table
 from unidpo.model.encode import EncodedGroup
 from unidpo.model.features import ImageFeatures, join, without_pixels
 
 P = TypeVar("P", bound="Pack | PaddedRows")
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Where a group lies in a pack: prompt, then its responses, one after another. Offsets and lengths in tokens."""
-
-    start: int
-    prompt: int
-    responses: tuple[int, ...]
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.prompt + sum(self.responses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +27,7 @@ class Pack:
         input_ids: prompt, response, response, next prompt, ...
         position_ids: every response of a group continues from the end of its prompt.
         segments: one per group, in order; `attention` reads who sees whom from them.
+        kernel: what the attention backend's `table` makes of the segments; `None` where it has none.
         vision: image tensors of all groups, each image once.
         features: of the images, in the order of their tokens; takes the place of pixels in `vision`.
         predict_at: for every response token, in order, the position whose output predicts it: the position before
@@ -57,6 +46,7 @@ class Pack:
     owner: Int[Tensor, " targets"]
     response_tokens: Int[Tensor, " responses"]
     features: ImageFeatures | None = None
+    kernel: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +56,32 @@ class PaddedRows:
     Attributes:
         input_ids, attention_mask, mm_token_type_ids: as the model's forward takes them.
         vision: image tensors, each image once per row it stands in.
+        position_ids: of models with M-RoPE, whose forward would look for the images in each row; `None` elsewhere.
         features: as of a `Pack`, once per row too.
-        is_target: marks the response tokens.
-        response_tokens: targets per response.
+        predict_at, targets, owner, response_tokens: as of a `Pack`, with the rows laid one after another.
+        columns: those that predict a target in some row, for models that must compute their own logits.
+        kept_at: `predict_at` where these columns alone are kept.
     """
 
     input_ids: Int[Tensor, "responses width"]
     attention_mask: Int[Tensor, "responses width"]
     mm_token_type_ids: Int[Tensor, "responses width"]
+    position_ids: Int[Tensor, "axes responses width"] | None
     vision: Mapping[str, Tensor]
-    is_target: Bool[Tensor, "responses width"]
+    predict_at: Int[Tensor, " targets"]
+    targets: Int[Tensor, " targets"]
+    owner: Int[Tensor, " targets"]
     response_tokens: Int[Tensor, " responses"]
+    columns: Int[Tensor, " columns"]
+    kept_at: Int[Tensor, " targets"]
     features: ImageFeatures | None = None
+
+    @property
+    def is_target(self) -> Bool[Tensor, "responses width"]:
+        """Marks the response tokens."""
+        marks = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        marks.view(-1)[self.predict_at + 1] = True
+        return marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +110,12 @@ Collate: TypeAlias = Callable[[Sequence[EncodedGroup]], Pack | PaddedRows]
 """How encoded groups become what one forward pass takes: `pack`, or `pad` with a padding token."""
 
 
-def pack(groups: Sequence[EncodedGroup]) -> Pack:
-    """Lay groups one after another in a single row."""
+def pack(groups: Sequence[EncodedGroup], *, table: Table | None = None) -> Pack:
+    """Lay groups one after another in a single row.
+
+    Args:
+        table: of the attention backend, see `attention.Backend`.
+    """
     ids: list[Tensor] = []
     positions: list[Tensor] = []
     predict_at: list[Tensor] = []
@@ -123,7 +131,7 @@ def pack(groups: Sequence[EncodedGroup]) -> Pack:
         for response in group.response_ids:
             ids.append(response)
             steps = torch.arange(len(response))
-            positions.append((group.next_position + steps).expand(len(group.position_ids), -1))
+            positions.append(_positions(group, response))
             predict_at.append(torch.where(steps == 0, end_of_prompt, at - 1 + steps))
             at += len(response)
     responses = [response for group in groups for response in group.response_ids]
@@ -132,6 +140,7 @@ def pack(groups: Sequence[EncodedGroup]) -> Pack:
         input_ids=torch.cat(ids),
         position_ids=torch.cat(positions, dim=1),
         segments=tuple(segments),
+        kernel=None if table is None else table(segments),
         vision=join_vision([group.vision for group in groups]),
         features=_join_features(groups),
         predict_at=torch.cat(predict_at),
@@ -148,17 +157,32 @@ def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> PaddedRows:
     types = [torch.cat([group.mm_token_type_ids, torch.zeros_like(response)]) for group, response in rows]
     prompts = torch.tensor([len(group.prompt_ids) for group, _ in rows])
     lengths = torch.tensor([len(row) for row in ids])
-    columns = torch.arange(int(lengths.max()))
-    inside = columns < lengths[:, None]
+    width = int(lengths.max())
+    inside = torch.arange(width) < lengths[:, None]
+    is_target = inside & (torch.arange(width) >= prompts[:, None])
+    some_target = is_target.any(0)
+    at = is_target.view(-1).nonzero()[:, 0]
+    input_ids = _pad_right(ids, pad_token_id)
+    positions = [torch.cat([group.position_ids, _positions(group, response)], dim=1).T for group, response in rows]
     return PaddedRows(
-        input_ids=_pad_right(ids, pad_token_id),
+        input_ids=input_ids,
         attention_mask=inside.long(),
         mm_token_type_ids=_pad_right(types, 0),
+        position_ids=_pad_right(positions, 0).permute(2, 0, 1) if positions[0].shape[1] > 1 else None,
         vision=join_vision([group.vision for group, _ in rows]),
         features=_join_features([group for group, _ in rows]),
-        is_target=inside & (columns >= prompts[:, None]),
+        predict_at=at - 1,
+        targets=input_ids.view(-1)[at],
+        owner=at // width,
         response_tokens=lengths - prompts,
+        columns=some_target.nonzero()[:, 0] - 1,
+        kept_at=at // width * some_target.sum() + (some_target.cumsum(0) - 1)[at % width],
     )
+
+
+def _positions(group: EncodedGroup, response: Tensor) -> Int[Tensor, "axes response"]:
+    """Of a response: every one of a group continues from the end of its prompt."""
+    return (group.next_position + torch.arange(len(response))).expand(len(group.position_ids), -1)
 
 
 def used_responses(pairs: Sequence[Pair]) -> list[int]:

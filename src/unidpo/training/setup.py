@@ -24,8 +24,8 @@ from unidpo.model.batches import BatchMaker, RefLogps
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.lengths import Fitted
 from unidpo.model.load import load_policy
-from unidpo.model.pack_check import choose_batch_form, features_problem, smallest
-from unidpo.model.packs import Collate, pack
+from unidpo.model.pack_check import BatchForm, choose_batch_form, features_problem, smallest
+from unidpo.model.packs import Collate
 from unidpo.model.policy import Policy
 from unidpo.model.transfer import to_device
 from unidpo.training.objective import Objective
@@ -122,11 +122,11 @@ class SetupMaker:
             assert keys is not None
             ref_logps = self._ref_logps(policy, keys, encoder, form.collate, complete=complete)
         batches = BatchMaker(self._groups, encoder, form.collate, ref_logps, dummy_group if world_size() > 1 else None)
-        own = len(self.train.groups)
+        own, args = len(self.train.groups), self.args
         return Setup(
             attention=form.attention,
-            train=self._steps(batches.between(0, own), self.train, self.args.per_device_train_batch_size),
-            held_out=self._steps(batches.between(own, None), self.held_out, self.args.per_device_eval_batch_size),
+            train=self._steps(batches.between(0, own), self.train, args.per_device_train_batch_size, form),
+            held_out=self._steps(batches.between(own, None), self.held_out, args.per_device_eval_batch_size, form),
             objective=Objective(self.loss, live_reference, shares_features),
         )
 
@@ -135,11 +135,11 @@ class SetupMaker:
         """All groups, the held-out ones behind those that are trained on."""
         return [*self.train.groups, *self.held_out.groups]
 
-    def _steps(self, batches: BatchMaker, data: Fitted, max_pairs: int) -> StepReader:
+    def _steps(self, batches: BatchMaker, data: Fitted, max_pairs: int, form: BatchForm) -> StepReader:
         return StepReader(
             batches,
             Dealer(max_pairs, self.max_tokens_per_pack, rank(), world_size()),
-            share_tokens(data.groups, data.tokens, packs=batches.collate is pack),
+            share_tokens(data.groups, data.tokens, packs=form.has_packs),
             device=self.args.device,
             workers=self.args.dataloader_num_workers,
             prefetch=self.args.dataloader_prefetch_factor,

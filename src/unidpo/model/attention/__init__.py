@@ -12,11 +12,12 @@ from unidpo.model.attention.registry import (
     Attend,
     Backend,
     PackAttentionError,
+    Table,
     backend,
     missing,
     pack_attention,
 )
-from unidpo.model.attention.table import SegmentTable
+from unidpo.model.attention.table import Segment, SegmentTable
 
 __all__ = [
     "BACKENDS",
@@ -24,7 +25,9 @@ __all__ = [
     "Attend",
     "Backend",
     "PackAttentionError",
+    "Segment",
     "SegmentTable",
+    "Table",
     "backend",
     "backends",
     "missing",

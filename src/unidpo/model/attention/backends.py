@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import flex_attention
 
 from unidpo.model.attention.registry import HALF, KeyValue, Query, Seen, backend
-from unidpo.model.attention.table import SegmentTable
+from unidpo.model.attention.table import Blocks, SegmentTable, Sequences
 
 
 def _varlen_missing(device: torch.device) -> str | None:
@@ -38,7 +39,7 @@ def _flex_missing(device: torch.device) -> str | None:
     return None
 
 
-@backend(missing=_varlen_missing)
+@backend(table=Sequences.of, missing=_varlen_missing)
 def varlen(
     query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable, scale: float | None, dropout: float
 ) -> Seen:
@@ -54,18 +55,18 @@ def varlen(
         keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
     # Causal, aligned bottom-right.
     options = {"scale": scale, "window_size": (-1, 0), **grouped}
-    output = varlen_attn(queries, keys, values, *segments.sequences.extents, **options)
+    output = varlen_attn(queries, keys, values, *segments.kernel.extents, **options)
     return output[None]  # type: ignore[no-any-return]
 
 
-@backend(dropout=True, missing=_flash_missing)
+@backend(table=Sequences.of, dropout=True, missing=_flash_missing)
 def flash(
     query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable, scale: float | None, dropout: float
 ) -> Seen:
     """The flash-attn package's variable-length kernel, one call for the whole pack."""
     output = importlib.import_module("flash_attn").flash_attn_varlen_func(
         *_in_sequences(query, key, value, segments),
-        *segments.sequences.extents,
+        *segments.kernel.extents,
         dropout_p=dropout,
         softmax_scale=scale,
         causal=True,  # aligned bottom-right
@@ -73,7 +74,7 @@ def flash(
     return output[None]  # type: ignore[no-any-return]
 
 
-@backend(dtypes=(*HALF, torch.float32), missing=_flex_missing)
+@backend(table=Blocks.of, dtypes=(*HALF, torch.float32), missing=_flex_missing)
 def flex(
     query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable, scale: float | None, dropout: float
 ) -> Seen:
@@ -116,13 +117,30 @@ def sdpa(
 def _in_sequences(
     query: Query, key: KeyValue, value: KeyValue, segments: SegmentTable
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of `Sequences` as variable-length kernels take them: (tokens, heads, dim).
-
-    A prompt's gradient is the sum over the sequences that it is part of.
-    """
+    """Queries, keys and values of `Sequences` as variable-length kernels take them: (tokens, heads, dim)."""
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    places = segments.sequences.keys
-    return queries.contiguous(), keys.index_select(0, places), values.index_select(0, places)
+    keys, values = (_AtPlaces.apply(tensor, segments.kernel) for tensor in (keys, values))  # type: ignore[no-untyped-call]
+    return queries.contiguous(), keys, values
+
+
+class _AtPlaces(torch.autograd.Function):
+    """Keys or values at the places of `Sequences`.
+
+    The gradient of a token is the sum over its uses, in their order, in float32 or wider: on a GPU `index_select` would
+    add them as they come.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, sequences: Sequences) -> Tensor:
+        ctx.sequences = sequences
+        return tokens.index_select(0, sequences.keys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        uses, starts = ctx.sequences.uses, ctx.sequences.use_starts
+        summed = F.embedding_bag(uses, grad.flatten(1), starts, mode="sum", include_last_offset=True)
+        return summed.view(-1, *grad.shape[1:]), None
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,13 +12,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AttentionInterface
 
-from unidpo.model.attention.table import SegmentTable
+from unidpo.model.attention.table import Segment, SegmentTable
 
 Query: TypeAlias = Float[Tensor, "1 heads tokens dim"]
 KeyValue: TypeAlias = Float[Tensor, "1 kv_heads tokens dim"]
 Seen: TypeAlias = Float[Tensor, "1 tokens heads dim"]
 Attend: TypeAlias = Callable[[Query, KeyValue, KeyValue, SegmentTable, float | None, float], Seen]
 """Query, key, value, segments, scale of the scores (`None` for `dim ** -0.5`), dropout → what the queries see."""
+
+Table: TypeAlias = Callable[[Sequence[Segment]], Any]
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,6 +42,8 @@ class Backend:
         cuda: whether it needs a CUDA GPU.
         dtypes: it computes in; `None` for all.
         dropout: whether it can drop attention weights.
+        table: what it reads of a pack, made of the segments where the pack is made, so that no layer waits for it: a
+            dataclass of tensors, which reaches `attend` as `segments.kernel`; `None` where the segments are enough.
         missing: says what else is not there for a device, or `None`.
     """
 
@@ -48,6 +52,7 @@ class Backend:
     cuda: bool = True
     dtypes: tuple[torch.dtype, ...] | None = HALF
     dropout: bool = False
+    table: Table | None = None
     missing: Callable[[torch.device], str | None] = _nothing
 
 
