@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
 from trainers import some_groups, trainer_of
 from unidpo.config.hf_arguments import WITHOUT_EFFECT
+from unidpo.config.loading import recipe_from
 from unidpo.errors import UserError
 from unidpo.losses import UniDPO
-from unidpo.training.arguments import ELSEWHERE
+from unidpo.run.training_arguments import training_arguments
+from unidpo.training.arguments import ELSEWHERE, default_workers, warn_without_workers
 from unidpo.training.trainer import PreferenceTrainer
 from worlds import GOLDEN
 
@@ -132,3 +135,45 @@ def test_a_default_that_a_class_computes_is_no_setting(tmp_path: Path) -> None:
     with_config(Arguments(str(tmp_path), **plain))
     with pytest.raises(UserError, match=r"`names=\['a'\]`: has no effect here; leave it out$"):
         with_config(Arguments(str(tmp_path), names=["a"], **plain))
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"), [(2, None, 2), (64, None, 8), (64, "4", 8), (16, "4", 4), (4, "8", 1)]
+)
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, cores, processes, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    if processes is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert default_workers() == expected
+
+
+@pytest.mark.parametrize(("device", "workers", "warns"), [("cuda", 0, True), ("cuda", 2, False), ("cpu", 0, False)])
+def test_a_gpu_without_workers_is_said(tmp_path, monkeypatch, caplog, device, workers, warns):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, dataloader_num_workers=workers)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device(device))
+    warn_without_workers(args)
+    assert ("dataloader_num_workers=0" in caplog.text) is warns
+
+
+@pytest.mark.parametrize(
+    ("gpu", "train", "workers"), [(True, {}, 3), (True, {"dataloader_num_workers": 0}, 0), (False, {}, None)]
+)
+def test_a_recipe_has_workers_by_default_on_a_gpu_alone(tmp_path, monkeypatch, gpu, train, workers):
+    given = {}
+
+    def arguments(**values):
+        given.update(values)
+        return TrainingArguments(**values | {"use_cpu": True})
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("unidpo.run.training_arguments.TrainingArguments", arguments)
+    monkeypatch.setattr("unidpo.run.training_arguments.default_workers", lambda: 3)
+    sections = {"model": {"name": "any"}, "data": {"path": "any"}, "loss": {"name": "dpo"}, "train": train}
+    training_arguments(recipe_from({"output": str(tmp_path / "run"), **sections}))
+    assert given["use_cpu"] is not gpu
+    assert given.get("dataloader_num_workers") == workers

@@ -243,8 +243,8 @@ def test_the_loader_gives_micro_batches_one_by_one_each_in_one_buffer(encoder, m
     groups = [group(images=1, seed=i, row=i + 1) for i in range(8)]
     dealt = Dealt([1] * 8, step=4, max_pairs=1)
     items = []
-    opened = Parcel.opened
-    monkeypatch.setattr(Parcel, "opened", lambda item: items.append(item.buffer.nbytes) or opened(item))
+    opened = Parcel.open
+    monkeypatch.setattr(Parcel, "open", lambda item: items.append(item.buffer.nbytes) or opened(item))
     # A device without memory: what goes to one is laid into a buffer.
     steps = [*reader(groups, encoder, dealt, workers=workers, device=torch.device("meta")).read(dealt.steps)]
     assert [len(step.batches) for step in steps] == [4, 4]

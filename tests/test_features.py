@@ -396,3 +396,23 @@ def test_a_recipe_that_keeps_features_of_what_learns_is_refused():
     recipe_from(learning | {"lora": {}})
     with pytest.raises(RecipeError, match=r"`data.cache_image_features`: .*set `model.freeze:"):
         recipe_from(learning)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_workers_change_no_number(groups, tmp_path, cached):
+    """Of reference, features and steps; a row that is lost in a worker is named as one that is lost here."""
+
+    def train(workers):
+        seen, gone = [], tmp_path / "gone.png"
+        shutil.copy(groups[0].images[0], gone)
+        lost = replace(group(seed=9, row=9), images=(gone,))
+        options = {"cache": tmp_path / f"cache-{workers}", "cache_image_features": cached, "on_bad_row": "skip"}
+        options |= {"max_steps": 3, "max_lost_fraction": 0.5, "dataloader_num_workers": workers}
+        trainer = trainer_of(tmp_path / f"run-{workers}", [*groups, lost], on_pairs=seen.append, **options)
+        gone.unlink()
+        trainer.train()
+        return seen
+
+    alone, beside = train(0), train(2)
+    assert sorted(row for step in alone[:2] for row in step["row"]) == [1, 2, 3, 4, 5, 6]
+    assert beside == alone

@@ -93,7 +93,7 @@ def odd():
 
 def test_a_parcel_holds_every_number_in_one_buffer(batch):
     for value in (odd(), batch):
-        opened = Parcel.of(value).opened()
+        opened = Parcel.of(value).open()
         before, after = tensors_of(value), tensors_of(opened)
         assert after.keys() == before.keys()
         for name, tensor in before.items():
@@ -101,7 +101,7 @@ def test_a_parcel_holds_every_number_in_one_buffer(batch):
             assert torch.equal(after[name], tensor)
         kept = {id(tensor) for name, tensor in after.items() if name.startswith("kept")}
         assert len({t.untyped_storage().data_ptr() for t in after.values() if id(t) not in kept}) == 1
-    assert Parcel.of("nothing of a tensor").opened() == "nothing of a tensor"
+    assert Parcel.of("nothing of a tensor").open() == "nothing of a tensor"
 
 
 def test_a_parcel_is_hardly_larger_than_what_is_in_it(batch):
@@ -113,8 +113,8 @@ def test_a_parcel_is_hardly_larger_than_what_is_in_it(batch):
 
 def test_a_parcel_that_was_opened_is_not_packed_again(batch):
     parcel = Parcel.of(batch)
-    assert Parcel.of(parcel.opened()).buffer.data_ptr() == parcel.buffer.data_ptr()
-    part = parcel.opened().responses  # lies in the buffer, and is not all of it
+    assert Parcel.of(parcel.open()).buffer.data_ptr() == parcel.buffer.data_ptr()
+    part = parcel.open().responses  # lies in the buffer, and is not all of it
     assert Parcel.of(part).buffer.nbytes < parcel.buffer.nbytes
 
 

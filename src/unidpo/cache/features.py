@@ -256,6 +256,6 @@ class FeaturePass(StoredPass[Mapping[str, Tensor]]):
 
     def _compute(self, groups: Sequence[EncodedGroup]) -> list[Mapping[str, Tensor]]:
         vision = join_vision([group.vision for group in groups])
-        features = self.policy.image_features({name: tensor.to(self.device) for name, tensor in vision.items()})
+        features = self.policy.image_features(to_device(vision, self.device))
         split = features.split([self._size(group) for group in groups])
         return [stored_tensors(group, own) for group, own in zip(groups, split, strict=True)]

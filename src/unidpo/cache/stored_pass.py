@@ -22,6 +22,7 @@ from unidpo.distributed import gather, is_main, rank, world_size
 from unidpo.errors import Finding, ModelError, UserError, from_findings
 from unidpo.model.encode import EncodedGroup, GroupEncoder
 from unidpo.model.policy import Policy
+from unidpo.model.transfer import Parcel, opened
 
 _LOG = logging.getLogger(__name__)
 
@@ -191,14 +192,15 @@ class StoredPass(ABC, Generic[Value]):
 
     def _batches(self, tasks: Sequence[Task]) -> Iterator[_Batch]:
         """Encoded groups up to `batch_tokens` together, at least one."""
-        loader: DataLoader[EncodedGroup | UserError] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             tasks,  # type: ignore[arg-type]
             batch_size=None,
             collate_fn=self._encode,  # type: ignore[arg-type]
             num_workers=self.workers,
         )
         batch, size = _Batch(), 0
-        for task, encoded in zip(tasks, loader, strict=True):
+        for task, item in zip(tasks, loader, strict=True):
+            encoded: EncodedGroup | UserError = opened(item)
             if isinstance(encoded, UserError):
                 batch.lost += lost_rows(task.group.pairs, encoded)
             else:
@@ -213,12 +215,13 @@ class StoredPass(ABC, Generic[Value]):
         if batch.done:
             yield batch
 
-    def _encode(self, task: Task) -> EncodedGroup | UserError:
+    def _encode(self, task: Task) -> EncodedGroup | Parcel[EncodedGroup] | UserError:
         # An exception would lose its findings on the way out of a worker.
         try:
-            return self.encoder.encode(task.group, task.responses)
+            encoded = self.encoder.encode(task.group, task.responses)
         except UserError as error:
             return error
+        return Parcel.of(encoded) if self.workers else encoded
 
 
 def _error_of(flush: Callable[[], object]) -> UserError | None:

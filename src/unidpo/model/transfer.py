@@ -33,7 +33,7 @@ class Parcel(Generic[T]):
 
     @classmethod
     def of(cls, batch: T, *, pinned: bool = False) -> Parcel[T]:
-        """A copy; none where the tensors lie in a parcel's buffer already, as those of `opened` do."""
+        """A copy; none where the tensors lie in a parcel's buffer already, as those of an opened one do."""
         tensors = _tensors(batch)
         buffer = _buffer_of(tensors)
         if buffer is None:
@@ -46,19 +46,24 @@ class Parcel(Generic[T]):
         """A copy in pinned memory; torch's loader calls this."""
         return replace(self, buffer=self.buffer.pin_memory())
 
-    def opened(self) -> T:
+    def open(self) -> T:
         """The batch; its tensors are views of the buffer."""
         places = _places(self.buffer, _tensors(self.form))
         batch: T = _mapped(lambda _: next(places), self.form)
         return batch
 
 
-def to_device(batch: T, device: torch.device) -> T:
-    """A dataclass with its tensors on a device, those inside its mappings, tuples and dataclasses too, by one copy.
+def opened(item: T | Parcel[T]) -> T:
+    """What comes from another process, as a parcel or not."""
+    return item.open() if isinstance(item, Parcel) else item
 
-    On the CPU it is the batch itself. Tensors of fields `ON_HOST` stay where they are.
+
+def to_device(batch: T, device: torch.device) -> T:
+    """A dataclass or mapping with its tensors, those of the mappings, tuples and dataclasses in it too, on a device.
+
+    They go there by one copy. On the CPU it is the batch itself. Tensors of fields `ON_HOST` stay where they are.
     """
-    return batch if device.type == "cpu" else _sent(batch, device).opened()
+    return batch if device.type == "cpu" else _sent(batch, device).open()
 
 
 def ahead(batches: Iterable[T], device: torch.device) -> Iterator[T]:
@@ -72,7 +77,7 @@ def ahead(batches: Iterable[T], device: torch.device) -> Iterator[T]:
             sent = _sent(batch, device)
         # Its memory is of the side's stream; it must not be given away while the computation still reads it.
         sent.buffer.record_stream(torch.accelerator.current_stream(device))
-        return sent.opened(), side.record_event()
+        return sent.open(), side.record_event()
 
     def finish(batch: T, copied: Any) -> T:
         if copied is not None:

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 
 from unidpo.config import Recipe, TrainSection
 from unidpo.errors import RecipeError, UserError
-from unidpo.training.arguments import spelled_for_transformers
+from unidpo.training.arguments import default_workers, spelled_for_transformers
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
@@ -23,9 +23,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         values = {"eval_strategy": "steps", "eval_steps": recipe.eval.steps} | values
     elif recipe.data.eval_fraction:
         values = {"eval_strategy": "epoch"} | values
-    if not torch.cuda.is_available():
-        values.setdefault("use_cpu", True)
+    if values.setdefault("use_cpu", not torch.cuda.is_available()):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, else looks for others
+    else:
+        values.setdefault("dataloader_num_workers", default_workers())
     if {"vision", "projector"} <= set(recipe.model.freeze):
         # Batches without an image get one, so that every trainable weight takes part in every micro-batch.
         values.setdefault("ddp_find_unused_parameters", False)

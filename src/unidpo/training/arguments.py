@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
 from unidpo.config.hf_arguments import RENAMED, WITHOUT_EFFECT
@@ -57,6 +59,23 @@ def checkpoints_are_reentrant(args: TrainingArguments) -> bool:
     """Whether layers are computed again by the older of torch's two ways, a backward pass within the backward pass."""
     names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # by the version of transformers
     return any((getattr(args, name, None) or {}).get("use_reentrant") for name in names)
+
+
+def default_workers() -> int:
+    """Processes that read micro-batches for one that trains on a GPU: as many as it has cores, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes: int = get_int_from_env(("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), 1)
+    return max(1, min(8, cores // processes))
+
+
+def warn_without_workers(args: TrainingArguments) -> None:
+    """Say where a GPU will wait for each image to be opened; transformers' default cannot be told from a setting."""
+    if args.device.type != "cpu" and not args.dataloader_num_workers:
+        _LOG.warning(
+            "dataloader_num_workers=0: the process that trains opens images and tokenizes, and the GPU waits for it; "
+            "%d workers are what this machine has cores for",
+            default_workers(),
+        )
 
 
 def refuse_settings_without_effect(args: TrainingArguments) -> None:

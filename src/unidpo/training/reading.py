@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from unidpo.errors import Finding
 from unidpo.model.batches import Batch, BatchMaker, Share
-from unidpo.model.transfer import Parcel, copies_beside
+from unidpo.model.transfer import Parcel, copies_beside, opened
 from unidpo.training.steps import Dealer, ShareTokens, StepSampler
 
 
@@ -90,7 +90,7 @@ class StepReader:
         batches: list[Batch] = []
         lost: list[Finding] = []
         for item in loader:
-            made: MicroBatch = item.opened() if isinstance(item, Parcel) else item
+            made: MicroBatch = opened(item)
             batches += [] if made.batch is None else [made.batch]
             lost += made.lost
             if made.ends_step:

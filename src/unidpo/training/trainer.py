@@ -22,7 +22,11 @@ from unidpo.model.encode import Encoder, prompt_positions
 from unidpo.model.lengths import Fitted
 from unidpo.model.load import Processor, load_policy, load_processor
 from unidpo.model.policy import Policy
-from unidpo.training.arguments import checkpoints_are_reentrant, refuse_settings_without_effect
+from unidpo.training.arguments import (
+    checkpoints_are_reentrant,
+    refuse_settings_without_effect,
+    warn_without_workers,
+)
 from unidpo.training.callbacks import BeforeFirstStep, Hooks
 from unidpo.training.checkpoints import checkpoint_to_resume, read_reward_shift
 from unidpo.training.groups import fit_both, given_groups
@@ -110,6 +114,7 @@ class PreferenceTrainer(StepTrainer):
         hooks: Hooks | None = None,
     ) -> None:
         refuse_settings_without_effect(args)
+        warn_without_workers(args)
         self.loss = loss
         self._hooks = hooks or Hooks()
         train, held_out = given_groups(train_dataset, eval_dataset, loss, on_bad_row)
