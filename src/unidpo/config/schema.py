@@ -15,6 +15,8 @@ from unidpo.losses import LOSSES, PreferenceLoss, UniDPO
 ModelPart: TypeAlias = Literal["vision", "projector", "language"]
 Attention: TypeAlias = Literal["auto", "varlen", "flash", "flex", "sdpa", "padded"]
 
+Compile: TypeAlias = Literal["auto", "layers", "off"]
+
 
 def _as_path(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str) and value else value
@@ -26,6 +28,11 @@ def _as_tuple(value: Any) -> Any:
 
 def _as_parts(value: Any) -> Any:
     return () if value == "none" else _as_tuple(value)
+
+
+def _off_is_a_word(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 def _as_sources(value: Any) -> Any:
@@ -138,7 +145,7 @@ else:
     HuggingFaceArguments = model_of_arguments(Section)
 
 
-_OURS_ALONE = {"global_batch_pairs", "max_tokens_per_pack"}
+_OURS_ALONE = {"compile", "global_batch_pairs", "max_tokens_per_pack"}
 
 
 class TrainSection(HuggingFaceArguments):
@@ -148,6 +155,9 @@ class TrainSection(HuggingFaceArguments):
     """Pairs per optimizer step over all processes; derives `gradient_accumulation_steps`."""
     max_tokens_per_pack: int | None = Field(None, gt=0, le=MANY)
     """Tokens that a micro-batch is filled up to; takes the place of `per_device_train_batch_size` there."""
+    compile: Annotated[Compile, BeforeValidator(_off_is_a_word)] = "auto"
+    """`layers`: torch compiles each layer of language model and vision tower, or it is an error; `auto`: on a CUDA GPU,
+    where it works; `off`: nothing is compiled."""
     per_device_train_batch_size: int = Field(1, gt=0, le=MANY)
     """Pairs per micro-batch and process."""
     per_device_eval_batch_size: int = Field(1, gt=0, le=MANY)
@@ -246,6 +256,8 @@ class Recipe(Section):
         elif pairs is not None and pairs % at_once:
             message = f"({pairs}) must be a multiple of `per_device_train_batch_size` ({at_once})"
             yield "train.global_batch_pairs", message
+        if train.compile == "layers" and train.given().get("torch_compile"):
+            yield "train.torch_compile", "compiles the whole model, and `compile: layers` each layer; leave it out"
         for old, new in RENAMED.items():
             if {old, new} <= train.model_fields_set:
                 yield f"train.{old}", f"is another name of `{new}`, which is given too; give one of them, not both"

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unidpo.model.attention import set_text_attention
+from unidpo.model.compiling import compile_layers, is_compiled, uncompile_layers
 from unidpo.model.features import ImageFeatures, image_features
 from unidpo.model.logps import response_logps
 from unidpo.model.packs import Pack, PaddedRows
@@ -94,14 +95,24 @@ class Policy:
         """Switch the language model's attention; a vision tower keeps its own."""
         set_text_attention(self.plain, name)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether its layers are."""
+        return is_compiled(self.plain)
+
+    def set_compiled(self, compiled: bool) -> None:
+        """Compile the layers, or leave that off again; see `compiling`."""
+        (compile_layers if compiled else uncompile_layers)(self.plain)
+
     @contextlib.contextmanager
-    def attention_restored(self) -> Iterator[None]:
-        """Afterwards the attention is what it was."""
-        before = self.attention
+    def restored(self) -> Iterator[None]:
+        """Afterwards the attention is what it was, and the layers are compiled or not as they were."""
+        before, compiled = self.attention, self.compiled
         try:
             yield
         finally:
             self.set_attention(before)
+            self.set_compiled(compiled)
 
 
 @contextlib.contextmanager

@@ -174,6 +174,7 @@ def _trainer(
         global_batch_pairs=recipe.train.global_batch_pairs,
         max_tokens_per_pack=recipe.train.max_tokens_per_pack,
         attention=recipe.model.attention,
+        compile=recipe.train.compile,
         cache_image_features=recipe.data.cache_image_features,
         shuffle=recipe.data.shuffle,
         on_bad_row=recipe.data.on_bad_row,

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from unidpo.config.hf_arguments import RENAMED, WITHOUT_EFFECT
 from unidpo.errors import Finding, UserError, from_findings, shown
@@ -76,6 +77,17 @@ def warn_without_workers(args: TrainingArguments) -> None:
             "%d workers are what this machine has cores for",
             default_workers(),
         )
+
+
+def obstacle_to_compiling(args: TrainingArguments) -> str | None:
+    """Why layers cannot be compiled in such a training, or `None`."""
+    if args.torch_compile:
+        return "train.torch_compile has the whole model compiled"
+    if checkpoints_are_reentrant(args):
+        return "checkpoints that are reentrant cannot be compiled within; leave use_reentrant out"
+    if is_deepspeed_zero3_enabled():
+        return "ZeRO-3 gathers the weights of each module when it is called; use ZeRO-2, or FSDP2"
+    return None
 
 
 def refuse_settings_without_effect(args: TrainingArguments) -> None:

@@ -16,11 +16,13 @@ from unidpo.cache.features import FeaturePass
 from unidpo.cache.keys import Keys, content_keys, vision_fingerprint, weights_fingerprint
 from unidpo.cache.reference import ReferencePass
 from unidpo.cache.store import numbers_folder
+from unidpo.config.schema import Compile
 from unidpo.data.pairs import PromptGroup
 from unidpo.distributed import on_main, rank, world_size
 from unidpo.errors import Finding
 from unidpo.losses import PreferenceLoss
 from unidpo.model.batches import BatchMaker, RefLogps
+from unidpo.model.compile_check import choose_compiled
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.lengths import Fitted
 from unidpo.model.load import load_policy
@@ -28,6 +30,7 @@ from unidpo.model.pack_check import BatchForm, choose_batch_form, features_probl
 from unidpo.model.packs import Collate
 from unidpo.model.policy import Policy
 from unidpo.model.transfer import to_device
+from unidpo.training.arguments import obstacle_to_compiling
 from unidpo.training.objective import Objective
 from unidpo.training.reading import StepReader
 from unidpo.training.steps import Dealer, share_tokens
@@ -42,11 +45,13 @@ class Setup:
 
     Attributes:
         attention: of the language model, by the name transformers knows.
+        compiled: whether layers are.
         train, held_out: read the steps to train on and to measure on.
         objective: the loss, with its reference.
     """
 
     attention: str
+    compiled: bool
     train: StepReader
     held_out: StepReader
     objective: Objective
@@ -63,6 +68,7 @@ class SetupMaker:
         train, held_out: groups to train on and to measure on.
         reference: `"stored"`, `"live"` or a model, see `PreferenceTrainer`; `None` where the loss needs none.
         attention: as for `pack_check.choose_batch_form`.
+        compile: as for `compile_check.choose_compiled`.
         max_tokens_per_pack: see `PreferenceTrainer`.
         args: of the training.
         cache: where numbers are stored.
@@ -78,6 +84,7 @@ class SetupMaker:
     held_out: Fitted
     reference: str | None
     attention: str
+    compile: Compile
     max_tokens_per_pack: int | None
     args: TrainingArguments
     cache: Path
@@ -88,7 +95,7 @@ class SetupMaker:
     def setup(self, policy: Policy, *, complete: bool = False) -> Setup:
         """Choose packs or padded rows; compute or find features and reference. Every process must call it.
 
-        The model is left with the attention of the packs where there is a reference, else with its own.
+        The model is left with the attention of the packs, and its layers compiled or not as it will be trained.
 
         Args:
             policy: in its wrapper, with the weights it came with.
@@ -110,13 +117,22 @@ class SetupMaker:
             compute_dtype=self._compute_dtype(policy),
             device=self.args.device,
         )
-        ref_logps: RefLogps | None = None
-        live_reference, shares_features = None, False
-        if self.reference is not None:
-            policy.set_attention(form.attention)
+        policy.set_attention(form.attention)
+        live_reference = None
+        if self.reference == "live" and not policy.has_adapter:
+            live_reference = self._beside(policy, copy.deepcopy(policy.plain))
+        compiled = choose_compiled(
+            policy,
+            form.collate([dummy_group]),
+            compile=self.compile,
+            compute_dtype=self._compute_dtype(policy),
+            device=self.args.device,
+            obstacle=obstacle_to_compiling(self.args),
+        )
+        ref_logps, shares_features = None, False
+        if live_reference is not None:
+            live_reference.set_compiled(compiled)
         if self.reference == "live":
-            if not policy.has_adapter:
-                live_reference = self._beside(policy, copy.deepcopy(policy.plain))
             shares_features = self._can_share_features(policy, dummy_group, form.collate)
         elif self.reference is not None:
             assert keys is not None
@@ -125,6 +141,7 @@ class SetupMaker:
         own, args = len(self.train.groups), self.args
         return Setup(
             attention=form.attention,
+            compiled=compiled,
             train=self._steps(batches.between(0, own), self.train, args.per_device_train_batch_size, form),
             held_out=self._steps(batches.between(own, None), self.held_out, args.per_device_eval_batch_size, form),
             objective=Objective(self.loss, live_reference, shares_features),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainingArguments
 
 from unidpo.cache.store import default_cache
-from unidpo.config.schema import ModelPart
+from unidpo.config.schema import Compile, ModelPart
 from unidpo.data.lost_rows import LostRows
 from unidpo.distributed import gather, is_main, on_main
 from unidpo.errors import Interrupted
@@ -67,6 +67,8 @@ class PreferenceTrainer(StepTrainer):
         attention: `"auto"` packs prompts unless a check before the first step finds that the model's own forward pass
             disagrees, with the fastest attention backend there is; `"sdpa"`, `"varlen"`, `"flex"` and `"flash"` insist
             on packs by that backend; `"padded"` never packs.
+        compile: `"layers"` has torch compile each layer of language model and vision tower, and is an error where that
+            does not work; `"auto"` does so on a CUDA GPU, where it works; `"off"` does not.
         cache_image_features: keep on disk what vision tower and projector, which must not be trained, make of each
             image, and neither run them nor open an image again.
         shuffle: draw groups in an order made of `args.data_seed` (or `args.seed`) and the epoch; else in file order.
@@ -104,6 +106,7 @@ class PreferenceTrainer(StepTrainer):
         global_batch_pairs: int | None = None,
         max_tokens_per_pack: int | None = None,
         attention: str = "auto",
+        compile: Compile = "auto",  # noqa: A002
         cache_image_features: bool = False,
         shuffle: bool = True,
         on_bad_row: Literal["error", "skip"] = "error",
@@ -160,6 +163,7 @@ class PreferenceTrainer(StepTrainer):
             held_out=self._held_out,
             reference=reference if loss.needs_reference else None,
             attention=attention,
+            compile=compile,
             max_tokens_per_pack=max_tokens_per_pack,
             args=args,
             cache=cache or default_cache(),
@@ -198,8 +202,9 @@ class PreferenceTrainer(StepTrainer):
         return self._setup_maker.setup(self.policy, complete=self._resumed and self.is_deepspeed_enabled)
 
     def _apply_setup(self) -> None:
-        """Switch the model to the attention of `setup`, which is made where it is not yet."""
+        """Switch the model to the attention and the layers of `setup`, which is made where it is not yet."""
         self.policy.set_attention(self.setup.attention)
+        self.policy.set_compiled(self.setup.compiled)
         if not checkpoints_are_reentrant(self.args):
             # With checkpointing transformers has every embedding ask for a gradient, that of image patches included,
             # and a frozen vision tower would be computed again and gone through backward. Only reentrant checkpoints
@@ -218,7 +223,7 @@ class PreferenceTrainer(StepTrainer):
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does, with all that comes before the first step.
 
-        The model is left with the attention it came with.
+        The model is left with the attention it came with, and not compiled.
 
         Raises:
             Interrupted: `request_stop` was called; there is a checkpoint of the last step.
@@ -233,7 +238,7 @@ class PreferenceTrainer(StepTrainer):
         with contextlib.ExitStack() as stack:
             if self._is_recorded:
                 stack.enter_context(recorded(self, checkpoint))
-            stack.enter_context(self.policy.attention_restored())
+            stack.enter_context(self.policy.restored())
             stack.callback(self.stop_reading)
             output = super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
         self._lost.warn()
@@ -285,7 +290,7 @@ class PreferenceTrainer(StepTrainer):
             raise ValueError("give the held-out groups to the trainer as eval_dataset")
         found: dict[str, float] = {}
         if self._held_out.groups:
-            with contextlib.nullcontext() if self.is_in_train else self.policy.attention_restored():
+            with contextlib.nullcontext() if self.is_in_train else self.policy.restored():
                 self._apply_setup()
                 found |= self._evaluate_held_out()
         if self._hooks.benchmark is not None:
@@ -302,6 +307,7 @@ class PreferenceTrainer(StepTrainer):
 
     def _run_benchmark(self) -> Mapping[str, float]:
         assert self._hooks.benchmark is not None
-        with self.policy.attention_restored(), self.accelerator.autocast():
+        with self.policy.restored(), self.accelerator.autocast():
             self.policy.set_attention(self._own_attention)
+            self.policy.set_compiled(False)  # answers grow token by token
             return self._hooks.benchmark(self.policy.plain, self.processing_class, self.state.global_step)

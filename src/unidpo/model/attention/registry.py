@@ -73,7 +73,9 @@ def backend(**needs: Any) -> Callable[[Attend], Attend]:
         attention = "unidpo_pack_" + name.replace("flash", "fa").replace("sdpa", "dot_product")
         BACKENDS[name] = Backend(attend, attention, **needs)
         # No mask function has this name, so transformers builds no mask.
-        AttentionInterface.register(attention, partial(pack_attention, attend=attend))
+        # No two packs have the same segments, so that where a layer is compiled this stays as it is.
+        whole = torch.compiler.disable(partial(pack_attention, attend=attend))  # type: ignore[no-untyped-call]
+        AttentionInterface.register(attention, whole)
         return attend
 
     return register
