@@ -1,13 +1,19 @@
 """How batches travel: all tensors in one buffer, one copy of it, and the next copy begun before a batch is used."""
 
+from collections import Counter
 from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.pretended_gpu import GPU
+from benchmarks.pretended_torch import pretended_gpu
+from unidpo.losses import LossTerms, PairLogps
 from unidpo.model.batches import BatchMaker
+from unidpo.model.pixels import with_pixels
 from unidpo.model.transfer import ON_HOST, Parcel, ahead, to_device
+from unidpo.training.metrics import PairColumns
 from worlds import group, tiny_policy
 
 META = torch.device("meta")
@@ -176,3 +182,24 @@ def test_copies_run_on_a_stream_of_their_own_and_are_waited_for(batch, monkeypat
         done.append("use")
     copy = ["side", "copy, pinned: True", "main", "keep"]
     assert done == [*copy, *copy, "wait for 1", "use", "wait for 2", "use"]
+
+
+# --- on a pretended GPU -----------------------------------------------------------------------------------------------
+
+
+def test_a_step_asks_for_one_copy_a_micro_batch_and_one_wait(batch):
+    plain = tiny_policy()[2]
+    bytewise = BatchMaker([group(images=1)], plain.in_bytes([group(images=1)])).batch([(0, (0,))])[0]
+    columns = PairColumns()
+    with pretended_gpu(numbers=True) as gpu:
+        micro_batches = [batch, Parcel.of(batch).pin_memory().open(), bytewise]
+        for host, moved in zip(micro_batches, ahead(micro_batches, GPU), strict=True):
+            numbers = moved.pairs.chosen_scores.float()
+            terms = LossTerms(*[numbers] * len(fields(LossTerms)))
+            columns.add(host, PairLogps(numbers, numbers), terms)
+            assert with_pixels(moved.responses.vision)["pixel_values"].device == GPU
+        assert sum(gpu.counts.waits.values()) == 0
+        taken = columns.take()
+        assert Counter(kind for kind, _ in gpu.counts.copies.elements()) == {"pinned": 3}
+        assert sum(gpu.counts.waits.values()) == 1
+    assert taken["loss"] == [5.0] * 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from unidpo.data.images import cap_pixels, open_image
-from unidpo.data.pairs import IMAGE, Message, PromptGroup, Response
+from unidpo.data.pairs import IMAGE, ImageSource, Message, PromptGroup, Response
 from unidpo.errors import ImageError, ModelError, UserError
 from unidpo.files.regular import read_regular
 from unidpo.model.features import ImageFeatures
+from unidpo.model.pixels import RAW, as_bytes, pixel_table
 
 PositionIds: TypeAlias = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Int[Tensor, "axes tokens"]]
 """(input_ids (tokens,), mm_token_type_ids (tokens,), image tensors) → position ids of the prompt."""
@@ -121,8 +124,22 @@ class Encoder:
         self.max_length = max_length
         self.max_pixels = max_pixels
         self._position_ids = position_ids
+        self._pixel_table: Tensor | None = None
         self._template = _template_text(template, processor)
         self._turn_end = self._find_turn_end()
+
+    def in_bytes(self, groups: Sequence[PromptGroup]) -> Encoder:
+        """An encoder whose pixels travel as bytes, see `pixels`, unless that would change them.
+
+        Args:
+            groups: the first of their images that can be read is compared on.
+        """
+        made = copy.copy(self)
+        for source in (source for group in groups for source in group.images if self.sees_images):
+            with contextlib.suppress(ImageError):  # it is named where it is met
+                made._pixel_table = pixel_table(self.processor, self._opened(source))
+                break
+        return made
 
     def encode(self, group: PromptGroup, responses: Sequence[int] | None = None) -> EncodedGroup:
         """Everything the model needs of a group, or of its prompt and some of its responses.
@@ -132,11 +149,14 @@ class Encoder:
             ImageError: an image cannot be read, or the model's processor refuses it.
             ModelError: the group has images and the model takes none, or the template leaves a prompt empty.
         """
-        images = [cap_pixels(open_image(source), self.max_pixels) for source in group.images]
+        images = [self._opened(source) for source in group.images]
         prompt_ids, types, vision = self.tokenize(self.prompt_text(group.messages), images)
         positions = self._position_ids(prompt_ids, types, vision)
         prompt = EncodedGroup(prompt_ids, positions, types, response_ids=(), cut_tokens=(), vision=vision)
         return self.with_responses(prompt, group, responses)
+
+    def _opened(self, source: ImageSource) -> PIL.Image.Image:
+        return cap_pixels(open_image(source), self.max_pixels)
 
     def with_responses(
         self, prompt: EncodedGroup, group: PromptGroup, responses: Sequence[int] | None = None
@@ -220,6 +240,7 @@ class Encoder:
                     return_tensors="pt",
                     return_mm_token_type_ids=True,
                     text_kwargs={"add_special_tokens": False},
+                    images_kwargs={} if self._pixel_table is None else dict(RAW),
                 )
             )
         except ValueError as error:
@@ -228,7 +249,8 @@ class Encoder:
         encoded.pop("attention_mask", None)
         # Gemma 3 calls them `token_type_ids`; under that name other tokenizers number sentences.
         types = [encoded.pop(name, None) for name in ("mm_token_type_ids", "token_type_ids")]
-        return ids, next(found for found in types if found is not None)[0], encoded
+        vision = encoded if self._pixel_table is None else as_bytes(encoded, self._pixel_table)
+        return ids, next(found for found in types if found is not None)[0], vision
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         conversation = [{"role": m.role, "content": self._content(m)} for m in messages]

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from unidpo.errors import ModelError
 from unidpo.model.parts import parameters_by_part
+from unidpo.model.pixels import with_pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def image_features(model: PreTrainedModel, vision: Mapping[str, Tensor]) -> Imag
     """What the model's vision tower and projector make of an image processor's tensors."""
     base = model.base_model
     takes = inspect.signature(type(base).get_image_features).parameters
-    inputs = {name: tensor for name, tensor in vision.items() if name in takes}
+    inputs = {name: tensor for name, tensor in with_pixels(vision).items() if name in takes}
     output = base.get_image_features(**inputs, return_dict=True)
     pooled = output.pooler_output
     listed = not isinstance(pooled, Tensor)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from unidpo.model.attention import SegmentTable
 from unidpo.model.head import capped, for_head, target_logps, token_logps
 from unidpo.model.packs import Pack, PaddedRows
+from unidpo.model.pixels import with_pixels
 
 
 def response_logps(model: PreTrainedModel, batch: Pack | PaddedRows) -> Float[Tensor, " responses"]:
@@ -73,7 +74,7 @@ def _of_rows(model: PreTrainedModel, rows: PaddedRows, weight: Tensor | None) ->
 def _images(batch: Pack | PaddedRows) -> dict[str, Any]:
     """A batch's images as the model's forward takes them."""
     if batch.features is None:
-        return dict(batch.vision)
+        return with_pixels(batch.vision)
     return {**batch.vision, "mm_encoder_outputs": {"image": batch.features.as_output()}}
 
 

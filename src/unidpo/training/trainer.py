@@ -158,7 +158,7 @@ class PreferenceTrainer(StepTrainer):
         self._setup_maker = SetupMaker(
             loss=loss,
             trainable=trainable,
-            encoder=self.encoder,
+            encoder=self.encoder if args.device.type == "cpu" else self.encoder.in_bytes(self._train.groups),
             train=self._train,
             held_out=self._held_out,
             reference=reference if loss.needs_reference else None,
