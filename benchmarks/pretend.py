@@ -28,6 +28,7 @@ from unidpo.model.features import ImageFeatures
 from unidpo.model.packs import PairIndex, pack, with_features
 from unidpo.model.parts import freeze, keep_trainable_in_float32
 from unidpo.model.policy import Policy
+from unidpo.model.tower import Tower, tower_of
 from unidpo.model.transfer import ahead
 from unidpo.plan.memory import Setting, peak_memory
 from unidpo.plan.shape import shape_of
@@ -65,7 +66,7 @@ def counted(shape: Shape, case: Case) -> dict[str, Any]:
     """A pass of a case within a step: what is asked of the GPU, and the most memory that was held."""
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(shape.config).to(torch.bfloat16)
-    positions = prompt_positions(model)
+    positions, tower = prompt_positions(model), tower_of(model)
     with pretended_gpu(numbers=False) as gpu:
         policy = policy_on(gpu, model, case)
         objective = Objective(UniDPO())
@@ -73,7 +74,7 @@ def counted(shape: Shape, case: Case) -> dict[str, Any]:
         adam = [torch.zeros_like(weight) for weight in trainable for _ in range(2)]
         for weight in trainable:  # of the passes before
             weight.grad = torch.zeros_like(weight)
-        batch = batch_of(shape, case, positions)
+        batch = batch_of(shape, case, positions, tower)
         gpu.reset()
         one_pass(policy, objective, batch)
         del adam
@@ -126,9 +127,9 @@ def one_pass(policy: Policy, objective: Objective, batch: Batch) -> None:
     columns.take()
 
 
-def batch_of(shape: Shape, case: Case, positions: PositionIds) -> Batch:
+def batch_of(shape: Shape, case: Case, positions: PositionIds, tower: Tower | None) -> Batch:
     groups = [group(shape, positions, case.responses) for _ in range(case.prompts)]
-    packed = pack(groups, table=BACKENDS[case.backend].table)
+    packed = pack(groups, table=BACKENDS[case.backend].table, tower=tower)
     if case.features:
         tokens = int((packed.input_ids == shape.config.image_token_id).sum())
         pooled = torch.zeros(tokens, shape.hidden, dtype=shape.dtype)

@@ -137,7 +137,8 @@ def test_a_run_with_features_from_disk_is_the_plain_run_and_the_next_one_sees_no
     options = {"cache_image_features": True, "cache": tmp_path / "cache"}
     assert_same(run("stored", on_progress=lambda *done: said.append(done), **options), plain)
     assert [done[1:] for done in said if done[0] == "features of images, prompts"] == [(0, 3), (3, 3)]
-    tried = 2 + 2 + 1  # the padded rows of a prompt with and without features, and the prompt for its size
+    # Padded rows of a prompt with and without features; the prompt with and without its tower's tables, and once more.
+    tried = 2 + 2 + 2 + 1
     assert sum(towers) == tried + 3
     towers.clear()
     blind()
@@ -307,7 +308,7 @@ def test_a_folder_that_another_process_does_not_see_is_refused_before_the_pass(g
     model, _, encoder = tiny_policy()
     with pytest.raises(UserError, match="not every process sees this folder"):
         kept(model, encoder, groups, tmp_path / "features")
-    assert sum(towers) == 2 + 2 + 1, "none but those of the trial"
+    assert sum(towers) == 2 + 2 + 2 + 1, "none but those of the trial"
     assert [*(tmp_path / "features").iterdir()] == []
 
 

@@ -24,9 +24,10 @@ from unidpo.model.attention import BACKENDS, missing
 from unidpo.model.batches import BatchMaker
 from unidpo.model.features import image_features
 from unidpo.model.pack_check import padded_rows
-from unidpo.model.packs import pack, with_features
+from unidpo.model.packs import images_of, pack, with_features
 from unidpo.model.parts import freeze
 from unidpo.model.policy import Policy
+from unidpo.model.tower import tower_of
 from unidpo.model.transfer import ahead
 from unidpo.training.metrics import PairColumns
 from unidpo.training.objective import Objective
@@ -52,9 +53,9 @@ class Budget(NamedTuple):
 
 
 BUDGETS = {
-    ("varlen", "images"): Budget(12, 1, 1850, 186e9, 187e6),
+    ("varlen", "images"): Budget(2, 0, 1850, 186e9, 187e6),
     ("varlen", "features"): Budget(2, 0, 1650, 158e9, 32e6),
-    ("sdpa", "images"): Budget(12, 1, 3200, 188e9, 187e6),
+    ("sdpa", "images"): Budget(2, 0, 3200, 188e9, 187e6),
     ("sdpa", "features"): Budget(2, 0, 3000, 160e9, 31e6),
 }
 # Twice the prompts ask for at most so many times the kernels and the bytes.
@@ -67,15 +68,16 @@ def world():
     model, _, encoder = tiny_policy()
     freeze(model, ("vision", "projector"))
     groups = [group(responses=(4, 7, 3), seed=seed, row=1 + 3 * seed) for seed in range(2)]
-    batches = {}
+    batches, tower = {}, tower_of(model)
     for layout in LAYOUTS:
-        collate = padded_rows(encoder) if layout == "padded" else partial(pack, table=BACKENDS[layout].table)
+        packs = partial(pack, table=None if layout == "padded" else BACKENDS[layout].table, tower=tower)
+        collate = padded_rows(encoder, tower) if layout == "padded" else packs
         rng = random.Random(0)
         ref_logps = [torch.tensor([rng.uniform(-60, -20) for _ in range(3)], dtype=torch.float64) for _ in groups]
         maker = BatchMaker(groups, encoder, collate, ref_logps)
         batch, _ = maker.batch([(place, tuple(range(len(each.pairs)))) for place, each in enumerate(groups)])
         with torch.no_grad():
-            features = image_features(model, batch.responses.vision)
+            features = image_features(model, images_of(batch.responses))
         batches[layout, "images"] = batch
         batches[layout, "features"] = replace(batch, responses=with_features(batch.responses, features))
     return model, batches

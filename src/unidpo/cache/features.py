@@ -29,8 +29,9 @@ from unidpo.files.regular import open_regular
 from unidpo.model.encode import EncodedGroup, Encoder
 from unidpo.model.features import ImageFeatures, without_pixels
 from unidpo.model.lengths import TokenCounter
-from unidpo.model.pack_check import features_problem, padded_rows, smallest
-from unidpo.model.packs import join_vision
+from unidpo.model.pack_check import features_problem, padded_rows, smallest, usable_tower
+from unidpo.model.packs import split_vision
+from unidpo.model.tower import Tower
 from unidpo.model.transfer import to_device
 
 _LOG = logging.getLogger(__name__)
@@ -180,9 +181,13 @@ class FeaturePass(StoredPass[Mapping[str, Tensor]]):
     """Computes the features of all images that a store does not hold yet. Every process must run it.
 
     The policy's vision tower and projector must not be trained.
+
+    Attributes:
+        tower: as for `packs.pack`; found out before the pass.
     """
 
     encoder: Encoder
+    tower: Tower | None = None
     batch_tokens = 4096  # of images, in one forward of the vision tower
     of_responses = False
 
@@ -226,7 +231,8 @@ class FeaturePass(StoredPass[Mapping[str, Tensor]]):
         assert small is not None
         problem = features_problem(self.policy, to_device(padded_rows(self.encoder)([small]), self.device))
         if problem is None:
-            features = self.policy.image_features(to_device(small, self.device).vision)
+            self.tower = usable_tower(self.policy, small, self.device)
+            features = self._features([small])
             if len(features.pooled) != self._size(small):
                 problem = f"{len(features.pooled)} features of {self._size(small)} image tokens"
         if problem is not None:
@@ -255,7 +261,9 @@ class FeaturePass(StoredPass[Mapping[str, Tensor]]):
         return int((group.prompt_ids == getattr(self.policy.plain.config, "image_token_id", -1)).sum())
 
     def _compute(self, groups: Sequence[EncodedGroup]) -> list[Mapping[str, Tensor]]:
-        vision = join_vision([group.vision for group in groups])
-        features = self.policy.image_features(to_device(vision, self.device))
-        split = features.split([self._size(group) for group in groups])
+        split = self._features(groups).split([self._size(group) for group in groups])
         return [stored_tensors(group, own) for group, own in zip(groups, split, strict=True)]
+
+    def _features(self, groups: Sequence[EncodedGroup]) -> ImageFeatures:
+        vision, on_host = split_vision([group.vision for group in groups], self.tower)
+        return self.policy.image_features({**to_device(vision, self.device), **on_host})

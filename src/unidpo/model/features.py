@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from unidpo.errors import ModelError
 from unidpo.model.parts import parameters_by_part
 from unidpo.model.pixels import with_pixels
+from unidpo.model.tower import TOWER_INPUTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,11 @@ def takes_features(model: PreTrainedModel) -> bool:
     return hasattr(base, "get_image_features") and "mm_encoder_outputs" in takes
 
 
-def image_features(model: PreTrainedModel, vision: Mapping[str, Tensor]) -> ImageFeatures:
-    """What the model's vision tower and projector make of an image processor's tensors."""
+def image_features(model: PreTrainedModel, images: Mapping[str, Any]) -> ImageFeatures:
+    """What the model's vision tower and projector make of images, see `packs.images_of`."""
     base = model.base_model
     takes = inspect.signature(type(base).get_image_features).parameters
-    inputs = {name: tensor for name, tensor in with_pixels(vision).items() if name in takes}
+    inputs = {name: t for name, t in with_pixels(images).items() if name in takes or name in TOWER_INPUTS}
     output = base.get_image_features(**inputs, return_dict=True)
     pooled = output.pooler_output
     listed = not isinstance(pooled, Tensor)

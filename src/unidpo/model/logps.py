@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from unidpo.model.attention import SegmentTable
+from unidpo.model.features import image_features, without_pixels
 from unidpo.model.head import capped, for_head, target_logps, token_logps
-from unidpo.model.packs import Pack, PaddedRows
+from unidpo.model.packs import Pack, PaddedRows, images_of
 from unidpo.model.pixels import with_pixels
 
 
@@ -38,7 +39,7 @@ def _of_pack(model: PreTrainedModel, pack: Pack, weight: Tensor | None) -> Tenso
         position_ids=pack.position_ids if len(pack.position_ids) == 1 else pack.position_ids[:, None],
         use_cache=False,
         segments=SegmentTable(pack.segments, pack.input_ids.device, pack.kernel),
-        **_images(pack),
+        **_images(model, pack),
     ).last_hidden_state[0]
     head, soft_cap = model.get_output_embeddings(), _soft_cap(model)
     values = token_logps(hidden[pack.predict_at], head, pack.targets, weight=weight, soft_cap=soft_cap)
@@ -50,7 +51,7 @@ def _of_rows(model: PreTrainedModel, rows: PaddedRows, weight: Tensor | None) ->
         "input_ids": rows.input_ids,
         "attention_mask": rows.attention_mask,
         "use_cache": False,
-        **_images(rows),
+        **_images(model, rows),
     }
     if rows.position_ids is not None:
         inputs["position_ids"] = rows.position_ids
@@ -71,11 +72,16 @@ def _of_rows(model: PreTrainedModel, rows: PaddedRows, weight: Tensor | None) ->
     return _sum_by_response(values, rows)
 
 
-def _images(batch: Pack | PaddedRows) -> dict[str, Any]:
+def _images(model: PreTrainedModel, batch: Pack | PaddedRows) -> dict[str, Any]:
     """A batch's images as the model's forward takes them."""
-    if batch.features is None:
-        return with_pixels(batch.vision)
-    return {**batch.vision, "mm_encoder_outputs": {"image": batch.features.as_output()}}
+    features, images = batch.features, images_of(batch)
+    if features is None and batch.vision_on_host:
+        # What the tower is given besides the images would go on through the layers of the language model.
+        features = image_features(model, images)
+    if features is None:
+        return with_pixels(images)
+    sizes = without_pixels({**batch.vision, **batch.vision_on_host})
+    return {**sizes, "mm_encoder_outputs": {"image": features.as_output()}}
 
 
 def _sum_by_response(values: Float[Tensor, " targets"], batch: Pack | PaddedRows) -> Float[Tensor, " responses"]:

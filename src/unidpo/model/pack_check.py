@@ -18,8 +18,9 @@ from unidpo.errors import ModelError, UserError
 from unidpo.model.attention import BACKENDS, PackAttentionError, missing
 from unidpo.model.encode import EncodedGroup, Encoder, GroupEncoder
 from unidpo.model.features import takes_features
-from unidpo.model.packs import Collate, Pack, PaddedRows, pack, pad, with_features
+from unidpo.model.packs import Collate, Pack, PaddedRows, images_of, pack, pad, split_vision, with_features
 from unidpo.model.policy import Policy
+from unidpo.model.tower import Tower, tower_of
 from unidpo.model.transfer import to_device
 
 _LOG = logging.getLogger(__name__)
@@ -30,9 +31,9 @@ _TOLERANCE_8_BIT = 0.1
 _NO_NUMBERS = "the model's log-probabilities are no finite numbers"
 
 
-def padded_rows(encoder: Encoder) -> Collate:
-    """One padded row per response."""
-    return functools.partial(pad, pad_token_id=encoder.tokenizer.pad_token_id or 0)
+def padded_rows(encoder: Encoder, tower: Tower | None = None) -> Collate:
+    """One padded row per response; `tower` as for `packs.pack`."""
+    return functools.partial(pad, pad_token_id=encoder.tokenizer.pad_token_id or 0, tower=tower)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ def choose_batch_form(
     Raises:
         ModelError: a backend is demanded that is not there, packs do not work with it, or the model gives no numbers.
     """
-    rows = BatchForm(padded_rows(encoder), policy.attention)
+    tower = usable_tower(policy, group, device)
+    rows = BatchForm(padded_rows(encoder, tower), policy.attention)
     if attention == "padded":
         return rows
     if attention not in ("auto", *BACKENDS):
@@ -84,7 +86,8 @@ def choose_batch_form(
     tolerance = _TOLERANCE_8_BIT if getattr(policy.plain, "is_loaded_in_8bit", False) else _TOLERANCE[compute_dtype]
     problem: str | None = None
     for backend in candidates:
-        packs = BatchForm(functools.partial(pack, table=BACKENDS[backend].table), BACKENDS[backend].attention)
+        collate = functools.partial(pack, table=BACKENDS[backend].table, tower=tower)
+        packs = BatchForm(collate, BACKENDS[backend].attention)
         problem = _problem(policy, group, rows, packs, tolerance, device)
         if problem is None:
             _LOG.info("packs, with attention by %s", backend)
@@ -150,6 +153,29 @@ def _mean_logps(
         return policy.response_logps(batch) / batch.response_tokens
 
 
+def usable_tower(policy: Policy, group: EncodedGroup, device: torch.device) -> Tower | None:
+    """The policy's vision tower, where it makes the same of a group's images with what is made for it on the host.
+
+    Every process must call it, with the same group.
+    """
+    if group.features is not None or not group.vision or not takes_features(policy.plain):
+        return None
+    tower = None
+    try:
+        if (tower := tower_of(policy.plain)) is not None:
+            expected = policy.image_features(to_device(group.vision, device)).pooled
+            vision, on_host = split_vision([group.vision], tower)
+            found = policy.image_features({**to_device(vision, device), **on_host}).pooled
+            # The kernels are the same, in the same order; anything but rounding is a mistake.
+            if (found - expected).abs().max() > 0.01 * expected.abs().max():
+                tower = None
+    except Exception:
+        # Whatever a foreign tower does with its images' sizes, it may look at them itself.
+        tower = None
+        _LOG.debug("what a vision tower takes from the host failed", exc_info=True)
+    return tower if all(gather([tower is not None])) else None
+
+
 def features_problem(policy: Policy, batch: Pack | PaddedRows) -> str | None:
     """Why features cannot take the place of the images of a batch, in some process; `None` where they can.
 
@@ -162,7 +188,7 @@ def features_problem(policy: Policy, batch: Pack | PaddedRows) -> str | None:
                 f"the forward of {type(policy.plain).__name__} takes none in transformers {transformers.__version__}"
             )
         else:
-            features = policy.image_features(batch.vision)
+            features = policy.image_features(images_of(batch))
             with policy.measuring():
                 expected = policy.response_logps(batch)
                 found = policy.response_logps(with_features(batch, features))

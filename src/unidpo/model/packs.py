@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -15,6 +15,8 @@ from unidpo.data.pairs import Pair, PromptGroup
 from unidpo.model.attention import Segment, Table
 from unidpo.model.encode import EncodedGroup
 from unidpo.model.features import ImageFeatures, join, without_pixels
+from unidpo.model.tower import Tower
+from unidpo.model.transfer import ON_HOST
 
 P = TypeVar("P", bound="Pack | PaddedRows")
 
@@ -29,6 +31,7 @@ class Pack:
         segments: one per group, in order; `attention` reads who sees whom from them.
         kernel: what the attention backend's `table` makes of the segments; `None` where it has none.
         vision: image tensors of all groups, each image once.
+        vision_on_host: what of them stays on the host, and what the tower makes of sizes alone, see `tower`.
         features: of the images, in the order of their tokens; takes the place of pixels in `vision`.
         predict_at: for every response token, in order, the position whose output predicts it: the position before
             it, which for a response's first token is the last one of its prompt.
@@ -47,6 +50,7 @@ class Pack:
     response_tokens: Int[Tensor, " responses"]
     features: ImageFeatures | None = None
     kernel: Any = None
+    vision_on_host: Mapping[str, Any] = field(default_factory=dict, metadata=ON_HOST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,7 @@ class PaddedRows:
 
     Attributes:
         input_ids, attention_mask, mm_token_type_ids: as the model's forward takes them.
-        vision: image tensors, each image once per row it stands in.
+        vision, vision_on_host: as of a `Pack`, each image once per row it stands in.
         position_ids: of models with M-RoPE, whose forward would look for the images in each row; `None` elsewhere.
         features: as of a `Pack`, once per row too.
         predict_at, targets, owner, response_tokens: as of a `Pack`, with the rows laid one after another.
@@ -75,6 +79,7 @@ class PaddedRows:
     columns: Int[Tensor, " columns"]
     kept_at: Int[Tensor, " targets"]
     features: ImageFeatures | None = None
+    vision_on_host: Mapping[str, Any] = field(default_factory=dict, metadata=ON_HOST)
 
     @property
     def is_target(self) -> Bool[Tensor, "responses width"]:
@@ -110,11 +115,12 @@ Collate: TypeAlias = Callable[[Sequence[EncodedGroup]], Pack | PaddedRows]
 """How encoded groups become what one forward pass takes: `pack`, or `pad` with a padding token."""
 
 
-def pack(groups: Sequence[EncodedGroup], *, table: Table | None = None) -> Pack:
+def pack(groups: Sequence[EncodedGroup], *, table: Table | None = None, tower: Tower | None = None) -> Pack:
     """Lay groups one after another in a single row.
 
     Args:
         table: of the attention backend, see `attention.Backend`.
+        tower: the model's, for what it makes of the images' sizes; `None` to leave that to it.
     """
     ids: list[Tensor] = []
     positions: list[Tensor] = []
@@ -134,6 +140,7 @@ def pack(groups: Sequence[EncodedGroup], *, table: Table | None = None) -> Pack:
             positions.append(_positions(group, response))
             predict_at.append(torch.where(steps == 0, end_of_prompt, at - 1 + steps))
             at += len(response)
+    vision, on_host = split_vision([group.vision for group in groups], tower)
     responses = [response for group in groups for response in group.response_ids]
     response_tokens = torch.tensor([len(response) for response in responses])
     return Pack(
@@ -141,7 +148,8 @@ def pack(groups: Sequence[EncodedGroup], *, table: Table | None = None) -> Pack:
         position_ids=torch.cat(positions, dim=1),
         segments=tuple(segments),
         kernel=None if table is None else table(segments),
-        vision=join_vision([group.vision for group in groups]),
+        vision=vision,
+        vision_on_host=on_host,
         features=_join_features(groups),
         predict_at=torch.cat(predict_at),
         targets=torch.cat(responses),
@@ -150,8 +158,8 @@ def pack(groups: Sequence[EncodedGroup], *, table: Table | None = None) -> Pack:
     )
 
 
-def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> PaddedRows:
-    """One row per response, its prompt before it, padded on the right."""
+def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int, tower: Tower | None = None) -> PaddedRows:
+    """One row per response, its prompt before it, padded on the right. `tower` as for `pack`."""
     rows = [(group, response) for group in groups for response in group.response_ids]
     ids = [torch.cat([group.prompt_ids, response]) for group, response in rows]
     types = [torch.cat([group.mm_token_type_ids, torch.zeros_like(response)]) for group, response in rows]
@@ -163,13 +171,15 @@ def pad(groups: Sequence[EncodedGroup], *, pad_token_id: int) -> PaddedRows:
     some_target = is_target.any(0)
     at = is_target.view(-1).nonzero()[:, 0]
     input_ids = _pad_right(ids, pad_token_id)
+    vision, on_host = split_vision([group.vision for group, _ in rows], tower)
     positions = [torch.cat([group.position_ids, _positions(group, response)], dim=1).T for group, response in rows]
     return PaddedRows(
         input_ids=input_ids,
         attention_mask=inside.long(),
         mm_token_type_ids=_pad_right(types, 0),
         position_ids=_pad_right(positions, 0).permute(2, 0, 1) if positions[0].shape[1] > 1 else None,
-        vision=join_vision([group.vision for group, _ in rows]),
+        vision=vision,
+        vision_on_host=on_host,
         features=_join_features([group for group, _ in rows]),
         predict_at=at - 1,
         targets=input_ids.view(-1)[at],
@@ -228,6 +238,25 @@ def _join_features(groups: Sequence[EncodedGroup]) -> ImageFeatures | None:
     if features is not None and any(group.vision and group.features is None for group in groups):
         raise ValueError("groups with features of their images and groups with pixels do not go into one batch")
     return features
+
+
+def split_vision(
+    vision: Sequence[Mapping[str, Tensor]], tower: Tower | None
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """Image tensors as one, with what the tower makes of their sizes: for the device, and for the host."""
+    joined = join_vision(vision)
+    if tower is None or "image_grid_thw" not in joined:
+        return joined, {}
+    grid = {"image_grid_thw": joined.pop("image_grid_thw")}
+    if not joined:  # the tower is not asked
+        return {}, grid
+    tables, on_host = tower.tables(grid["image_grid_thw"])
+    return joined | tables, grid | on_host
+
+
+def images_of(batch: Pack | PaddedRows) -> dict[str, Any]:
+    """What `get_image_features` takes of a batch; empty where it has no pixels."""
+    return {} if batch.features is not None else {**batch.vision, **batch.vision_on_host}
 
 
 def join_vision(vision: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

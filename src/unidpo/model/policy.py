@@ -49,11 +49,11 @@ class Policy:
         """See `logps.response_logps`."""
         return self._as_forward(lambda: response_logps(self.plain, batch))
 
-    def image_features(self, vision: Mapping[str, Tensor]) -> ImageFeatures:
+    def image_features(self, images: Mapping[str, Any]) -> ImageFeatures:
         """See `features.image_features`; without gradient, and without dropout."""
         with self.measuring():
             # Wrappers look for tensors in what a forward returns, and know dictionaries.
-            return ImageFeatures.from_tensors(self._as_forward(lambda: image_features(self.plain, vision).tensors))
+            return ImageFeatures.from_tensors(self._as_forward(lambda: image_features(self.plain, images).tensors))
 
     def _as_forward(self, compute: Callable[[], T]) -> T:
         """What `compute` gives.

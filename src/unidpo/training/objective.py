@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unidpo.losses import LossTerms, PairLogps, PreferenceLoss
 from unidpo.model.batches import Batch
-from unidpo.model.packs import with_features
+from unidpo.model.packs import images_of, with_features
 from unidpo.model.policy import Policy
 
 
@@ -39,9 +39,10 @@ class Objective:
             reward_shift: see `metrics.RewardShift`.
         """
         needs_reference = self.loss.needs_reference and not policy_is_reference
-        if needs_reference and self.shares_features and batch.responses.vision:
+        images = images_of(batch.responses)
+        if needs_reference and self.shares_features and images:
             # Computed once, where a live reference would compute the policy's own again.
-            features = (self.live_reference or policy).image_features(batch.responses.vision)
+            features = (self.live_reference or policy).image_features(images)
             batch = replace(batch, responses=with_features(batch.responses, features))
         # Before the policy's own forward: wrappers do not expect another one between that and its backward.
         ref_logps = self._reference_logps(policy, batch) if needs_reference else None
