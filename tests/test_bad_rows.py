@@ -118,7 +118,7 @@ LINES: list[Kind] = [
     ({f" {key}": value for key, value in alpaca().items()}, "unknown-layout", E),
     ({"question": "?", "answers": ["a", "b"]}, "unknown-layout", E),
     ({"chosen": "a", "score_chosen": 1}, "unknown-layout", E),
-    ({"messages": [USER, ANSWER], "rejected_response": "b"}, "unknown-layout", E),
+    ({"messages": [USER, ANSWER], "response": "b"}, "unknown-layout", E),
     ({f"key{n}": n for n in range(5000)}, "unknown-layout", E),
     ({MEBIBYTE: 1}, "unknown-layout", E),
     ({"\x1b[31mkey\x1b[0m": 1, "\u202eyek": 2}, "unknown-layout", E),

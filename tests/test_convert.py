@@ -18,7 +18,7 @@ from unidpo.data.formats.texts import is_visible
 from unidpo.data.pairs import IMAGE, ImageMark, Message, Pair, PromptGroup, Response, ranked_pairs
 from unidpo.errors import DataError
 
-LAYOUT_NAMES = ["alpaca", "sharegpt", "trl", "ranked"]
+LAYOUT_NAMES = ["alpaca", "sharegpt", "swift", "trl", "ranked"]
 SUFFIXES = [".json", ".jsonl", ".parquet"]
 GOLDEN = Path(__file__).parent / "golden" / "data" / "golden48.json"
 
@@ -159,7 +159,7 @@ def pair_indices(group: PromptGroup) -> list[tuple[int, int]]:
 @given(
     st.lists(groups().filter(lambda group: not is_spelled(group)), min_size=1, max_size=3),
     st.permutations(LAYOUT_NAMES),
-    st.lists(st.sampled_from(SUFFIXES), min_size=4, max_size=4),
+    st.lists(st.sampled_from(SUFFIXES), min_size=5, max_size=5),
 )
 def test_a_way_through_all_layouts_loses_nothing(
     tmp_path_factory: pytest.TempPathFactory, some: list[PromptGroup], layouts: list[str], suffixes: list[str]
@@ -385,7 +385,7 @@ def test_a_file_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 
 
 def test_an_unknown_layout_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="there are ranked, alpaca, sharegpt, trl; did you mean `ranked`"):
+    with pytest.raises(DataError, match="there are ranked, alpaca, sharegpt, swift, trl; did you mean `ranked`"):
         convert(GOLDEN, tmp_path / "to.json", to_layout="ranking")
 
 

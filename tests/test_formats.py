@@ -195,7 +195,7 @@ def test_a_declaration_about_something_else_changes_nothing(tmp_path: Path, info
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"formatting": "openai"}, "`formatting` is alpaca or sharegpt"),
+        ({"formatting": "chatml"}, "`formatting` is one of alpaca, sharegpt, openai, not 'chatml'"),
         ({"columns": {"choosen": "a"}}, "no column 'choosen'; there are .* did you mean `chosen`"),
         ({"columns": ["a"]}, "`columns` maps names to names"),
         ({"columns": {"chosen": 7}}, "`columns` maps names to names"),

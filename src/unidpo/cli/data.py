@@ -13,7 +13,7 @@ from unidpo.errors import printable
 data = typer.Typer(help="Check, convert, move and fetch preference data.", no_args_is_help=True)
 
 # Names of `unidpo.data.formats.LAYOUTS`, which is not imported for `--help`. A test compares the two.
-LAYOUT = "alpaca|sharegpt|trl|ranked"
+LAYOUT = "alpaca|sharegpt|swift|trl|ranked"
 DataArgument = Annotated[
     str,
     typer.Argument(metavar="FILE", help="JSON, JSONL or Parquet file, or a hub data set.", show_default=False),

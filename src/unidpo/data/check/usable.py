@@ -9,7 +9,7 @@ from typing import Any
 from unidpo.data.check.report import CheckReport
 from unidpo.data.formats import read_groups
 from unidpo.data.formats.files import is_same, write_json_rows
-from unidpo.data.formats.reading import read_rows
+from unidpo.data.formats.reading import files_of, read_rows
 from unidpo.data.pairs import PromptGroup
 from unidpo.errors import DataError
 from unidpo.files.writing import replacing
@@ -38,7 +38,7 @@ def write_usable(report: CheckReport, to: str | Path) -> int:
         raise DataError(f"{target}: rows are written as JSON; name the file .json or .jsonl")
     if not report.groups:
         raise DataError(f"{target}: nothing to write, no row of {report.file} can be used")
-    if is_same(target, Path(report.file)):
+    if any(is_same(target, file) for file in files_of(report.file)):
         raise DataError(f"{target}: this is the checked file itself; give another one")
     usable = {group.pairs[0].row for group in report.groups}
     try:

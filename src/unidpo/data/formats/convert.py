@@ -14,7 +14,7 @@ from unidpo.data.formats import tables
 from unidpo.data.formats.detection import detect, extra_columns, read_row
 from unidpo.data.formats.files import LINE_SUFFIXES, is_same, write_json_rows
 from unidpo.data.formats.layouts import LAYOUTS
-from unidpo.data.formats.reading import read_rows
+from unidpo.data.formats.reading import files_of, read_rows
 from unidpo.data.formats.row import ADDRESS, Row
 from unidpo.data.formats.texts import Form, joined
 from unidpo.data.images import open_image
@@ -102,7 +102,7 @@ def convert(
             listed), or the file cannot be written.
     """
     target = _target(to, *{to_layout, from_layout or to_layout})
-    if is_same(target, Path(source)):
+    if any(is_same(target, file) for file in files_of(source)):
         raise DataError(f"{to}: this is the source itself; give another file")
     report = ConvertReport(target, to_layout)
     items: list[GroupAndExtra] = []

@@ -1,7 +1,8 @@
-"""Column names declared in LLaMA-Factory's ``dataset_info.json`` beside a data file."""
+"""What LLaMA-Factory's ``dataset_info.json`` declares: data sets by their names, and the columns of their files."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,14 @@ TAGS: Mapping[str, str] = {
     "function_tag": "function_call",
     "system_tag": "system",
 }
+_OPENAI_TAGS = dict(zip(TAGS, ("role", "content", "user", "assistant", "tool", "function", "system"), strict=True))
 _SHARED = ("system", "tools", "images", "videos", "audios", "chosen", "rejected", "score_chosen", "score_rejected")
 # What LLaMA-Factory calls a column -> what the layout calls it.
 _COLUMNS: dict[Any, dict[str, str]] = {
     "alpaca": {"prompt": "instruction", "query": "input", "history": "history"} | {name: name for name in _SHARED},
     "sharegpt": {"messages": "conversations"} | {name: name for name in _SHARED},
 }
+_COLUMNS["openai"] = _COLUMNS["sharegpt"]
 # Columns LLaMA-Factory has for other kinds of data; naming them is no mistake.
 _UNUSED = {"response", "kto_tag", "messages", "prompt", "query", "history"}
 
@@ -46,6 +49,93 @@ class ColumnNames:
 
 
 PLAIN = ColumnNames()
+INFO = "dataset_info.json"
+_DATA_DIR = "data"
+"""Where LLaMA-Factory looks for it unless its `dataset_dir` says otherwise."""
+_PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "script_url", "cloud_file_name")
+"""What an entry may say about where its data lies. The files of this name that `datasets` writes have none of them."""
+_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A data set that a ``dataset_info.json`` names.
+
+    Attributes:
+        files: where it lies; rows of several are counted on.
+        hub: the name of a hub data set, where it is one and there are no files.
+        columns: how its columns are called.
+        folder: the one that relative image paths start from, as in LLaMA-Factory that of the declaration.
+    """
+
+    files: tuple[Path, ...]
+    hub: str | None
+    columns: ColumnNames
+    folder: Path
+
+
+def declared(path: str | Path) -> Declared | None:
+    """The data set meant by a path that is no file: a declared name, alone or as ``folder:name``, or a folder.
+
+    A name alone is looked up in the working directory and in its folder ``data``. A folder is one that declares a
+    single data set (of preferences, if any), or one that the declaration beside it names as a data set's files.
+
+    Raises:
+        DataError: the declaration cannot be read or has no such name, or what it names cannot be read.
+    """
+    given = Path(path)
+    try:
+        is_folder, is_there = given.is_dir(), given.exists()
+    except OSError:  # a name too long for a file
+        return None
+    if is_folder:
+        entries = _data_sets(given)
+        ranking = [name for name, entry in entries.items() if entry.get("ranking")] or list(entries)
+        if len(ranking) > 1:
+            problem = f"declares several data sets; give one of them, such as {given}:{ranking[0]}"
+            raise DataError(f"{given / INFO}: {problem} (there are {', '.join(ranking)})")
+        if ranking:
+            return _found(given, ranking[0], entries[ranking[0]])
+        about = {name: entry for name, entry in _data_sets(given.parent).items() if _names(entry, given)}
+        columns = columns_of(given) if about else PLAIN
+        return Declared(_files(given), None, columns, given.parent) if about else None
+    folder, _, name = str(path).rpartition(":")
+    if is_there or re.search(r"[@/\\]", name) or given.suffix in _SUFFIXES:
+        return None
+    for place in (folder,) if folder else (".", _DATA_DIR):
+        entries = _data_sets(Path(place))
+        if folder and entries:
+            require_known(str(Path(place, INFO)), "data set", [name], entries)
+        if name in entries:
+            return _found(Path(place), name, entries[name])
+    return None
+
+
+def _data_sets(folder: Path) -> dict[str, dict[str, Any]]:
+    """The entries of the declaration in a folder that say where data lies."""
+    if (folder / "state.json").is_file():  # what `save_to_disk` left: another kind of file under this name
+        return {}
+    return {name: entry for name, entry in _entries(folder).items() if any(place in entry for place in _PLACES)}
+
+
+def _found(folder: Path, name: str, entry: dict[str, Any]) -> Declared:
+    where = f"{folder / INFO}, `{name}`"
+    columns = _columns(entry, where)
+    if hub := entry.get("hf_hub_url"):
+        config, split = (entry.get(key) for key in ("subset", "split"))
+        return Declared((), f"{hub}{f':{config}' if config else ''}{f'@{split}' if split else ''}", columns, Path())
+    if not isinstance(entry.get("file_name"), str):
+        raise DataError(f"{where}: neither `file_name` nor `hf_hub_url` is given, and nothing else is read")
+    file = folder / entry["file_name"]
+    return Declared(_files(file) if file.is_dir() else (file,), None, columns, folder)
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    """The data files of a folder that is one data set, by name."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and file.name != INFO)
+    if not files:
+        raise DataError(f"{folder}: the folder holds no data file ({', '.join(_SUFFIXES)})")
+    return tuple(files)
 
 
 def columns_of(file: Path) -> ColumnNames:
@@ -56,23 +146,28 @@ def columns_of(file: Path) -> ColumnNames:
     Raises:
         DataError: the declaration cannot be read, is about unknown columns, or says two things about the file.
     """
-    info = file.parent / "dataset_info.json"
-    try:
-        data = loads(read_regular(info).decode("utf-8-sig"))
-    except FileNotFoundError:
-        return PLAIN
-    except RepeatedKey as error:
-        raise DataError(f"{info}: {error}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{info}: not readable as JSON; mend it, or move it away from {file.name}") from error
-    entries = data if isinstance(data, dict) else {}
-    about = {name: entry for name, entry in entries.items() if isinstance(entry, dict) and _names(entry, file)}
+    info, entries = file.parent / INFO, _entries(file.parent)
+    about = {name: entry for name, entry in entries.items() if _names(entry, file)}
     ranking = {name: entry for name, entry in about.items() if entry.get("ranking")}
     found = {name: _columns(entry, f"{info}, `{name}`") for name, entry in (ranking or about).items()}
     declared = list(found.values())
     if any(columns != declared[0] for columns in declared):
         raise DataError(f"{info}: {', '.join(map(shown, found))} name the columns of {file.name} differently; keep one")
     return declared[0] if declared else PLAIN
+
+
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """The entries of the declaration in a folder; none where there is no such file."""
+    info = folder / INFO
+    try:
+        data = loads(read_regular(info).decode("utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except RepeatedKey as error:
+        raise DataError(f"{info}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{info}: not readable as JSON; mend it, or move it away from the data") from error
+    return {name: entry for name, entry in data.items() if isinstance(entry, dict)} if isinstance(data, dict) else {}
 
 
 def _names(entry: dict[str, Any], file: Path) -> bool:
@@ -82,14 +177,16 @@ def _names(entry: dict[str, Any], file: Path) -> bool:
 
 def _columns(entry: dict[str, Any], where: str) -> ColumnNames:
     layout = entry.get("formatting", "alpaca")
-    if layout not in ("alpaca", "sharegpt"):
-        raise DataError(f"{where}: `formatting` is alpaca or sharegpt, not {shown(layout)}")
+    if layout not in _COLUMNS:
+        raise DataError(f"{where}: `formatting` is one of {', '.join(_COLUMNS)}, not {shown(layout)}")
     known = _COLUMNS[layout]
     columns = _names_of(entry, "columns", known, _UNUSED, where)
     tags = _names_of(entry, "tags", TAGS, set(), where)
     if "formatting" not in entry and not columns:
         return PLAIN  # nothing is said about the columns: the rows speak for themselves
     names = {known[ours]: theirs for ours, theirs in columns.items() if ours in known}
+    if layout == "openai":  # sharegpt's turns under OpenAI's names
+        return ColumnNames("sharegpt", {"conversations": "messages", **names}, {**_OPENAI_TAGS, **tags})
     return ColumnNames(layout, names, {**TAGS, **tags})
 
 

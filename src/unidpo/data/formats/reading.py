@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unidpo.data.formats import tables
-from unidpo.data.formats.dataset_info import PLAIN, columns_of
+from unidpo.data.formats.dataset_info import PLAIN, ColumnNames, columns_of, declared
 from unidpo.data.formats.detection import read_row
 from unidpo.data.formats.files import rows_of
 from unidpo.data.formats.row import Row
@@ -57,7 +57,8 @@ def read_groups(path: str | Path, *, images: str | Path | None = None, require_s
 
     Args:
         path: a JSON, JSONL or Parquet file; a folder that `datasets` saved or reads; or a hub data set. The last two
-            are named ``name[:config][@split]``. Columns declared in a ``dataset_info.json`` beside a file are used.
+            are named ``name[:config][@split]``. Columns declared in a ``dataset_info.json`` beside a file are used; a
+            data set declared there may be given by its name, see `dataset_info.declared`.
         images: the folder relative image paths start from; the file's own folder by default.
         require_scores: a pair without scores is an error.
 
@@ -139,18 +140,43 @@ def read_rows(
         raise DataError("the path of the data is empty; give a file, a folder or a data set of the hub")
     if images is not None and not Path(images).is_dir():
         raise DataError(f"{images}: there is no such image folder; give the one that the image paths start from")
-    values: Iterator[tuple[int, Any]]
-    if tables.is_dataset(path):
-        values, columns, folder = enumerate(tables.dataset_rows(path), start=1), PLAIN, tables.dataset_folder(path)
-    else:
-        values, columns, folder = rows_of(Path(path)), columns_of(Path(path)), Path(path).parent
-    root, empty = folder if images is None else Path(images), True
+    source = _source(path)
+    root, empty = source.folder if images is None else Path(images), True
     shared: dict[bytes, bytes] = {}
-    for number, value in values:
+    for number, value in source.values:
         empty = False
-        yield _read(Row(value, number, path, root, require_scores, columns, shared), layout)
+        yield _read(Row(value, number, source.name, root, require_scores, source.columns, shared), layout)
     if empty:
         raise DataError(f"{path}: the file holds no rows")
+
+
+def files_of(path: str | Path) -> tuple[Path, ...]:
+    """The files that a path, or the name of a declared data set, is read from. Raises as `declared`."""
+    return (Path(path),) if (found := declared(path)) is None else found.files
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Numbered rows, what findings call where they stand, how it names its columns, and where its images start."""
+
+    values: Iterator[tuple[int, Any]]
+    name: str | Path
+    columns: ColumnNames
+    folder: Path
+
+
+def _source(path: str | Path) -> _Source:
+    found = declared(path)
+    if found is not None and found.hub is not None:
+        return _Source(enumerate(tables.dataset_rows(found.hub), start=1), path, found.columns, found.folder)
+    if found is not None and len(found.files) == 1:
+        return _Source(rows_of(found.files[0]), found.files[0], found.columns, found.folder)
+    if found is not None:
+        every = (value for file in found.files for _, value in rows_of(file))
+        return _Source(enumerate(every, start=1), path, found.columns, found.folder)
+    if tables.is_dataset(path):
+        return _Source(enumerate(tables.dataset_rows(path), start=1), path, PLAIN, tables.dataset_folder(path))
+    return _Source(rows_of(Path(path)), path, columns_of(Path(path)), Path(path).parent)
 
 
 def _read(row: Row, layout: str | None = None) -> Row:

@@ -18,7 +18,7 @@ from unidpo.data.formats.writing import new_data_file
 from unidpo.errors import DataError, Finding, from_findings, shown
 from unidpo.files.regular import is_regular, open_regular
 
-_PROMPTS = ("prompt", "chosen", "rejected")
+_PROMPTS = ("prompt", "messages", "chosen", "rejected")
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,11 @@ class Row:
     layout: str | None = field(default=None, init=False)
     group: PromptGroup | None = field(default=None, init=False)
     _inline: list[tuple[str, Any]] = field(default_factory=list, init=False)
+
+    def rename(self, **names: str) -> None:
+        """Read columns that this row has under other names: the layout's name of each, and the file's."""
+        self.columns = replace(self.columns, names={**self.columns.names, **names})
+        self.values |= {name: self.given[column] for name, column in names.items() if column in self.given}
 
     @property
     def is_bad(self) -> bool:

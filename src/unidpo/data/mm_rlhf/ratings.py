@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from unidpo.data.formats.files import json_type
+from unidpo.data.formats.ratings import rating_of, weighted_mean
 from unidpo.data.formats.texts import encodable, marked
 from unidpo.data.pairs import IMAGE, Message, Response
 from unidpo.errors import Finding, Severity, shown
@@ -107,8 +107,7 @@ class RatedRow:
             # A mean over some of the ratings would be on another scale.
             given = {name: rating for name, rating in ratings.items() if rating is not None}
             if is_usable and len(given) == len(weights):
-                total = sum(weights[name] * rating for name, rating in given.items())
-                responses.append(Response(output, round(total / sum(weights.values()), 6)))
+                responses.append(Response(output, weighted_mean(given, weights)))
                 ranks.append(ranking[i])
         if len(responses) < 2:
             problem = f"{len(responses)} of {len(outputs)} responses can be used, and a preference needs two"
@@ -177,7 +176,7 @@ class RatedRow:
             problem = f"{found} for {count} responses; the ratings are not compared with a ranking"
             self._note("missing-ranking", "final_ranking", problem, "warning")
             return [None] * count
-        ranks = [_number(place) for place in value]
+        ranks = [rating_of(place) for place in value]
         if None in ranks:
             problem = "not every response has a place; the ratings of those without are not compared with it"
             self._note("missing-ranking", "final_ranking", problem, "warning")
@@ -194,20 +193,9 @@ class RatedRow:
         return False
 
     def _rating(self, value: Any, key: str) -> float | None:
-        number = _number(value)
+        number = rating_of(value)
         if number is None or not _LOWEST <= number <= _HIGHEST:
             problem = f"{shown(value)} is no rating from {_LOWEST:g} to {_HIGHEST:g}; the response is left out"
             self._note("missing-rating", key, problem, "warning")
             return None
         return number
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, also one in quotes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

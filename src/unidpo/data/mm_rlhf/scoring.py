@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +11,9 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from unidpo.data.formats.ratings import check_weights
 from unidpo.data.mm_rlhf.ratings import DEFAULT_SUBSETS, SUBSETS
-from unidpo.errors import DataError, Finding, Severity, require_known, shown
+from unidpo.errors import DataError, Finding, Severity, require_known
 
 RATINGS_FILE, PAIRS_FILE = "data.jsonl", "dpo_pairs.jsonl"
 RATINGS = ("helpfulness", "faithfulness", "ethical")
@@ -58,32 +58,12 @@ class Scoring:
             require_known(option, what, names, known)
             if not names:
                 raise DataError(f"{option}: name at least one of {', '.join(known)}")
-        for name, weight in self.weights.items():
-            if not (math.isfinite(weight) and weight > 0):
-                raise DataError(f"--score: the weight of {name} is {weight:g}; give a number above 0, or leave it out")
+        check_weights(self.weights)
         if "video" in self.subsets:
             raise DataError("--subsets: video cannot be used, only images are read; leave it out")
         if self.min_margin is not None and not 0 <= self.min_margin <= _WIDEST_MARGIN:
             problem = f"{self.min_margin:g} is not between 0 and {_WIDEST_MARGIN}, the most two ratings differ by"
             raise DataError(f"--min-margin: {problem}")
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """Read ``helpfulness=1,faithfulness=2``; a rating without a number weighs 1. `Scoring` checks names and ranges.
-
-    Raises:
-        DataError: a weight is no number, or a rating is named twice.
-    """
-    weights: dict[str, float] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, number = (piece.strip() for piece in part.partition("="))
-        if name in weights:
-            raise DataError(f"--score: {name} is given twice")
-        try:
-            weights[name] = float(number) if equals else 1.0
-        except ValueError:
-            raise DataError(f"--score: {shown(number)} is no number; write for example helpfulness=1") from None
-    return weights
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from unidpo.data.formats.layouts import alpaca, ranked, sharegpt, trl
+from unidpo.data.formats.layouts import alpaca, ranked, sharegpt, swift, trl
 from unidpo.data.formats.row import Row
 from unidpo.data.formats.texts import Form, plainest_form
 from unidpo.data.pairs import PromptGroup
@@ -38,6 +38,7 @@ LAYOUTS: dict[str, Layout] = {
     "ranked": Layout("responses", ranked.COLUMNS, ranked.fits, ranked.read, ranked.write),
     "alpaca": Layout("instruction", alpaca.COLUMNS, alpaca.fits, alpaca.read, alpaca.write),
     "sharegpt": Layout("conversations", sharegpt.COLUMNS, sharegpt.fits, sharegpt.read, sharegpt.write),
+    "swift": Layout("messages", swift.COLUMNS, swift.fits, swift.read, swift.write, swift.form),
     "trl": Layout("prompt", trl.COLUMNS, trl.fits, trl.read, trl.write, trl.form),
 }
 """Those that are read and written, by name. Detection takes the first that fits."""
