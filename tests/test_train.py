@@ -136,8 +136,9 @@ def test_what_a_run_prints(finished):
 def test_a_run_ends_with_what_can_be_done_next(finished):
     folder, done = finished
     run = folder / "run"
-    title, evaluate, load, ledger = done.stderr.splitlines()[-4:]
+    title, report, evaluate, load, ledger = done.stderr.splitlines()[-5:]
     assert title == "next:"
+    assert report.split("  ")[1] == str(run / "report.html")
     assert evaluate.split("  ")[1] == f"unidpo eval {run} --benchmarks paper"
     assert load.split("  ")[1] == f"unidpo.load_policy({str(run / 'model')!r})"
     assert eval(load.split("  ")[1], {"unidpo": unidpo_package}).dtype == torch.float32
@@ -147,7 +148,7 @@ def test_a_run_ends_with_what_can_be_done_next(finished):
 def test_the_run_folder(finished):
     run = finished[0] / "run"
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "environment.json", "inputs.json", "inputs.parquet",
+        "config.json", "environment.json", "inputs.json", "inputs.parquet", "report.html",
         "metrics.jsonl", "pairs.parquet", "model", "checkpoint-10", "checkpoint-12",
     }  # fmt: skip
     config = json.loads((run / "config.json").read_text())

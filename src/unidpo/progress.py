@@ -57,6 +57,11 @@ class Stages:
     ) -> None:
         self._bar.stop()
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each stage took, from its first update to its last."""
+        return {task.description: task.fields["updated"] - task.fields["started"] for task in self._bar.tasks}
+
     def update(self, stage: str, done: int, total: int, note: str = "") -> None:
         """Say how far a stage is.
 
@@ -71,7 +76,7 @@ class Stages:
             self._stages[stage] = self._bar.add_task(
                 stage, total=total, completed=done, note=note, started=now, printed=now, first=done
             )
-        self._bar.update(self._stages[stage], completed=done, total=total, note=note)
+        self._bar.update(self._stages[stage], completed=done, total=total, note=note, updated=now)
         if not self.console.is_terminal:
             self._plain(self._bar.tasks[self._stages[stage]], done, total, now)
 

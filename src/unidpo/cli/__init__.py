@@ -16,6 +16,7 @@ from unidpo.cli.consoles import INPUT_WRONG, INTERRUPTED, WORK_FAILED, kept_open
 from unidpo.cli.data import data
 from unidpo.cli.evaluation import evaluation
 from unidpo.cli.planning import plan
+from unidpo.cli.reporting import report
 from unidpo.cli.training import Overrides, RecipeFile, WithOverrides, train
 from unidpo.errors import Interrupted, UserError, printable
 
@@ -32,6 +33,7 @@ app.add_typer(recipe, name="recipe")
 app.command(cls=WithOverrides)(train)
 app.command(cls=WithOverrides)(plan)
 app.command("eval")(evaluation)
+app.command()(report)
 
 
 def main() -> None:

@@ -111,6 +111,7 @@ def _after(run: RunFolder, push_to_hub: str | None) -> None:
     messages().print("next:")
     evaluate = shlex.join(["unidpo", "eval", str(run.path), "--benchmarks", "paper"])
     steps = {
+        **({str(run.report): "the report: what the run taught, in a browser"} if run.report.is_file() else {}),
         evaluate: "the nine benchmarks, or files of your own",
         f"unidpo.load_policy({str(run.model)!r})": "the model in Python; its processor: unidpo.load_processor",
         str(run.ledger): "the ledger: each visit of each pair; metrics.jsonl lies beside it",

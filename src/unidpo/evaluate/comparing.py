@@ -129,20 +129,36 @@ def paired_bootstrap(
     tables = [_components(judged, statistic) for judged in (before, after)]
     if tables[0].keys() != tables[1].keys():
         raise ValueError("the two models were asked different questions")
+    one, other = _resampled(tables, statistic, best)
+    return _middle(other - one)
+
+
+def bootstrap(judged: Sequence[Judged], *, statistic: Statistic, best: float) -> tuple[float, float]:
+    """The 95 % interval of one model's metric over questions drawn anew; as `paired_bootstrap`."""
+    (values,) = _resampled([_components(judged, statistic)], statistic, best)
+    return _middle(values)
+
+
+def _resampled(tables: Sequence[dict[str, list[float]]], statistic: Statistic, best: float) -> Numbers:
+    """Metrics (models, draws) of models on the same units, drawn anew."""
     strata: dict[str, list[str]] = {}
     for unit in tables[0]:
         strata.setdefault(unit.split("/", 1)[0] if statistic == "mme" else "", []).append(unit)
     rng = np.random.default_rng(0)
     drawn = []
     for _ in range(RESAMPLES // _AT_ONCE):
-        differences = np.zeros(_AT_ONCE)
+        metrics = np.zeros((len(tables), _AT_ONCE))
         for units in strata.values():
             weights = rng.multinomial(len(units), np.full(len(units), 1 / len(units)), size=_AT_ONCE)
-            values = [_metric(weights @ np.array([table[u] for u in units]), statistic, best) for table in tables]
-            differences += values[1] - values[0]
-        drawn.append(differences)
+            for metric, table in zip(metrics, tables, strict=True):
+                metric += _metric(weights @ np.array([table[u] for u in units]), statistic, best)
+        drawn.append(metrics)
+    return np.concatenate(drawn, axis=1)
+
+
+def _middle(values: Numbers) -> tuple[float, float]:
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.concatenate(drawn), [tail, 1 - tail])
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 

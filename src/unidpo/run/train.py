@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from unidpo.losses import PreferenceLoss
 from unidpo.model.adapters import lora_config
 from unidpo.model.load import load_config, load_policy, load_processor, save_model
 from unidpo.progress import Stages
+from unidpo.report import write_report
 from unidpo.run.benchmarks import open_benchmarks
 from unidpo.run.card import write_card
 from unidpo.run.data import training_data
@@ -94,6 +97,8 @@ def run(recipe: Recipe, *, resume: bool = False, console: Console | None = None)
                 with stopped_by_signals(trainer), lost_processes_named():
                     trainer.train(resume_from_checkpoint=checkpoint)
         _finish(folder, trainer, getattr(torch, recipe.model.dtype))
+    if is_main():
+        _report(folder, stages.seconds)
     console.print(f"finished: {folder.model}", markup=False, highlight=False, soft_wrap=True)
     return folder.path
 
@@ -125,6 +130,22 @@ def _finish(folder: RunFolder, trainer: PreferenceTrainer, dtype: torch.dtype) -
     if is_main():
         folder.finish(save)
     wait_for_all()
+
+
+def _peak_memory() -> dict[str, int]:
+    """Bytes: of this process on the host, and on its GPU."""
+    # Linux counts in kilobytes.
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"host": host} | ({"cuda": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
+
+
+def _report(folder: RunFolder, seconds: Mapping[str, float]) -> None:
+    """Write down what a finished run took, and draw its page. A bug in either must not cost the run."""
+    try:
+        folder.add_end(seconds, _peak_memory())
+        write_report([folder.path], folder.report)
+    except Exception:
+        _LOG.warning("the report could not be drawn; `unidpo report %s` tries again", folder.path, exc_info=True)
 
 
 def _machine() -> dict[str, Any]:

@@ -65,6 +65,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.ledger = self.path / "pairs.parquet"
         self.model = self.path / "model"
+        self.report = self.path / "report.html"
 
     @property
     def finished(self) -> bool:
@@ -177,6 +178,17 @@ class RunFolder:
             write_json(self.environment, {"starts": [*starts, start]})
             write_json(self.config, config)
 
+    def add_end(self, seconds: Mapping[str, float], peak_memory: Mapping[str, int]) -> None:
+        """Write down how the last start ended: the time, and what it took.
+
+        Args:
+            seconds: by stage of the work.
+            peak_memory: bytes by where they lay, `cuda` or `host`.
+        """
+        *before, last = self._starts()
+        last |= {"ended": _now(), "seconds": dict(seconds), "peak_memory": dict(peak_memory)}
+        write_json(self.environment, {"starts": [*before, last]})
+
     def _starts(self) -> list[dict[str, Any]]:
         try:
             starts = json.loads(self.environment.read_text("utf-8"))["starts"] if self.environment.is_file() else []
@@ -200,10 +212,10 @@ class RunFolder:
     def refuse_other_config(self, config: Mapping[str, Any]) -> None:
         """Raise `RunError` where the folder's run began with another recipe."""
         try:
-            before = _flat(json.loads(self.config.read_text("utf-8")))
+            before = flat(json.loads(self.config.read_text("utf-8")))
         except ValueError as error:
             raise RunError(f"{self.config}: is damaged ({error}); delete the run folder and begin again") from error
-        now = _flat(json.loads(json.dumps(config)))
+        now = flat(json.loads(json.dumps(config)))
         may_change = MAY_CHANGE_ON_RESUME
         if self.inputs.is_file():
             ways = {"stored", "live"} & {before.get("reference"), now.get("reference")}
@@ -228,7 +240,7 @@ def this_start(machine: Mapping[str, Any] | None) -> dict[str, Any]:
         # The CUDA build in the registry calls itself 2.13.0 in its metadata, and 2.13.0+cu130 once it is imported.
         versions["torch"] = str(sys.modules["torch"].__version__)
     return {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "time": _now(),
         "command": [redacted(word) for word in sys.argv],
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -238,9 +250,13 @@ def this_start(machine: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def _other_machine(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two starts and changes how numbers round."""
-    before, now = _flat(before), _flat(now)
+    before, now = flat(before), flat(now)
     names = ("threads", "processes", "devices", "packages.torch", "packages.transformers", "packages.unidpo")
     return [
         f"{name.removeprefix('packages.')} {now.get(name)} (before: {before[name]})"
@@ -254,9 +270,9 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
