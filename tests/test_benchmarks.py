@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu, page, records, speed
+from benchmarks import gpu, page, reading, records, speed
 from benchmarks.loops import full_logits
 from benchmarks.measure import First, Seconds, Taken
 from benchmarks.shapes import SHAPES, Lengths, Shape
@@ -209,3 +209,21 @@ def test_the_large_shapes_are_the_ones_they_say() -> None:
         sizes = {name: sum(p.numel() for p in Model(SHAPES[name].config).parameters()) for name in ("cpu", "gpu")}
     assert sizes["cpu"] == pytest.approx(110e6, rel=0.05)
     assert sizes["gpu"] == 2_208_985_600  # Qwen/Qwen2-VL-2B
+
+
+def test_a_micro_batch_in_bytes_takes_an_eighth_and_an_item_one_open_file() -> None:
+    sizes = {name: found["bytes"] for name, found in reading.images(1).items()}
+    assert sizes["float32"] > 7 * sizes["bytes"]
+    files = {name: found["open_files"] for name, found in reading.items().items()}
+    assert files["tensors"] - files["one buffer"] > 5 * reading.ITEMS
+
+
+def test_the_page_says_what_reading_costs() -> None:
+    record, text = records.last_record("reading"), (ROOT / "docs" / "performance.md").read_text()
+    for name in ("seconds", "bytes"):
+        found = [record["images"][each][name] for each in ("float32", "bytes")]
+        shown = [f"{1e3 * f:.0f}" if name == "seconds" else f"{f / 1e6:.1f}" for f in found]
+        assert f" | {shown[0]} | {shown[1]} |" in text
+    received, files = ([each[name] for each in record["items"].values()] for name in ("seconds", "open_files"))
+    assert f"CPU ms | {1e3 * received[0]:.1f} | {1e3 * received[1]:.1f} |" in text
+    assert f"64 items | {files[0]} | {files[1]} |" in text

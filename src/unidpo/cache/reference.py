@@ -137,6 +137,6 @@ class ReferencePass(StoredPass[Logp]):
         return len(group.prompt_ids) + sum(map(len, group.response_ids))
 
     def _compute(self, groups: Sequence[EncodedGroup]) -> list[Logp]:
-        responses = to_device(self.collate(groups), self.device)
-        logps = self.policy.response_logps(responses).tolist()
+        responses = self.collate(groups)
+        logps = self.policy.response_logps(to_device(responses, self.device)).tolist()
         return [Logp(*each) for each in zip(logps, responses.response_tokens.tolist(), strict=True)]

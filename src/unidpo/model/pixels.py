@@ -18,8 +18,8 @@ from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
 
-RAW: Mapping[str, Any] = {"do_rescale": False, "do_normalize": False}
-"""Asks an image processor for pixels as they were."""
+RAW: Mapping[str, Any] = {"do_rescale": False, "do_normalize": False, "temporal_patch_size": 1}
+"""Asks an image processor for pixels as they were, once."""
 _CHANNELS = 3
 _SIDE = 224  # pixels; a multiple of 28 and of 32, what processors round sides to
 
@@ -55,11 +55,10 @@ def pixel_table(processor: Any, image: PIL.Image.Image) -> Float[Tensor, "1 fram
 
 
 def as_bytes(vision: Mapping[str, Tensor], table: Float[Tensor, "1 frames 3 256"]) -> dict[str, Tensor]:
-    """An image processor's tensors with `RAW` pixels, of which the first frame is kept, as bytes beside their table."""
+    """An image processor's tensors with `RAW` pixels: these as bytes, beside their table."""
     kept = dict(vision)
     raw = kept.pop("pixel_values")
-    first = raw.view(len(raw), _CHANNELS, table.shape[1], -1)[:, :, 0]
-    return kept | {"pixel_bytes": first.byte(), "pixel_table": table}
+    return kept | {"pixel_bytes": raw.view(len(raw), _CHANNELS, -1).byte(), "pixel_table": table}
 
 
 def with_pixels(vision: Mapping[str, Tensor]) -> dict[str, Tensor]:
