@@ -435,6 +435,44 @@ def test_what_a_backend_misses_is_said(pretended_gpu, monkeypatch):
     assert "has no torch.nn.attention.varlen" in ask("varlen")
 
 
+def with_half_the_gradient_of_keys(query, key, value, segments, scale, dropout):
+    return sdpa(query, key.detach() + (key - key.detach()) / 2, value, segments, scale, dropout)
+
+
+def of_the_first_prompt_alone(query, key, value, segments, scale, dropout):
+    """As though each group began where the pack does."""
+    first = segments.spans[0].prompt
+    mixed = key.clone()
+    for span in segments.spans[1:]:
+        mixed[:, :, span.prompt.start] = key[:, :, first.start]
+    return sdpa(query, mixed, value, segments, scale, dropout)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (with_half_the_gradient_of_keys, "gradients differ by"),
+        (of_the_first_prompt_alone, "log-probabilities differ by"),
+    ],
+)
+def test_a_backend_that_is_wrong_in_its_gradients_or_in_the_second_prompt_is_not_used(tmp_path, toy, wrong, message):
+    AttentionInterface.register(BACKENDS["toy"].attention, functools.partial(pack_attention, attend=wrong))
+    with pytest.raises(ModelError, match=message):
+        trainer_of(tmp_path, attention="toy").train()
+
+
+def test_a_backend_that_breaks_the_gpu_ends_the_run_and_says_what_to_do(tmp_path, toy, monkeypatch):
+    """After an illegal access nothing runs in the process any more: the next backend would be blamed for it."""
+
+    def broken(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    AttentionInterface.register(BACKENDS["toy"].attention, functools.partial(pack_attention, attend=broken))
+    monkeypatch.setattr("unidpo.model.pack_check._wait_for", broken)
+    with pytest.raises(ModelError, match=r"runs nothing any more.*illegal memory access.*another model\.attention"):
+        trainer_of(tmp_path, attention="toy").train()
+
+
 @pytest.mark.parametrize("name", ["varlen", "flex", "flash"])
 def test_a_backend_that_is_not_there_is_an_error_that_says_what_is(tmp_path, name):
     with pytest.raises(ModelError, match=rf"model\.attention={name}: it needs a CUDA GPU.*auto, sdpa, padded"):

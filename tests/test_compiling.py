@@ -223,7 +223,7 @@ def broken(graph, inputs):
 PROBLEMS = {
     wrong_numbers: "log-probabilities differ by",
     wrong_gradients: "gradients differ by",
-    no_gradients: "weights have a gradient, compiled",
+    no_gradients: "weights with a gradient 2 have one",
     broken: "there is no triton here",
 }
 
