@@ -37,6 +37,7 @@ from transformers.utils import is_torchvision_available
 from unidpo.errors import ModelError, RecipeError, UserError
 from unidpo.files.places import missing_here
 from unidpo.model.parts import language_linear_layers
+from unidpo.model.patches import multiply_patches
 
 Processor: TypeAlias = ProcessorMixin | PreTrainedTokenizerBase
 """What turns a prompt into tensors: a processor for vision-language models, a tokenizer for text models."""
@@ -76,7 +77,9 @@ def load_policy(
     if quantize is not None:
         empty = empty_model(config, trust_remote_code=trust_remote_code)
         options["quantization_config"] = _quantization(empty, quantize, dtype=dtype)
-    return load_weights(_auto(config), name, **options)
+    model = load_weights(_auto(config), name, **options)
+    multiply_patches(model)
+    return model
 
 
 def empty_model(model: str | Path | PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
