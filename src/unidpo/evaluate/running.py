@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
+from unidpo.devices import empty_cache
 from unidpo.errors import UserError
 from unidpo.evaluate.benchmarks import Benchmark, EvaluationError, EvaluationFailed
 from unidpo.evaluate.comparing import Difference, compare
@@ -130,8 +130,7 @@ def _evaluate_one(
     model: Candidate, benchmarks: Sequence[Benchmark], folder: Path, options: LoadOptions, **settings: Any
 ) -> ModelResult:
     gc.collect()  # the model before, which nothing holds any more: two may not fit
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()
     with open_answerer(model.name, options) as answerer:
         return evaluate(answerer, benchmarks, folder, model=model.given, label=model.label, **settings)
 

@@ -16,6 +16,7 @@ from transformers import BatchFeature, GenerationConfig, PreTrainedModel
 
 from unidpo.cache.keys import weights_fingerprint
 from unidpo.data.images import image_size
+from unidpo.devices import best_device, empty_cache
 from unidpo.errors import ImageError
 from unidpo.generate.prompts import Prompt, Prompter, stop_ids
 from unidpo.generate.questions import Answer, Generation, LoadOptions, PromptStyle, Question, Sampling
@@ -56,7 +57,7 @@ class HuggingFace:
         self.model: Any = model
         self.prompter = Prompter(processor, prompt_style)
         self.stops = stop_ids(processor, model)
-        self.batch_size = batch_size or (BATCH_ON_GPU if model.device.type == "cuda" else BATCH_ON_CPU)
+        self.batch_size = batch_size or (BATCH_ON_CPU if model.device.type == "cpu" else BATCH_ON_GPU)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -80,7 +81,9 @@ class HuggingFace:
     ) -> dict[str, list[Answer]]:
         """Several answers to each question, by index. The caller's random state is left as it was."""
         answers: dict[str, list[Answer]] = {}
-        with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
+        device = self.model.device
+        own_state = [] if device.type in ("cpu", "mps") else [device]  # MPS gives its state by no number of a device
+        with torch.random.fork_rng(own_state, device_type=device.type if own_state else "cuda"):
             torch.manual_seed(sampling.seed)
             for batch in self._batches(questions, generation, sampling):
                 answers |= batch
@@ -111,7 +114,7 @@ class HuggingFace:
                     continue
                 size = len(batch.asked) // 2  # of all that follow
                 _LOG.warning("%d questions do not fit into memory together: %d from now on", len(batch.asked), size)
-                torch.cuda.empty_cache()
+                empty_cache()
                 coming = pool.submit(self._make_batch, questions[start : start + size], generation)
 
     def _make_batch(self, questions: Sequence[Question], generation: Generation) -> _Batch:
@@ -199,7 +202,7 @@ def load_model(name: str, options: LoadOptions, *, gpu: int = 0) -> HuggingFace:
     Raises:
         ModelError: there is no such model, or its chat template cannot be used as asked.
     """
-    place = torch.device("cuda", gpu) if torch.cuda.is_available() else torch.device("cpu")
+    place = best_device(gpu)
     auto = torch.float32 if place.type == "cpu" else torch.bfloat16
     dtype: torch.dtype = auto if options.dtype == "auto" else getattr(torch, options.dtype)
     model = load_policy(name, dtype=dtype, trust_remote_code=options.trust_remote_code)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from unidpo.devices import accelerator
 from unidpo.errors import ModelError
 from unidpo.generate.hugging_face import load_model
 from unidpo.generate.processes import Processes
@@ -29,7 +30,7 @@ def open_answerer(name: str, options: LoadOptions) -> Iterator[Answerer]:
     if options.processes == 1:
         yield load_model(name, options)
         return
-    if torch.cuda.is_available() and options.processes > torch.cuda.device_count():
-        raise ModelError(f"--nproc {options.processes}: there are {torch.cuda.device_count()} GPUs")
+    if accelerator() is not None and options.processes > torch.accelerator.device_count():
+        raise ModelError(f"--nproc {options.processes}: there are {torch.accelerator.device_count()} GPUs")
     with contextlib.closing(Processes(name, options)) as answerer:
         yield answerer

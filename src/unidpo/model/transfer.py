@@ -11,6 +11,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from unidpo.devices import accelerator, has_float64
+
 T = TypeVar("T")
 
 ON_HOST: Mapping[str, Any] = MappingProxyType({"on_host": True})
@@ -61,7 +63,8 @@ def opened(item: T | Parcel[T]) -> T:
 def to_device(batch: T, device: torch.device) -> T:
     """A dataclass or mapping with its tensors, those of the mappings, tuples and dataclasses in it too, on a device.
 
-    They go there by one copy. On the CPU it is the batch itself. Tensors of fields `ON_HOST` stay where they are.
+    They go there by one copy, float64 as float32 where the device has none. On the CPU it is the batch itself. Tensors
+    of fields `ON_HOST` stay where they are.
     """
     return batch if device.type == "cpu" else _sent(batch, device).open()
 
@@ -94,11 +97,13 @@ def ahead(batches: Iterable[T], device: torch.device) -> Iterator[T]:
 
 def copies_beside(device: torch.device) -> bool:
     """Whether a device takes copies from pinned memory while it computes."""
-    present = torch.accelerator.current_accelerator(check_available=True)
+    present = accelerator()
     return present is not None and present.type == device.type != "mps"
 
 
 def _sent(batch: T, device: torch.device) -> Parcel[T]:
+    if not has_float64(device):
+        batch = _mapped(lambda tensor: tensor.float() if tensor.dtype == torch.float64 else tensor, batch)
     parcel = Parcel.of(batch, pinned=copies_beside(device))
     return replace(parcel, buffer=parcel.buffer.to(device, non_blocking=True))
 

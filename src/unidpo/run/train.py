@@ -24,6 +24,7 @@ from transformers import (
 
 from unidpo.config import Recipe
 from unidpo.data.pairs import PromptGroup
+from unidpo.devices import accelerator, device_name
 from unidpo.distributed import gather, is_main, on_main, wait_for_all, world_size
 from unidpo.errors import RecipeError, did_you_mean
 from unidpo.losses import PreferenceLoss
@@ -150,7 +151,7 @@ def _report(folder: RunFolder, seconds: Mapping[str, float]) -> None:
 
 def _machine() -> dict[str, Any]:
     """What of the machine changes how numbers round. Every process must call it."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    device = device_name(accelerator())
     return {"threads": torch.get_num_threads(), "processes": world_size(), "devices": gather([device])}
 
 

@@ -12,6 +12,7 @@ from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
 
 from unidpo.config import Recipe, TrainSection
+from unidpo.devices import accelerator
 from unidpo.errors import RecipeError, UserError
 from unidpo.training.arguments import default_workers, spelled_for_transformers
 
@@ -23,7 +24,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         values = {"eval_strategy": "steps", "eval_steps": recipe.eval.steps} | values
     elif recipe.data.eval_fraction:
         values = {"eval_strategy": "epoch"} | values
-    if values.setdefault("use_cpu", not torch.cuda.is_available()):
+    if values.setdefault("use_cpu", accelerator() is None):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, else looks for others
     else:
         values.setdefault("dataloader_num_workers", default_workers())

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from unidpo.config.hf_arguments import RENAMED, WITHOUT_EFFECT
+from unidpo.devices import unused_devices
 from unidpo.errors import Finding, UserError, from_findings, shown
 
 _LOG = logging.getLogger(__name__)
@@ -65,8 +66,19 @@ def checkpoints_are_reentrant(args: TrainingArguments) -> bool:
 def default_workers() -> int:
     """Processes that read micro-batches for one that trains on a GPU: as many as it has cores, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // _processes_here()))
+
+
+def _processes_here() -> int:
+    """Of the training, on this machine."""
     processes: int = get_int_from_env(("LOCAL_WORLD_SIZE", "LOCAL_SIZE"), 1)
-    return max(1, min(8, cores // processes))
+    return processes
+
+
+def warn_of_idle_devices(args: TrainingArguments) -> None:
+    """Say which accelerators of this machine a training does not use."""
+    if (idle := unused_devices(args.device, _processes_here())) is not None:
+        _LOG.warning("%s", idle)
 
 
 def warn_without_workers(args: TrainingArguments) -> None:

@@ -25,6 +25,7 @@ from unidpo.model.policy import Policy
 from unidpo.training.arguments import (
     checkpoints_are_reentrant,
     refuse_settings_without_effect,
+    warn_of_idle_devices,
     warn_without_workers,
 )
 from unidpo.training.callbacks import BeforeFirstStep, Hooks
@@ -118,6 +119,7 @@ class PreferenceTrainer(StepTrainer):
     ) -> None:
         refuse_settings_without_effect(args)
         warn_without_workers(args)
+        warn_of_idle_devices(args)
         self.loss = loss
         self._hooks = hooks or Hooks()
         train, held_out = given_groups(train_dataset, eval_dataset, loss, on_bad_row)
@@ -146,6 +148,7 @@ class PreferenceTrainer(StepTrainer):
         self._pairs_per_step = global_batch_pairs or pairs_per_step
         args.gradient_accumulation_steps = 1
         args.remove_unused_columns = False
+        args._n_gpu = 1  # of several, one process takes one; transformers would copy the model to all, see DataParallel
 
         self._shuffle = shuffle
         self._is_recorded = record

@@ -22,6 +22,8 @@ from unidpo.model.attention.table import Blocks, SegmentTable, Sequences
 def _varlen_missing(device: torch.device) -> str | None:
     if _varlen_attn() is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen with window_size; 2.11 has"
+    if torch.version.hip is not None:
+        return "it is for NVIDIA's GPUs; on AMD's there are flex and sdpa"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 (Ampere) or above"
     return None
