@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForImageTextToText
 
 from forked import Forked, environment
+from unidpo.run.launch import free_port
 
 pytest.importorskip("deepspeed")
 ZERO = {
@@ -196,3 +198,39 @@ def test_a_process_that_is_killed_ends_all_in_a_message(world, one):
     assert "resume from the last checkpoint with: unidpo train" in said
     assert "Traceback" not in said
     assert "internal error" not in said
+
+
+def start_node(world, port, *more):
+    """A launcher with one process, as on each of two machines."""
+    launcher = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--local-addr", "127.0.0.1"]
+    command = [*launcher, "--rdzv-endpoint", f"127.0.0.1:{port}", "-m", "unidpo", "train", str(world / "recipe.yaml")]
+    overrides = [f"output={world}/nodes", "train.max_steps=12", "train.save_strategy=steps", "train.save_steps=1"]
+    with (world / "nodes.log").open("a") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *command, *overrides, *more],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment() | cache(world),
+        )
+
+
+def test_one_of_two_machines_is_lost_and_both_start_again(world, forked):
+    """torchrun's rendezvous on the loopback. A machine that is lost takes its launcher and its process along."""
+    alone = ["train", world / "recipe.yaml", f"output={world}/long", "train.max_steps=12"]
+    assert forked.run(*alone, log=world / "long.log", env=cache(world)) == [0], log(world, "long")
+    port = free_port()
+    nodes = [start_node(world, port) for _ in range(2)]
+    while not (world / "nodes" / "checkpoint-2").is_dir():
+        assert [node.poll() for node in nodes] == [None, None], (world / "nodes.log").read_text()
+        time.sleep(0.01)
+    for process in [*psutil.Process(nodes[1].pid).children(recursive=True), nodes[1]]:
+        process.kill()
+    assert nodes[0].wait(timeout=60) != 0
+    nodes[1].wait()
+    said = (world / "nodes.log").read_text()
+    assert "another process of this training is gone" in said
+    assert not (world / "nodes" / "model").exists()
+    port = free_port()
+    nodes = [start_node(world, port, "--resume") for _ in range(2)]
+    assert [node.wait(timeout=120) for node in nodes] == [0, 0], (world / "nodes.log").read_text()
+    assert_same_steps(steps(world / "nodes"), steps(world / "long"))
