@@ -253,9 +253,10 @@ def test_a_model_that_drops_at_random_is_compared_without(frames, monkeypatch):
     ("options", "why"),
     [
         ({"torch_compile": True}, "torch_compile has the whole model compiled"),
+        ({"fsdp": True}, "FSDP gathers"),
         ({"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}, "reentrant"),
     ],
-    ids=["torch_compile", "reentrant"],
+    ids=["torch_compile", "fsdp", "reentrant"],
 )
 def test_what_stands_in_the_way_is_named(tmp_path, options, why):
     assert why in obstacle_to_compiling(arguments(tmp_path, **spelled_for_transformers(options)))
