@@ -26,6 +26,9 @@ AIMS = {
 }
 MEMORY_AIMS = (0.6, 0.4)
 GPU_HEAD = ("variant", "pairs/s", "FLOP utilisation", "peak GiB", "epoch", "with the reference pass")
+# Assumed of an H100: operations a second in matrix products (less and more) and at its peak, bytes a second elsewhere,
+# seconds that the host needs for the launch of a kernel.
+MATRIX_RATES, PEAK_RATE, ELEMENTWISE_RATE, LAUNCH = (450e12, 620e12), 989e12, 2.7e12, 8e-6
 Record = Mapping[str, Any]
 
 
@@ -144,11 +147,43 @@ def _curves(record: Record | None) -> str:
     )
 
 
+def _pretended(record: Record | None) -> str:
+    if record is None:
+        return "Not measured yet: `python -m benchmarks.pretend`."
+    before = last_record("pretend-before") or {"cases": {}}
+    asked, cost = [], []
+    for title, now in record["cases"].items():
+        then, compiled = before["cases"].get(title, now), now["compiled"]
+        useful = record["cases"][title.replace(", checkpointing", "")]["work"]
+        waits = [f"{each['waits']} + {each['blocking_copies']}" for each in (then, now)]
+        kernels = [f"{each['kernels']:,.0f}" for each in (then, now, compiled)]
+        moved = [f"{each['other_bytes'] / 1e9:,.0f}" for each in (then, now, compiled)]
+        peaks = [f"{each['peak_bytes'] / 1e9:.1f}" for each in (then, now)]
+        asked.append([title, f"{now['tokens']:,}", *map(" → ".join, (waits, kernels, moved, peaks))])
+        ways = (then, now, now | compiled)
+        cost.append([title, f"{now['work'] / 1e12:.0f}", *(_utilisation(way, useful) for way in ways)])
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    head = ["micro-batch", "tokens", "waits + blocking copies", "kernels", "elementwise GB", "peak GB"]
+    estimated = ["micro-batch", "TFLOP", "utilisation before", "now", "now, layers compiled"]
+    where = (
+        f"{record['date']}: counted on {record['processor']}; {versions}. Before: commit 8489962, by the same counter."
+    )
+    return "\n\n".join([where, _table(head, asked), _table(estimated, cost)])
+
+
+def _utilisation(asked: Mapping[str, float], useful: float) -> str:
+    """Of an H100, from the slower rate of matrix products to the faster."""
+    elsewhere = asked["other_bytes"] / ELEMENTWISE_RATE
+    seconds = [max(asked["work"] / rate + elsewhere, asked["kernels"] * LAUNCH) for rate in MATRIX_RATES]
+    return "–".join(f"{useful / each / PEAK_RATE:.0%}" for each in seconds)
+
+
 PARTS = {
     "speed-cpu": _cpu,
     "speed-answers": partial(_cpu, shape="answers"),
     "speed-gpu": _gpu,
     "gpu": _checks,
+    "pretend": _pretended,
     "memory-cpu": _memory,
     "profile-cpu": _profile,
     "speed-curves": _curves,

@@ -8,44 +8,21 @@ of memory, what happens within a kernel.
 
 from __future__ import annotations
 
-import collections
 import functools
-import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks import pretended_kernels as kernels
+from benchmarks.pretended_counts import FREE, INDEXING, WAITS, Counts, calling_place
 
 GPU = torch.device("cuda", 0)
 BLOCK = 512  # bytes, to which the caching allocator rounds up
-STAGED = 64 * 1024  # bytes up to which a copy of pageable memory is staged by the driver and waits for nothing
 aten = torch.ops.aten
-
-# Views and allocations: no kernel runs.
-FREE = {
-    "view", "_unsafe_view", "t", "transpose", "expand", "detach", "alias", "slice", "select", "unsqueeze", "squeeze",
-    "permute", "split", "split_with_sizes", "as_strided", "unbind", "empty", "empty_like", "empty_strided", "new_empty",
-    "new_empty_strided", "_reshape_alias", "unfold", "diagonal", "lift_fresh", "set_", "is_same_size", "resize_",
-    "_has_compatible_shallow_copy_type", "_sparse_coo_tensor_with_dims_and_tensors", "_values", "_indices",
-    "_coalesced_", "is_coalesced", "dense_dim", "sparse_dim", "is_pinned",
-}  # fmt: skip
-# The host must know how many there are, or which.
-WAITS = {
-    "_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2",
-    "unique_consecutive", "bincount", "repeat_interleave", "_coalesce", "allclose", "argwhere",
-}  # fmt: skip
-INDEXING = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_"}
-# Of their first argument they read what they give, no more.
-LOOKUPS = {"embedding", "index_select", "gather", "index"}
-# They write one argument and do not read it.
-WRITES = {"copy_", "fill_", "zero_", "full_like", "zeros_like", "ones_like"}
 
 
 class MixedDevicesError(RuntimeError):
@@ -105,43 +82,6 @@ class OnGPU(Tensor):
         return PretendedGPU.current.run(func, args, kwargs or {})
 
 
-@dataclass
-class Counts:
-    """What the GPU was asked to do.
-
-    Attributes:
-        kernels: started, by operation.
-        waits: of the host for the GPU, by kind and place.
-        copies: from the host, by kind and place: "blocking", "pageable" (asked not to block, of memory that is not
-            pinned), "pinned".
-        copied_bytes: from the host.
-        work: floating-point operations of matrix products and attention, by operation.
-        matrix_bytes, other_bytes: read and written by matrix products and attention, and by all else, by operation.
-    """
-
-    kernels: collections.Counter[str] = field(default_factory=collections.Counter)
-    waits: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
-    copies: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
-    copied_bytes: int = 0
-    work: collections.Counter[str] = field(default_factory=collections.Counter)
-    matrix_bytes: collections.Counter[str] = field(default_factory=collections.Counter)
-    other_bytes: collections.Counter[str] = field(default_factory=collections.Counter)
-
-    @property
-    def blocking(self) -> int:
-        """Copies from the host that it waits for."""
-        return sum(count for (kind, _), count in self.copies.items() if kind == "blocking")
-
-
-def _place() -> str:
-    """Where the code that is counted stands."""
-    own = ("benchmarks/pretended_", "/torch/", "contextlib", "_jaxtyping", "jaxtyping/", "beartype", "<@", "<string>")
-    for frame in reversed(traceback.extract_stack()):
-        if not any(part in frame.filename for part in own):
-            return f"{frame.filename.split('site-packages/')[-1].split('/src/')[-1]}:{frame.lineno} {frame.name}"
-    return "?"
-
-
 class PretendedGPU(TorchDispatchMode):
     """Runs what a GPU would run, and counts. `counts` and `peak` may be begun anew with `reset`.
 
@@ -183,7 +123,7 @@ class PretendedGPU(TorchDispatchMode):
                         moved[id(weight)] = new
                     each._parameters[name] = moved[id(weight)]
             for name, buffer in each._buffers.items():
-                if buffer is not None:
+                if buffer is not None and not isinstance(buffer, OnGPU):
                     each._buffers[name] = self.wrap(buffer.detach())
 
     def wrap(self, held: Tensor) -> Tensor:
@@ -195,7 +135,7 @@ class PretendedGPU(TorchDispatchMode):
 
     def waited(self, kind: str) -> None:
         """Count a wait of the host."""
-        self.counts.waits[kind, _place()] += 1
+        self.counts.waits[kind, calling_place()] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.run(func, args, kwargs or {})
@@ -208,7 +148,7 @@ class PretendedGPU(TorchDispatchMode):
         here = [x for x in tensors if isinstance(x, OnGPU) or x.layout is not torch.strided]
         device = kwargs.get("device")
         device = None if device is None else torch.device(device)
-        if not here and (device is None or device.type == "cpu"):
+        if not here and (device is None or device.type != "cuda"):
             pinned = kwargs.get("pin_memory")
             made = func(*args, **{**kwargs, "pin_memory": False} if pinned else kwargs)
             return kernels.pin(made) if pinned else made
@@ -237,7 +177,7 @@ class PretendedGPU(TorchDispatchMode):
             return into.copy_(known)
         asked = bool(kwargs.get("non_blocking") or (into is not None and len(args) > 2 and args[2]))
         kind = "blocking" if not asked else "pinned" if kernels.is_pinned(source) else "pageable"
-        self.counts.copies[kind, _place()] += 1
+        self.counts.copies[kind, calling_place()] += 1
         self.counts.copied_bytes += source.nbytes
         if into is not None:
             return self._compute(func, name, args, kwargs)
@@ -249,10 +189,10 @@ class PretendedGPU(TorchDispatchMode):
         if not (here and strangers):
             return
         if name in INDEXING and not any(x is args[0] for x in strangers):
-            self.counts.copies["blocking", _place()] += 1  # torch moves indices of the host by itself
+            self.counts.copies["blocking", calling_place()] += 1  # torch moves indices of the host by itself
             return
         shapes = ", ".join(str(tuple(x.shape)) for x in strangers)
-        raise MixedDevicesError(f"{func} at {_place()}: cuda:0 and, on the host, {shapes}")
+        raise MixedDevicesError(f"{func} at {calling_place()}: cuda:0 and, on the host, {shapes}")
 
     def _compute(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         args_held, kwargs_held = _mapped(_held, (args, kwargs))
@@ -270,7 +210,7 @@ class PretendedGPU(TorchDispatchMode):
             args_held, kwargs_held = _mapped(_as_shape, (args_held, kwargs_held))
         made = self._made(func, name, args_held, kwargs_held, shapes_only)
         if name not in FREE:
-            self._count(func, name, *known, inputs, made)
+            self.counts.add(func, *known, inputs, list(_tensors(made)))
         if not self.numbers and name != "view":  # that of a buffer as numbers stays in it
             made = _mapped(self._hold, made)
         place = _written_place(func)
@@ -290,20 +230,6 @@ class PretendedGPU(TorchDispatchMode):
                 return torch.empty(sparse.shape, dtype=sparse.dtype, device="meta")
         return func(*args, **kwargs)
 
-    def _count(self, func: Any, name: str, args: Any, kwargs: Any, inputs: list[Tensor], made: Any) -> None:
-        counts = self.counts
-        counts.kernels[name] += 1
-        work = kernels.WORK.get(func) or flop_registry.get(func.overloadpacket)
-        if work is not None:
-            counts.work[name] += work(*args, **kwargs, out_val=made)
-        outputs = [_bytes(x) for x in _tensors(made)]
-        read = [_bytes(x) for x in inputs]
-        if name in LOOKUPS:
-            read[0] = min(read[0], sum(outputs))
-        elif name in WRITES or kwargs.get("out") is not None:
-            read[-1 if kwargs.get("out") is not None else 0] = 0
-        (counts.other_bytes if work is None else counts.matrix_bytes)[name] += sum(read) + sum(outputs)
-
     def _hold(self, held: Tensor) -> Tensor:
         """Without its numbers, where floats have none."""
         if self.numbers or held.layout is not torch.strided or not held.is_floating_point():
@@ -321,13 +247,6 @@ class PretendedGPU(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._alive.pop(key)[0]
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Of its elements, each once however often it is repeated by an expanded axis."""
-    if tensor.layout is not torch.strided:
-        return 2 * int(tensor._values().nbytes)
-    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def _as_shape(tensor: Tensor) -> Tensor:

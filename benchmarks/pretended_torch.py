@@ -123,6 +123,9 @@ class _Queue:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def __enter__(self) -> Any:
         return self
 
