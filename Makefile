@@ -7,6 +7,7 @@ INSTALLED := $(VENV)/.installed
 EVAL_VENV ?= .venv-eval
 EVAL_INSTALLED := $(EVAL_VENV)/.installed
 WATCH_VENV ?= .venv-watch
+BROWSER_VENV ?= .venv-browser
 PYTHON_VENV ?= .venv-$(notdir $(PYTHON))
 
 # What `make test-oldest`, `test-newest` and `test-python` run; `TESTS=tests` is the whole suite.
@@ -14,7 +15,7 @@ CORE := adapters arguments check cli config demo encode equivalence golden losse
   packs recipes reference runs sources stores train trainer
 TESTS ?= $(CORE:%=tests/test_%.py)
 
-.PHONY: help setup demo test test-avx2 test-oldest test-newest test-python test-eval test-watch mutants bench gpu lint fmt FORCE
+.PHONY: help setup demo test test-avx2 test-oldest test-newest test-python test-eval test-watch test-browser mutants bench gpu lint fmt FORCE
 
 help: ## this list
 	@sed -nE 's/^([a-z][a-z0-9 -]*):[^#]* ## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -98,6 +99,12 @@ $(WATCH_VENV)/.installed: .venv-watch.txt
 
 .venv-watch.txt: constraints.txt
 	grep -vE '^(pillow|protobuf)==' $< > $@
+
+# Debian's chromium (apt-get install chromium); UNIDPO_CHROMIUM names another.
+test-browser: $(BROWSER_VENV)/.installed ## the report in a real browser
+	OMP_NUM_THREADS=1 $(BROWSER_VENV)/bin/python -m pytest -s tests/test_browser.py
+
+$(BROWSER_VENV)/.installed: EXTRAS = dev,browser
 
 lint: $(INSTALLED) ## ruff, mypy, import-linter
 	$(BIN)/ruff check

@@ -92,7 +92,7 @@ def test_a_text_too_long_for_the_page_is_cut_and_that_is_said(tmp_path):
     page = drawn(hostile_run(tmp_path), to=tmp_path / "page.html")
     assert max(map(len, page.data["texts"])) == texts.LONGEST_TEXT
     assert list(page.data["lengths"].values()) == [100_000]
-    assert "1 texts are cut at 4,000 characters" in page.text
+    assert "Texts longer than 4,000 characters are cut (1 of them)" in page.text
 
 
 def test_texts_are_cut_to_what_fits_together(monkeypatch):
@@ -118,7 +118,7 @@ def test_a_finished_run(tmp_path):
     page = drawn(make_run(tmp_path / "run", **trained()))
     assert "Finished" in page.text
     assert "已完成" in page.text
-    assert "The run is finished: 40 optimizer steps" in page.text
+    assert "The run is finished after optimizer step 40" in page.text
     assert "base, trained on 320 pairs of" in page.text
     assert "with Uni-DPO (beta 2)" in page.text, "what departs from the defaults, and beta"
 
@@ -137,7 +137,7 @@ def test_a_run_at_work_is_not_broken_off(tmp_path):
     run = make_run(tmp_path / "run", finished=False, **trained(steps=12))
     with locked(run):
         page = drawn(run)
-    assert "still going; it has written 12 optimizer steps" in page.text
+    assert "still going; step 12 is the last one written" in page.text
 
 
 def test_a_damaged_part_of_the_ledger_is_left_out_and_named(tmp_path):
@@ -186,6 +186,13 @@ def test_runs_of_several_losses_are_named_by_them(tmp_path):
     assert drawn(*runs).data["names"] == ["loss uni_dpo, beta 2", "loss dpo, beta 0.1"]
 
 
+def test_of_many_differences_a_run_is_named_by_what_it_has_apart(tmp_path):
+    changes = [{}, {}, {"a": 1}, {"b": 2, "c": 3}, {"d": 4, "e": 5}]
+    usual = dict.fromkeys("abcde", 0)
+    runs = [make_run(tmp_path / f"r{i}", finer=usual | c, **trained(steps=2)) for i, c in enumerate(changes)]
+    assert drawn(*runs).data["names"] == ["r0", "r1", "a 1", "b 2, c 3", "d 4, e 5"]
+
+
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +227,12 @@ def test_without_a_reference_the_first_visit_is_what_was_before(tmp_path):
     rows = [{"row": 1, "step": step, "chosen_logps": logps} | missing for step, logps in ((1, -3.0), (2, -1.0))]
     run = make_run(tmp_path / "run", rows=rows, loss={"name": "simpo", "beta": 2.0})
     assert [OUTCOMES[outcome] for outcome in pairs_of(read_run(run)).outcome] == ["learnt"]
-    assert "chosen_moved" not in drawn(run).data["runs"][0]["columns"], "nothing is said of what is unknown"
+    page = drawn(run)
+    assert "chosen_moved" not in page.data["runs"][0]["columns"], "nothing is said of what is unknown"
+    assert "what was before is not known" not in page.text
+    once = drawn(make_run(tmp_path / "once", rows=rows[1:], loss={"name": "simpo", "beta": 2.0}))
+    assert "what was before is not known" in once.text
+    assert "pairs turned right" not in once.text
 
 
 def test_more_pairs_than_a_page_holds_are_spread_over_the_data(tmp_path):
@@ -380,7 +392,7 @@ def test_a_run_and_a_resumed_run_leave_their_page(tmp_path):
     assert start["seconds"].keys() >= {"training, pairs", "reference, responses"}
     assert start["peak_memory"]["host"] > 1e8
     page = Page((run / "report.html").read_text("utf-8"))
-    assert "The run is finished: 8 optimizer steps" in page.text
+    assert "The run is finished after optimizer step 8" in page.text
     assert "Where the time went" in page.text
     (pairs,) = page.data["runs"]
     assert len(pairs["outcome"]) == 32

@@ -34,7 +34,9 @@ from unidpo.evaluate.selection import candidates
 from unidpo.generate.questions import GenerationFailed, LoadOptions
 from unidpo.model.load import load_policy, load_processor
 from unidpo.progress import Stages
+from unidpo.report import write_report
 from unidpo.run.train import run
+from unidpo.run_folder.folder import RunFolder
 from unidpo.terminal import Terminal, print_to_copy
 
 TRAIN_PROMPTS = 800
@@ -94,12 +96,14 @@ def run_demo(out: Path, seed: int = 0, console: Console | None = None) -> None:
     console.print(_accuracy_table(**found))
     (out / "accuracy.json").write_text(json.dumps(found, default=asdict, indent=1) + "\n", encoding="utf-8")
 
-    _step(console, 5, "Draw")
+    _step(console, 5, "Draw", f"unidpo report {trained} --eval {out / 'evals'}")
     draw_answers(questions, before, after, out / "answers.png")
+    page = write_report([trained], RunFolder(trained).report, evaluations=[out / "evals"])
     console.print()
     print_to_copy(
         console,
         {
+            str(page): "what the run taught, in a browser",
             str(out / "answers.png"): "held-out pictures with both answers",
             str(trained): "the run: the trained model, metrics, and every pair with its weights",
             str(out / "evals"): "all answers of both models",

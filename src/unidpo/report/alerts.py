@@ -21,7 +21,7 @@ FEWEST_VISITS = 50
 DISPLACED = 0.1
 """Nats per token by which chosen answers fell below the reference."""
 LENGTH_CORRELATION = 0.5
-"""Rank correlation of reward margin and length difference."""
+"""Rank correlation of reward margin and length difference, which is above this by two standard errors."""
 UNMOVED = 0.02
 """Mean absolute reward margin; the preference term's gradient is then as at the start to 1 %."""
 ALWAYS_ON = 0.9
@@ -44,10 +44,12 @@ def _displacement(run: Run) -> Iterator[Note]:
     chosen = _per_token(run, visits, "chosen")
     rejected = _per_token(run, visits, "rejected")
     if len(chosen) >= FEWEST_VISITS and np.mean(chosen) < -DISPLACED and np.mean(rejected) < 0:
-        yield Note(
-            "alert-displacement",
-            {"chosen": f"{np.mean(chosen):.2f}", "rejected": f"{np.mean(rejected):.2f}", "threshold": DISPLACED},
-        )
+        values = {"chosen": _signed(np.mean(chosen)), "rejected": _signed(np.mean(rejected)), "threshold": DISPLACED}
+        yield Note("alert-displacement", values)
+
+
+def _signed(value: float | np.floating[Any]) -> str:
+    return f"{value:+.2f}".replace("-", "−")
 
 
 def _per_token(run: Run, visits: dict[str, Numbers], which: str) -> Numbers:
@@ -75,8 +77,10 @@ def _length_bias(run: Run) -> Iterator[Note]:
     if len(margins) < FEWEST_VISITS or np.isnan(margins).any() or np.mean(np.abs(margins)) < UNMOVED:
         return
     correlation = _rank_correlation(margins, longer)
-    if correlation >= LENGTH_CORRELATION:
-        yield Note("alert-length", {"correlation": f"{correlation:.2f}", "threshold": LENGTH_CORRELATION})
+    error = 1 / np.sqrt(len(margins))
+    if correlation - 2 * error > LENGTH_CORRELATION:
+        values = {"correlation": f"{correlation:.2f}", "error": f"{error:.2f}", "threshold": LENGTH_CORRELATION}
+        yield Note("alert-length", values)
 
 
 def _rank_correlation(one: Numbers, other: Numbers) -> float:

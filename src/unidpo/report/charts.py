@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     Numbers: TypeAlias = NDArray[np.float64]
 
-WIDTH, HEIGHT = 520, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 34
+WIDTH, HEIGHT = 520, 260
+LEFT, RIGHT, TOP, BOTTOM = 66, 12, 12, 36
 MOST_POINTS = 600
 """Of one line; longer ones become means of neighbours."""
 COLOURS = 8
@@ -190,11 +190,11 @@ def _grid(scale: _Scale) -> list[Markup]:
             )
         )
         parts.append(
-            Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 7, y + 4, _label(value, values))
+            Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(LEFT - 7, y + 5, _label(value, values))
         )
     parts += [
         Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{:,}</text>').format(
-            scale.x(step), HEIGHT - BOTTOM + 18, int(step)
+            scale.x(step), HEIGHT - BOTTOM + 22, int(step)
         )
         for step in _ticks(scale.left, scale.right, 6)
         if step == int(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shlex
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ class Overview:
         stages: what took how much of the time, as key, seconds and share.
         commands: each start, as it is given to a shell.
         recipe: the resolved recipe in YAML.
+        compared: whether it is known what the policy thought of the pairs before.
     """
 
     run: Run
@@ -60,6 +62,7 @@ class Overview:
     stages: list[tuple[str, str, float]]
     commands: list[str]
     recipe: str
+    compared: bool
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -70,10 +73,17 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     settings = [flat(run.config) for run in runs]
     shared = set.intersection(*(set(each) for each in settings)) - MAY_CHANGE_ON_RESUME
     differing = [key for key in settings[0] if key in shared and len({str(each[key]) for each in settings}) > 1]
-    if differing and len(differing) <= MOST_DIFFERENCES:
-        named = [", ".join(f"{_short(key)} {_said(each[key])}" for key in differing) for each in settings]
-        if len(set(named)) == len(named):
-            return named
+    if len(differing) > MOST_DIFFERENCES:  # then of each run what it has apart from most
+        usual = {key: statistics.mode(str(each[key]) for each in settings) for key in differing}
+        apart = [[key for key in differing if str(each[key]) != usual[key]] for each in settings]
+    else:
+        apart = [differing] * len(runs)
+    named = [
+        ", ".join(f"{_short(key)} {_said(each[key])}" for key in keys[:MOST_DIFFERENCES]) or folder
+        for each, keys, folder in zip(settings, apart, folders, strict=True)
+    ]
+    if len(set(named)) == len(named):
+        return named
     return folders if len(set(folders)) == len(folders) else [str(run.path) for run in runs]
 
 
@@ -114,7 +124,13 @@ def overview(run: Run, name: str, pairs: Pairs) -> Overview:
         stages=[(key, clock(taken), taken / seconds) for key, taken in stages.items()],
         commands=[shlex.join(["unidpo", *map(redacted, start.get("command", ["", "?"])[1:])]) for start in run.starts],
         recipe=OmegaConf.to_yaml(OmegaConf.create(dict(run.config))),
+        compared=_compared(pairs),
     )
+
+
+def _compared(pairs: Pairs) -> bool:
+    """Whether there is a reference, or a first visit before the last."""
+    return not np.isnan(pairs.columns["chosen_moved"]).all() or bool(np.any(pairs.columns["visits"] > 1))
 
 
 def _state(run: Run) -> list[Note]:
@@ -138,21 +154,22 @@ def _loss(loss: Mapping[str, Any]) -> str:
 
 def _tiles(run: Run, pairs: Pairs, seconds: float, *, about: bool, training: float) -> list[Tile]:
     tiles = []
-    late = [record for record in run.trained if record["step"] > run.last_step * 0.75]
+    # At the first step nothing has moved yet.
+    late = [record for record in run.trained if record["step"] > max(run.last_step * 0.75, 1)]
     for key, logged, show in (("accuracy", "rewards/accuracies", "{:.1%}"), ("margin", "rewards/margins", "{:+.2f}")):
         values = [record[logged] for record in late if record.get(logged) is not None]
         if values:
-            tiles.append(Tile(key, show.format(np.mean(values)), Note(f"tile-{key}-note")))
+            tiles.append(Tile(key, show.format(np.mean(values)).replace("-", "−"), Note(f"tile-{key}-note")))
     held = [(r["step"], r["eval_rewards/accuracies"]) for r in run.evaluated if r.get("eval_rewards/accuracies")]
     if held:
         step, best = max(held, key=lambda point: point[1])
         note = Note("tile-held-note", {"n": len(held), "best": f"{best:.1%}", "step": step})
         tiles.insert(1, Tile("held", f"{held[-1][1]:.1%}", note))
-    if pairs.total:
+    if pairs.total and _compared(pairs):
         counts = {name: int(np.sum(pairs.outcome == place)) for place, name in enumerate(OUTCOMES)}
         net = counts["learnt"] - counts["unlearnt"]
         said = {name: f"{count:,}" for name, count in counts.items()} | {"pairs": f"{len(pairs.outcome):,}"}
-        tiles.append(Tile("taught", f"{net:+,}", Note("tile-taught-note", said)))
+        tiles.append(Tile("taught", f"{net:+,}".replace("-", "−"), Note("tile-taught-note", said)))
     rate = f"{len(run.ledger['step']) / training:,.3g}" if training else None
     note = Note("tile-time-note", {"rate": rate}) if rate else Note("tile-time-about" if about else "")
     return [*tiles, Tile("time", clock(seconds), note)]

@@ -135,9 +135,15 @@ const ordered = () => {
 const sort = () => {
   shown = ordered().filter((i) => selected[i]);
   state.page = Math.min(state.page, Math.max(0, Math.ceil(shown.length / ROWS) - 1));
-  drawPlane();
-  drawBins();
   drawTable();
+  drawSoon();
+};
+// Once per frame, however fast somebody types.
+let waiting = false;
+const drawSoon = () => {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => { waiting = false; drawPlane(); drawBins(); });
 };
 
 // Selecting by a drag: the corners in the chart's own numbers, or null for a click, which clears.
@@ -173,7 +179,7 @@ const drawPlane = () => {
   const side = run.size > 8000 ? 2 : run.size > 1500 ? 3 : 5;
   for (const lit of [0, 1])
     for (const [outcome, name] of [[1, "known"], [2, "not_learnt"], [0, "learnt"], [3, "unlearnt"]]) {
-      pen.fillStyle = lit ? color(name) : color("line");
+      pen.fillStyle = color(lit ? name : "line");
       pen.globalAlpha = lit ? 0.75 : 0.6;
       for (let i = 0; i < run.size; i++)
         if (run.outcome[i] === outcome && selected[i] === lit && xs[i] !== null)
@@ -333,6 +339,7 @@ if ($("table")) {
     drawBins();
   }, () => { fill(); again(); });
   open(0);
+  setTimeout(haystack, 200); // the first search is then as fast as later ones
   redraws.push(() => { drawNames(); drawPlane(); drawBins(); drawTable(); });
 }
 if (navigator.language.toLowerCase().startsWith("zh")) speak("zh");

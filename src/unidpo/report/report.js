@@ -37,7 +37,9 @@ $("theme").onclick = () => {
 addEventListener("resize", redraw);
 for (const button of document.querySelectorAll(".copy"))
   button.onclick = async () => {
-    await navigator.clipboard.writeText(button.previousElementSibling.textContent);
+    const code = button.previousElementSibling;
+    if (!navigator.clipboard) return getSelection().selectAllChildren(code);
+    await navigator.clipboard.writeText(code.textContent);
     button.textContent = say("copied");
   };
 
