@@ -110,12 +110,18 @@ def _thinned(points: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def smoothed(values: Numbers) -> Numbers:
-    """Means over a window of about a tenth of the curve around each point, so that nothing lags; less at its ends."""
-    half = len(values) // 20 + (len(values) >= 6)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    places = np.arange(len(values))
-    reach = np.minimum(np.minimum(places, len(values) - 1 - places), half)
-    return np.asarray((sums[places + reach + 1] - sums[places - reach]) / (2 * reach + 1), dtype=np.float64)
+    """The middle of a straight line through about a tenth of the curve around each point, so that nothing lags.
+
+    At the ends, where the points lie on one side, the line is read off there; never outside of what there was.
+    """
+    count, half = len(values), len(values) // 20 + (len(values) >= 6)
+    first = np.clip(np.arange(count) - half, 0, max(count - 2 * half - 1, 0))
+    window = first[:, None] + np.arange(min(2 * half + 1, count))
+    x, y = window - np.arange(count)[:, None], values[window]
+    spread = x - x.mean(axis=1, keepdims=True)
+    slope = (spread * y).sum(axis=1) / np.maximum((spread**2).sum(axis=1), 1e-12)
+    middle = y.mean(axis=1) - slope * x.mean(axis=1)
+    return np.asarray(np.clip(middle, values.min(), values.max()), dtype=np.float64)
 
 
 def _chart(idea: Idea, lines: Sequence[Line]) -> Chart:
