@@ -24,6 +24,7 @@ from unidpo.data.formats.dataset_info import PLAIN, ColumnNames
 from unidpo.data.formats.detection import extra_columns, read_row
 from unidpo.data.formats.files import rows_in
 from unidpo.data.formats.layouts import LAYOUTS
+from unidpo.data.formats.layouts.rated import joined
 from unidpo.data.formats.relocate import RelocateReport, move_images
 from unidpo.data.formats.row import Row
 from unidpo.errors import Finding, UserError
@@ -44,6 +45,25 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "<image>?", "images": ["a.png"], "pairs": [[0, 1]],
      "responses": [{"text": t, "score": s} for t, s in (("a", 1), ("b", 2.5), ("c", None))]},
     {"prompt": "?", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 3}]},
+    {"messages": [{"role": "user", "content": "<image>?"}, *ANSWERS["chosen"]], "rejected_response": "b", "margin": 1.5,
+     "images": ["a.png"]},
+    {"messages": [{"role": "user", "content": "?"}, *ANSWERS["chosen"]],
+     "rejected_messages": [{"role": "user", "content": "?"}, *ANSWERS["rejected"]]},
+    {"prompt": "?", "img_path": "a.png", "completions": {"response": ["a", "b", "c"], "annotations": [
+        {axis: {"Rating": r} for axis in ("Helpfulness", "Visual Faithfulness")} for r in ("1", "5", "5")]}},
+    {"instruction": "?", "completions": [
+        {"response": str(s), "overall_score": 11 - s, "annotations": {axis: {"Rating": s} for axis in
+         ("helpfulness", "honesty", "truthfulness", "instruction_following")}} for s in (1, 3)] + [
+        {"response": "c", "overall_score": 9, "annotations": {axis: {"Rating": "5"} for axis in
+         ("helpfulness", "honesty", "truthfulness", "instruction_following")}}]},
+    *({"prompt": "?\n<extra_id_1>Assistant\na\n<extra_id_1>User\n?", "response": str(s), "helpfulness": s,
+       "correctness": 3} for s in (4, 2)),
+    {"context": [{"role": "user", "content": "?"}], "response1": "a", "response2": "b", "overall_preference": -2},
+    {"conversations": [{"from": "human", "value": "?"}], "output_1": {"from": "llm", "value": "a"},
+     "output_2": {"from": "llm", "value": "b"}, "preference": 2},
+    {"text": '{"question": "?", "chosen": "a", "rejected": "b"}', "image": {"bytes": None, "path": "a.png"}},
+    {"chosen": "\n\nHuman: ?\n\nAssistant: a", "rejected": "\n\nHuman: ?\n\nAssistant: b"},
+    {"question": "?", "chosen": "a", "rejected": "b", "image": ["a.png"]},
 ]  # fmt: skip
 ODD: list[Any] = [
     *(
@@ -78,7 +98,7 @@ def check_row(value: Any, number: int = 1, columns: ColumnNames = PLAIN, **optio
     assert (row.group is None) == row.is_bad
     assert all(str(finding).isprintable() for finding in row.findings)
     report = RelocateReport(Path(), Path())
-    move_images(copy.deepcopy(value), number, ("images", "image"), lambda old: f"new/{old}", report)
+    move_images(copy.deepcopy(value), number, ("images", "image", "img_path"), lambda old: f"new/{old}", report)
     extra_columns(row)
     if row.group is not None:
         for layout in LAYOUTS:
@@ -90,7 +110,7 @@ def check_row(value: Any, number: int = 1, columns: ColumnNames = PLAIN, **optio
 
 def check_file(data: bytes, name: str) -> None:
     with contextlib.suppress(UserError):
-        for number, value in rows_in(io.BytesIO(data), Path(name)):
+        for number, value in joined(rows_in(io.BytesIO(data), Path(name))):
             if not isinstance(value, Finding):
                 check_row(value, number)
 
@@ -223,7 +243,7 @@ def test_damaged_rows(seed: int) -> None:
 @pytest.mark.parametrize(("data", "name"), [(JSON, "a.json"), (LINES, "a.jsonl"), *((t, "a.parquet") for t in TABLES)])
 def test_what_is_damaged_is_good_before(data: bytes, name: str) -> None:
     """Else the damage would only ever meet the first check."""
-    for number, value in rows_in(io.BytesIO(data), Path(name)):
+    for number, value in joined(rows_in(io.BytesIO(data), Path(name))):
         row = Row(value, number, name, Path())
         read_row(row)
         assert not row.is_bad, row.findings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,9 +69,15 @@ def convert(
     images: Images = None,
     skip_bad_rows: Annotated[bool, typer.Option(help="Leave out rows that cannot be used.")] = False,
     drop_extra: Annotated[bool, typer.Option(help="Leave out columns that no layout knows.")] = False,
+    score: Annotated[
+        str | None,
+        typer.Option(help="Ratings and their weights, such as helpfulness=2,honesty=1.", show_default="by data set"),
+    ] = None,
 ) -> None:
     """Write a data set in another layout or kind of file (by the suffix: .json, .jsonl, .parquet)."""
     from unidpo.data.formats import convert as convert_file
+    from unidpo.data.formats.layouts.rated import COUNTED
+    from unidpo.data.formats.ratings import parse_weights
 
     report = convert_file(
         source,
@@ -80,11 +87,14 @@ def convert(
         images=images,
         on_bad_row="skip" if skip_bad_rows else "error",
         keep_extra=not drop_extra,
+        weights=None if score is None else parse_weights(score),
     )
+    counts = Counter(finding.kind for finding in report.findings if finding.kind in COUNTED)
     left_out = [finding for finding in report.findings if finding.severity == "error"]
     _say(
         f"{to}: {report.rows_written} rows with {report.pairs} pairs in layout {layout}, from {report.rows_read} rows",
         *(f"left out: {finding}" for finding in left_out),
+        *(f"{kind}: {count:,} left out of rows that are used" for kind, count in sorted(counts.items())),
         *(f"dropped column {name}: {rows} rows" for name, rows in report.dropped.items()),
     )
     if missing := report.images_not_found:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from unidpo.data.formats.convert import convert, write_pairs
-from unidpo.data.formats.layouts import LAYOUTS, Layout
+from unidpo.data.formats.layouts import LAYOUTS, PUBLISHED, Layout
 from unidpo.data.formats.mixture import Source, load_pairs, mix, select_pairs, split_by_prompt
 from unidpo.data.formats.reading import ImageUse, Read, groups_of, read_groups
 from unidpo.data.formats.relocate import relocate
 
 __all__ = [
     "LAYOUTS",
+    "PUBLISHED",
     "ImageUse",
     "Layout",
     "Read",

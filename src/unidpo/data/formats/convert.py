@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias, get_args
 from unidpo.data.formats import tables
 from unidpo.data.formats.detection import detect, extra_columns, read_row
 from unidpo.data.formats.files import LINE_SUFFIXES, is_same, write_json_rows
-from unidpo.data.formats.layouts import LAYOUTS
+from unidpo.data.formats.layouts import LAYOUTS, READ_LAYOUTS
+from unidpo.data.formats.ratings import check_weights
 from unidpo.data.formats.reading import files_of, read_rows
 from unidpo.data.formats.row import ADDRESS, Row
 from unidpo.data.formats.texts import Form, joined
@@ -81,6 +82,7 @@ def convert(
     on_bad_row: Literal["error", "skip"] = "error",
     keep_extra: bool = True,
     group_by_prompt: bool | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> ConvertReport:
     """Turn a data set into another layout, another kind of file, or both. Nothing is lost without being named.
 
@@ -96,19 +98,23 @@ def convert(
         on_bad_row: ``error`` writes nothing if a row cannot be used, ``skip`` leaves such rows out.
         keep_extra: carry columns along that no layout knows; without it they are left out and counted.
         group_by_prompt: join rows that share prompt, images and extra columns; by default only for ``ranked``.
+        weights: how much each rating counts in a score, for rows that have ratings; see `rated.KNOWN`.
 
     Raises:
         DataError: the source cannot be read, there is no such layout, a row cannot be used or does not fit (all are
             listed), or the file cannot be written.
     """
-    target = _target(to, *{to_layout, from_layout or to_layout})
+    target = _target(to, to_layout)
+    require_known(str(source), "layout", [from_layout] if from_layout else [], READ_LAYOUTS)
+    if weights is not None:
+        check_weights(weights)
     if any(is_same(target, file) for file in files_of(source)):
         raise DataError(f"{to}: this is the source itself; give another file")
     report = ConvertReport(target, to_layout)
     items: list[GroupAndExtra] = []
     named: dict[Path, int] = {}
     bad_rows = 0
-    for row in read_rows(source, images=images, layout=from_layout):
+    for row in read_rows(source, images=images, layout=from_layout, weights=weights):
         report.rows_read += 1
         for _, image in row.images:
             if isinstance(image, Path):
@@ -202,8 +208,8 @@ def _join(items: Sequence[GroupAndExtra]) -> list[GroupAndExtra]:
     return [(merge_by_prompt(group for group, _ in same)[0], same[0][1]) for same in members.values()]
 
 
-def _target(to: str | Path, *layouts: str) -> Path:
-    require_known(str(to), "layout", layouts, LAYOUTS)
+def _target(to: str | Path, layout: str) -> Path:
+    require_known(str(to), "layout", [layout], LAYOUTS)
     if Path(to).suffix not in _SUFFIXES:
         raise DataError(f"{to}: the suffix says how to write a file; give one of {', '.join(_SUFFIXES)}")
     return Path(to)

@@ -9,7 +9,7 @@ from typing import Any
 
 from unidpo.data.formats.dataset_info import PLAIN
 from unidpo.data.formats.files import json_type
-from unidpo.data.formats.layouts import LAYOUTS
+from unidpo.data.formats.layouts import LAYOUTS, READ_LAYOUTS
 from unidpo.data.formats.row import IMAGE_COLUMNS, Row
 from unidpo.errors import Finding, shown
 
@@ -38,13 +38,16 @@ def read_row(row: Row, layout: str | None = None) -> None:
         row.error("unknown-layout", None, f"the keys {keys} are of no known layout; a row has {expected}")
         return
     names = row.columns.names
-    columns = LAYOUTS[row.layout].columns
+    if row.weights and row.layout != "rated":
+        row.error("missing-rating", None, "`--score` weighs ratings, and this row has none; leave it out")
+        return
+    columns = READ_LAYOUTS[row.layout].columns
     row.values = {name: row.given[key] for name in columns if (key := names.get(name, name)) in row.given}
     try:
         for key in _UNSUPPORTED:
             if row.given.get(names.get(key, key)):
                 row.error("unsupported", key, f"{key} cannot be trained on; remove the row, or the column")
-        LAYOUTS[row.layout].read(row)
+        READ_LAYOUTS[row.layout].read(row)
         _warn_of_unread_columns(row, columns)
     except RecursionError:
         row.error("wrong-type", None, "the values are nested too deeply to be a row")
@@ -53,19 +56,19 @@ def read_row(row: Row, layout: str | None = None) -> None:
 def detect(given: dict[str, Any]) -> str | None:
     """The layout a row of these columns is read as. In a table every row has every column; null ones say nothing."""
     filled = {key: value for key, value in given.items() if value is not None}
-    for name, layout in LAYOUTS.items():
-        is_prompted = layout.main in filled or isinstance(filled.get("chosen"), list)
+    for name, layout in READ_LAYOUTS.items():
+        is_prompted = not layout.main or layout.main in filled or isinstance(filled.get("chosen"), list)
         is_answered = "chosen" in filled or "rejected" in filled or "chosen" not in layout.columns
         if is_prompted and is_answered and layout.fits(filled):
             return name
-    return next((name for name, layout in LAYOUTS.items() if layout.fits(given)), None)
+    return next((name for name, layout in READ_LAYOUTS.items() if layout.fits(given)), None)
 
 
 def extra_columns(row: Row) -> dict[str, Any]:
     """The columns of a row that its layout does not read, nulls left out."""
     if row.layout is None:
         return {}
-    known = {row.columns.names.get(name, name) for name in LAYOUTS[row.layout].columns}
+    known = {row.columns.names.get(name, name) for name in READ_LAYOUTS[row.layout].columns}
     return {key: value for key, value in row.given.items() if key not in known and value is not None}
 
 

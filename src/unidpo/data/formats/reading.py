@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from unidpo.data.formats import tables
 from unidpo.data.formats.dataset_info import PLAIN, ColumnNames, columns_of, declared
 from unidpo.data.formats.detection import read_row
 from unidpo.data.formats.files import rows_of
+from unidpo.data.formats.layouts.rated import joined
 from unidpo.data.formats.row import Row
 from unidpo.data.pairs import ImageSource, PromptGroup
 from unidpo.errors import DataError, Finding, from_findings, shown
@@ -95,7 +96,9 @@ def groups_of(
     # The table of a `datasets.Dataset` holds images undecoded; with a format "custom" the user's function makes rows.
     is_table = hasattr(dataset, "with_format") and dataset.format["type"] != "custom"
     values = enumerate(tables.rows_of_dataset(dataset) if is_table else dataset, start=1)
-    read = _collected(name, (_read(Row(value, number, name, Path(), require_scores)) for number, value in values))
+    read = _collected(
+        name, (_read(Row(value, number, name, Path(), require_scores)) for number, value in joined(values))
+    )
     report_rows([read], name, on_bad_row=on_bad_row)
     return read.groups
 
@@ -123,7 +126,12 @@ def report_rows(reads: Sequence[Read], name: str, *, on_bad_row: Literal["error"
 
 
 def read_rows(
-    path: str | Path, *, images: str | Path | None = None, require_scores: bool = False, layout: str | None = None
+    path: str | Path,
+    *,
+    images: str | Path | None = None,
+    require_scores: bool = False,
+    layout: str | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Iterator[Row]:
     """The same as `read_groups`, row by row.
 
@@ -132,6 +140,7 @@ def read_rows(
         images: see `read_groups`.
         require_scores: see `read_groups`.
         layout: read every row as of this layout, instead of by its keys.
+        weights: how much each rating counts in a score, where rows have ratings; by default as `rated.KNOWN` says.
 
     Raises:
         DataError: as `read_groups`, while iterating.
@@ -143,9 +152,9 @@ def read_rows(
     source = _source(path)
     root, empty = source.folder if images is None else Path(images), True
     shared: dict[bytes, bytes] = {}
-    for number, value in source.values:
+    for number, value in joined(source.values):
         empty = False
-        yield _read(Row(value, number, source.name, root, require_scores, source.columns, shared), layout)
+        yield _read(Row(value, number, source.name, root, require_scores, source.columns, shared, weights), layout)
     if empty:
         raise DataError(f"{path}: the file holds no rows")
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from unidpo.data.formats import tables
 from unidpo.data.formats.dataset_info import columns_of
 from unidpo.data.formats.files import is_parquet, is_same, json_bytes, rows_of
-from unidpo.data.formats.row import ADDRESS, IMAGE_COLUMNS, IMAGE_KEYS
+from unidpo.data.formats.row import ADDRESS, IMAGE_COLUMNS, IMAGE_KEYS, PATH_COLUMN
 from unidpo.data.formats.writing import new_data_file
 from unidpo.errors import DataError, Finding, from_findings, shown
 from unidpo.files.regular import is_regular, open_regular
@@ -82,7 +82,7 @@ def relocate(
     report = RelocateReport(source, target)
     find = _finder(root, target.parent.absolute(), strip)
     names = columns_of(source).names
-    columns = tuple(names.get(name, name) for name in IMAGE_COLUMNS)
+    columns = (*(names.get(name, name) for name in IMAGE_COLUMNS), PATH_COLUMN)
 
     move = functools.partial(move_images, columns=columns, find=find, report=report)
     with new_data_file(target) as file:

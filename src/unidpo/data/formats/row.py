@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,8 @@ _MAX_SCORE = 1e38
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", re.IGNORECASE)
 """How what is no path begins."""
 IMAGE_COLUMNS = ("images", "image")
+PATH_COLUMN = "img_path"
+"""What VLFeedback calls it."""
 IMAGE_KEYS = ("image", "path", "url", "image_url")
 """Where an image part of a message may name its image."""
 PAIR_COLUMNS = ("chosen", "rejected", "score_chosen", "score_rejected", *IMAGE_COLUMNS)
@@ -43,6 +45,7 @@ class Row:
         require_scores: whether a pair without scores is an error.
         columns: how the file names its columns.
         shared: images embedded in the file; equal ones become one object.
+        weights: how much each rating counts in a score, where the user says so.
         values: its columns under the layout's own names, once the layout is known.
         findings: what is wrong with it, or worth knowing.
         images: those it names, with their keys.
@@ -58,6 +61,7 @@ class Row:
     require_scores: bool = False
     columns: ColumnNames = PLAIN
     shared: dict[bytes, bytes] = field(default_factory=dict)
+    weights: Mapping[str, float] | None = None
     values: dict[str, Any] = field(default_factory=dict, init=False)
     findings: list[Finding] = field(default_factory=list, init=False)
     images: list[tuple[str, ImageSource]] = field(default_factory=list, init=False)

@@ -49,6 +49,23 @@ def joined(parts: Iterable[str | ImageMark]) -> Content:
     return tuple(result)
 
 
+def turns_of(text: str, mark: re.Pattern[str], *, first: str = "") -> list[dict[str, str]]:
+    """Messages of a dialogue that stands in one string.
+
+    Args:
+        text: the dialogue.
+        mark: what stands before each turn; its group says whose turn it is.
+        first: whose turn it is before the first mark, where there is a text.
+    """
+    parts = [first, *mark.split(text)]
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [
+        {"role": "assistant" if name == "Assistant" else "user", "content": said.strip()}
+        for i, (name, said) in enumerate(turns)
+        if i or said.strip()
+    ]
+
+
 def spells_mark(messages: Sequence[Message]) -> bool:
     """Whether a text of the prompt says ``<image>`` without meaning one. In a system text it never means one."""
     spoken = [message for message in messages if message.role != "system"]
