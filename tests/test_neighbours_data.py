@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from unidpo.data.formats import convert, read_groups
+from unidpo.config import load_recipe
+from unidpo.data.formats import convert, load_pairs, read_groups
 from unidpo.data.pairs import IMAGE, Message, Response
-from unidpo.errors import DataError
+from unidpo.errors import DataError, UserError
 
 ASK = {"role": "user", "content": "<image>Which animal?"}
 GOOD, BAD = ({"role": "assistant", "content": text} for text in ("A cat.", "A dog."))
@@ -151,6 +152,16 @@ def test_a_data_set_by_its_name(data: Path, path: str, answers: list[str]) -> No
     assert [group.responses[0].text for group in read.groups] == answers
     assert [group.pairs[0].row for group in read.groups] == list(range(1, len(answers) + 1))
     assert {image for group in read.groups for image in group.images} == {Path("data/a.png")}
+
+
+def test_a_recipe_takes_the_name(data: Path) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
+    changes = ["loss={name: dpo}", f"model.name={recipe.parent.parent / 'tests' / 'golden' / 'model'}"]
+    for path in ("one", "data:parts", "data/parts"):
+        [source] = load_recipe(recipe, [*changes, f"data.path={path}"], look=True).data.sources
+        assert load_pairs(source.path)
+    with pytest.raises(UserError, match="there is no such file: 'two'"):
+        load_pairs("two")
 
 
 def test_a_folder_that_declares_one_data_set(data: Path) -> None:

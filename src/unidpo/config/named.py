@@ -9,7 +9,7 @@ from pathlib import Path
 
 from unidpo.config.schema import Recipe
 from unidpo.errors import did_you_mean, shown
-from unidpo.files.places import missing_here
+from unidpo.files.places import DECLARATION, DECLARED_IN, missing_here
 
 TEMPLATES = ("chatml",)
 """Names of chat templates that are no files."""
@@ -76,7 +76,8 @@ def _data(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for index, source in enumerate(recipe.data.sources):
         key = f"data.path[{index}]" if several else "data.path"
         name = source.path if Path(source.path).exists() else re.sub("[:@].*", "", source.path)
-        if problem := missing_here(name, "file"):
+        is_declared = "/" not in name and any(Path(folder, DECLARATION).is_file() for folder in DECLARED_IN)
+        if not is_declared and (problem := missing_here(name, "file")):
             yield f"{key}.path" if several else key, problem
         folders[f"{key}.images"] = source.images
     for key, folder in folders.items():

@@ -7,6 +7,10 @@ from pathlib import Path
 
 from unidpo.errors import did_you_mean, shown
 
+DECLARATION = "dataset_info.json"
+"""LLaMA-Factory's file that gives data sets names."""
+DECLARED_IN = (".", "data")
+"""Where a name alone is looked up; the latter is LLaMA-Factory's own `dataset_dir`."""
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 
 

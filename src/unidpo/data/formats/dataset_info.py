@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from unidpo.data.formats.files import RepeatedKey, loads
 from unidpo.errors import DataError, require_known, shown
+from unidpo.files.places import DECLARATION, DECLARED_IN
 from unidpo.files.regular import read_regular
 
 TAGS: Mapping[str, str] = {
@@ -49,9 +50,6 @@ class ColumnNames:
 
 
 PLAIN = ColumnNames()
-INFO = "dataset_info.json"
-_DATA_DIR = "data"
-"""Where LLaMA-Factory looks for it unless its `dataset_dir` says otherwise."""
 _PLACES = ("file_name", "hf_hub_url", "ms_hub_url", "script_url", "cloud_file_name")
 """What an entry may say about where its data lies. The files of this name that `datasets` writes have none of them."""
 _SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -93,7 +91,7 @@ def declared(path: str | Path) -> Declared | None:
         ranking = [name for name, entry in entries.items() if entry.get("ranking")] or list(entries)
         if len(ranking) > 1:
             problem = f"declares several data sets; give one of them, such as {given}:{ranking[0]}"
-            raise DataError(f"{given / INFO}: {problem} (there are {', '.join(ranking)})")
+            raise DataError(f"{given / DECLARATION}: {problem} (there are {', '.join(ranking)})")
         if ranking:
             return _found(given, ranking[0], entries[ranking[0]])
         about = {name: entry for name, entry in _data_sets(given.parent).items() if _names(entry, given)}
@@ -102,10 +100,10 @@ def declared(path: str | Path) -> Declared | None:
     folder, _, name = str(path).rpartition(":")
     if is_there or re.search(r"[@/\\]", name) or given.suffix in _SUFFIXES:
         return None
-    for place in (folder,) if folder else (".", _DATA_DIR):
+    for place in (folder,) if folder else DECLARED_IN:
         entries = _data_sets(Path(place))
         if folder and entries:
-            require_known(str(Path(place, INFO)), "data set", [name], entries)
+            require_known(str(Path(place, DECLARATION)), "data set", [name], entries)
         if name in entries:
             return _found(Path(place), name, entries[name])
     return None
@@ -119,7 +117,7 @@ def _data_sets(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _found(folder: Path, name: str, entry: dict[str, Any]) -> Declared:
-    where = f"{folder / INFO}, `{name}`"
+    where = f"{folder / DECLARATION}, `{name}`"
     columns = _columns(entry, where)
     if hub := entry.get("hf_hub_url"):
         config, split = (entry.get(key) for key in ("subset", "split"))
@@ -132,7 +130,7 @@ def _found(folder: Path, name: str, entry: dict[str, Any]) -> Declared:
 
 def _files(folder: Path) -> tuple[Path, ...]:
     """The data files of a folder that is one data set, by name."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and file.name != INFO)
+    files = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES and file.name != DECLARATION)
     if not files:
         raise DataError(f"{folder}: the folder holds no data file ({', '.join(_SUFFIXES)})")
     return tuple(files)
@@ -146,7 +144,7 @@ def columns_of(file: Path) -> ColumnNames:
     Raises:
         DataError: the declaration cannot be read, is about unknown columns, or says two things about the file.
     """
-    info, entries = file.parent / INFO, _entries(file.parent)
+    info, entries = file.parent / DECLARATION, _entries(file.parent)
     about = {name: entry for name, entry in entries.items() if _names(entry, file)}
     ranking = {name: entry for name, entry in about.items() if entry.get("ranking")}
     found = {name: _columns(entry, f"{info}, `{name}`") for name, entry in (ranking or about).items()}
@@ -158,7 +156,7 @@ def columns_of(file: Path) -> ColumnNames:
 
 def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     """The entries of the declaration in a folder; none where there is no such file."""
-    info = folder / INFO
+    info = folder / DECLARATION
     try:
         data = loads(read_regular(info).decode("utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
