@@ -16,8 +16,9 @@ from unidpo.cli.consoles import INPUT_WRONG, INTERRUPTED, WORK_FAILED, kept_open
 from unidpo.cli.data import data
 from unidpo.cli.evaluation import evaluation
 from unidpo.cli.planning import plan
+from unidpo.cli.recipes import recipe
 from unidpo.cli.reporting import report
-from unidpo.cli.training import Overrides, RecipeFile, WithOverrides, train
+from unidpo.cli.training import WithOverrides, train
 from unidpo.errors import Interrupted, UserError, printable
 
 app = typer.Typer(
@@ -27,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipe = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(recipe, name="recipe")
 app.command(cls=WithOverrides)(train)
@@ -104,24 +104,3 @@ def demo(
         reason = f"{str(stopped) or 'interrupted'}; {out} keeps what is done, the same command starts over"
         code = stopped.exit_code if isinstance(stopped, Interrupted) else INTERRUPTED
         raise Interrupted(reason, exit_code=code) from None
-
-
-@recipe.command("check", cls=WithOverrides)
-def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Report every problem of a recipe, or of a sweep, and its overrides."""
-    from unidpo.config import is_sweep, load_recipe, load_sweep
-
-    if is_sweep(recipe):
-        names = [run.name for run in load_sweep(recipe, overrides or (), look=True)]
-        typer.echo(printable(f"{recipe}: a valid sweep of {len(names)} runs: {', '.join(names)}"))
-        return
-    resolved = load_recipe(recipe, overrides or (), look=True)
-    typer.echo(printable(f"{recipe}: a valid recipe, {resolved.loss.name} on {resolved.model.name}"))
-
-
-@recipe.command("show", cls=WithOverrides)
-def recipe_show(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Print a recipe with overrides applied and every default filled in."""
-    from unidpo.config import load_recipe
-
-    typer.echo(load_recipe(recipe, overrides or ()).to_yaml(), nl=False)

@@ -1,5 +1,6 @@
 """Recipes: one YAML file per run, with `section.key=value` overrides, validated and resolved. Imports no torch."""
 
+from unidpo.config.converting import Converted, recipe_from_trl_config
 from unidpo.config.loading import load_recipe, recipe_from
 from unidpo.config.schema import (
     DataSection,
@@ -12,6 +13,7 @@ from unidpo.config.schema import (
 from unidpo.config.sweep import SweepRun, is_sweep, load_sweep
 
 __all__ = [
+    "Converted",
     "DataSection",
     "EvalSection",
     "LoraSection",
@@ -23,4 +25,5 @@ __all__ = [
     "load_recipe",
     "load_sweep",
     "recipe_from",
+    "recipe_from_trl_config",
 ]

@@ -11,12 +11,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from unidpo.config.hf_arguments import OWNED_BY_RECIPE
+from unidpo.config.neighbours import NEIGHBOURS
 from unidpo.config.schema import (
     DataSection,
     EvalSection,
     LoraSection,
     MethodSection,
     ModelSection,
+    Recipe,
     Section,
     SourceSection,
     TrainSection,
@@ -46,29 +48,13 @@ _KINDS = {
 }
 _MOST_WORDS = 16
 """Of a list in a message."""
-FOREIGN: Mapping[str, str] = {
-    "lora_rank": "lora.r",
+_ALSO_SAID = {
     "rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "model_name_or_path": "model.name",
-    "torch_dtype": "model.dtype",
-    "attn_implementation": "model.attention",
-    "quantization_bit": "model.quantize",
-    "ref_model": "reference",
-    "dataset": "data.path",
-    "cutoff_len": "data.max_length",
-    "val_size": "data.eval_fraction",
-    "pref_loss": "loss.name",
-    "pref_beta": "loss.beta",
-    "simpo_gamma": "loss.gamma",
     "lr": "train.learning_rate",
     "epochs": "train.num_train_epochs",
     "batch_size": "train.per_device_train_batch_size",
-    "warmup_ratio": "train.warmup_steps",
     "optimizer": "train.optim",
-    "output_dir": "output",
 }
-"""What other trainers call a key of ours."""
 
 
 def findings_of(error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]) -> list[Finding]:
@@ -149,6 +135,8 @@ def _unknown(key: str, model: type[BaseModel], values: Mapping[str, Any]) -> str
         hint = f"; did you mean `{FOREIGN[word].removeprefix(f'{section}.')}`?"
     elif is_recipe and elsewhere and not hint:
         hint = f"; did you mean `{elsewhere[0]}`?"
+    elif is_recipe and (reason := _without_equal(word)):
+        hint = reason
     return f"is not a key{f' of `{section}`' if section else ''}{hint}"
 
 
@@ -156,3 +144,22 @@ def dotted_keys() -> Iterator[str]:
     """Every key of a recipe's sections."""
     for name, section in [*_SECTIONS.items(), *(("loss", loss) for loss in LOSSES.values())]:
         yield from (f"{name}.{key}" for key in section.model_fields)
+
+
+_OURS = {*Recipe.model_fields, *(key.rpartition(".")[2] for key in dotted_keys())} - {"batch_size"}  # it is of `eval`
+FOREIGN: Mapping[str, str] = _ALSO_SAID | {
+    key: row.ours
+    for neighbour in [*NEIGHBOURS.values()][::-1]
+    for key, row in neighbour.rows.items()
+    if row.ours and key not in _OURS and "*" not in key
+}
+"""What other trainers call a key of ours."""
+
+
+def _without_equal(word: str) -> str:
+    """Why a key of another trainer has none here, or an empty string."""
+    for neighbour in NEIGHBOURS.values():
+        row = neighbour.row(word)
+        if row is not None and row.note and not row.ours:
+            return f"; that of {neighbour.name} has no equal here: {row.note}"
+    return ""
