@@ -52,3 +52,18 @@ def own_logging() -> None:
     # Before the test, not after it: a fixture of a whole module may have run the command.
     log.handlers, log.propagate = [], True
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def recipe_command(monkeypatch, capfd):
+    """`unidpo recipe` with some words: its exit code, and what it wrote to both outputs."""
+    from unidpo import cli
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["unidpo", "recipe", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capfd.readouterr()
+        return done.value.code or 0, out, err
+
+    return run

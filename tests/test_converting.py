@@ -1,22 +1,17 @@
 """Other tools' configurations become recipes: every key is accounted for, and what is learned stays the same."""
 
 import json
-from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import yaml
 
 from test_golden import LOSSES, assert_follows
-from unidpo import cli
 from unidpo.config import load_recipe, recipe_from
 from unidpo.config.converting import TITLES, convert
-from unidpo.config.explaining import FOREIGN, dotted_keys
 from unidpo.config.launch_files import read_launch
-from unidpo.config.neighbours import LLAMA_FACTORY, MS_SWIFT, NEIGHBOURS, TRL
+from unidpo.config.neighbours import LLAMA_FACTORY
 from unidpo.errors import RecipeError
 
-ROOT = Path(__file__).parent.parent
 # The authors' launch scripts, by their arguments: variables first, then one command over many lines.
 SCRIPT = """#!/bin/bash
 # {method}, on four GPUs
@@ -70,18 +65,6 @@ def script(tmp_path):
     return write
 
 
-@pytest.fixture
-def command(monkeypatch, capfd):
-    def run(*words):
-        monkeypatch.setattr("sys.argv", ["unidpo", "recipe", *map(str, words)])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        out, err = capfd.readouterr()
-        return done.value.code or 0, out, err
-
-    return run
-
-
 def by_key(made):
     return {line.key: line for line in made.lines}
 
@@ -92,10 +75,10 @@ def of_kind(made, kind):
 
 class TestTheAuthorsScripts:
     @pytest.mark.parametrize("name", METHODS)
-    def test_become_the_recipes_of_their_settings(self, command, script, golden, tmp_path, name):
+    def test_become_the_recipes_of_their_settings(self, recipe_command, script, golden, tmp_path, name):
         to = tmp_path / "recipe.yaml"
         given = ["gradient_accumulation_steps=32", "output_dir=runs/x", f"dataset_dir={golden / 'data'}"]
-        code, _, said = command("from-llamafactory", script(name), *given, "--to", to)
+        code, _, said = recipe_command("from-llamafactory", script(name), *given, "--to", to)
         assert code == 0
         assert said.splitlines()[-1] == f"then: unidpo train {to} --nproc 4"
         made, ours = load_recipe(to), load_recipe(f"recipes/qwen2_vl_2b/{name}.yaml")
@@ -111,9 +94,11 @@ class TestTheAuthorsScripts:
         assert made.data.path == str(golden / "data" / "golden48.json")
         assert "without an equal" not in said
 
-    def test_are_read_and_not_run_and_what_they_compute_is_left_open(self, command, script, tmp_path, monkeypatch):
+    def test_are_read_and_not_run_and_what_they_compute_is_left_open(
+        self, recipe_command, script, tmp_path, monkeypatch
+    ):
         monkeypatch.chdir(tmp_path)
-        code, out, said = command("from-llamafactory", script("uni_dpo"), "--to", "recipe.yaml")
+        code, out, said = recipe_command("from-llamafactory", script("uni_dpo"), "--to", "recipe.yaml")
         assert (code, out) == (0, "")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yaml", "uni_dpo.sh"]
         assert "output_dir: $FOLDER → output: ???" in said
@@ -180,6 +165,12 @@ CONFIGURATIONS = {
     ),
     "qlora": (LORA, {"quantization_bit": 4, "quantization_method": "bnb"}, {"model.quantize": "nf4"}, set()),
     "gptq": (LORA, {"quantization_bit": 2}, {}, {"quantization_bit"}),
+    "smoothing and averages where there are none": (
+        BASE,
+        {"pref_ftx": 1.0, "dpo_label_smoothing": 0.1, "dpo_average_log_prob": True},
+        {"loss.name": "mpo", "loss.w_g": 1.0},
+        {"dpo_label_smoothing", "dpo_average_log_prob"},
+    ),
     "dpo with an SFT term": (
         BASE,
         {"pref_loss": "sigmoid", "pref_ftx": 0.5},
@@ -354,56 +345,3 @@ class TestLlamaFactory:
     def test_no_secret_is_shown(self):
         made = convert(LLAMA_FACTORY, BASE | {"hf_hub_token": "abc123", "swanlab_api_key": "abc123"})
         assert "abc123" not in made.report() + made.to_yaml()
-
-
-class TestTables:
-    @pytest.mark.parametrize(
-        ("neighbour", "file"),
-        [(LLAMA_FACTORY, "llamafactory.txt"), (MS_SWIFT, "swift.txt")],
-        ids=["LLaMA-Factory", "ms-swift"],
-    )
-    def test_hold_every_argument(self, neighbour, file):
-        """The files hold the names that LLaMA-Factory 0.9.5 and ms-swift 4.6 list in their documentation."""
-        keys = (ROOT / "tests" / "neighbours" / file).read_text("utf-8").split()
-        assert len(keys) > 200
-        assert [key for key in keys if neighbour.row(key) is None] == []
-
-    def test_hold_every_argument_of_trl(self):
-        from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments
-
-        keys = {
-            field.name
-            for kind in (DPOConfig, ModelConfig, ScriptArguments, DatasetMixtureConfig)
-            for field in fields(kind)
-        }
-        assert len(keys) > 150
-        assert {key for key in keys if TRL.row(key) is None} == set()
-
-    @pytest.mark.parametrize("neighbour", NEIGHBOURS.values(), ids=lambda neighbour: neighbour.name)
-    def test_lead_to_keys_of_ours_or_say_why_not(self, neighbour):
-        ours = {*dotted_keys(), "output", "reference", "lora"}
-        for key, row in neighbour.rows.items():
-            assert not row.ours or row.ours in ours, key
-            assert row.ours or row.note or row.take, key
-        assert neighbour.defaults.keys() <= neighbour.rows.keys()
-
-    def test_are_what_errors_suggest(self, command):
-        own = {key.rpartition(".")[2] for key in dotted_keys()} | {
-            "output",
-            "model",
-            "data",
-            "loss",
-            "lora",
-            "reference",
-        }
-        for neighbour in NEIGHBOURS.values():
-            missed = [
-                key for key, row in neighbour.rows.items()
-                if row.ours and "*" not in key and key not in own and key not in FOREIGN
-            ]  # fmt: skip
-            assert missed == []
-        code, _, said = command("check", "recipes/tiny.yaml", "cutoff_len=1", "freeze_vit=true", "plot_loss=true")
-        assert code == 2
-        assert "`cutoff_len`: is not a key; did you mean `data.max_length`?" in said
-        assert "`freeze_vit`: is not a key; did you mean `model.freeze`?" in said
-        assert "`plot_loss`: is not a key; that of LLaMA-Factory has no equal here: metrics.jsonl" in said

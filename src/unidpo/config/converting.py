@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -106,7 +107,9 @@ def convert(
         processes: how many it is started with, where that is known.
         find_data: the file or hub name of a data set that is named in a ``dataset_info.json``, by name and folder.
     """
-    values = {key: value for key, value in values.items() if key not in neighbour.defaults or value is not None}
+    left_out = {key for key in neighbour.defaults.keys() & values.keys() if values[key] is None}
+    left_out = {key for key in left_out if not neighbour.rows[key].null}
+    values = {key: value for key, value in values.items() if key not in left_out}
     given = Given({**neighbour.defaults, **values}, processes, find_data)
     lines = [_line(neighbour, key, value, given) for key, value in values.items()]
     for key, value in neighbour.defaults.items():
@@ -142,7 +145,8 @@ def recipe_from_trl_config(config: Any, *, model: str, data: str, peft_config: A
 def _changed(config: Any) -> dict[str, Any]:
     """What an object of `TrainingArguments` says beyond the defaults of its class."""
     plain = {"bf16": config.bf16, "fp16": config.fp16, "use_cpu": config.use_cpu}
-    usual = type(config)(output_dir=config.output_dir, **plain).to_dict()
+    with warnings.catch_warnings(action="ignore"):  # of defaults that nobody here chose
+        usual = type(config)(output_dir=config.output_dir, **plain).to_dict()
     said = {key: value for key, value in config.to_dict().items() if value != usual.get(key)}
     return {"output_dir": config.output_dir, "bf16": bool(config.bf16), "fp16": bool(config.fp16)} | said
 
@@ -232,7 +236,8 @@ def _said(lines: list[Line], values: Mapping[str, Any]) -> list[Line]:
     """The lines that a reader needs: all keys that were given, and defaults that are not ours."""
     bare = recipe_from({"output": "o", "model": {"name": "m"}, "data": {"path": "p"}}).resolved()
     loss = LOSSES.get(str(_dotted(lines).get("loss.name")), LOSSES["uni_dpo"])
-    ours = _flat(bare) | {f"loss.{key}": field.default for key, field in loss.model_fields.items()}
+    knobs = {f"loss.{key}": field.default for key, field in loss.model_fields.items()}
+    ours = _flat(bare) | knobs | {"loss.name": "uni_dpo"}
     return [
         line
         for line in lines

@@ -46,7 +46,9 @@ def read_launch(path: Path, neighbour: Neighbour, overrides: Sequence[str] = ())
         RecipeError: it cannot be read, or no line of the script starts the tool.
     """
     if path.suffix.lower() in _YAML:
-        found = Launch(_flattened(read_yaml(path, what="configuration")))
+        values = _flattened(read_yaml(path, what="configuration"))
+        counts = [values[name] for name in ("NPROC_PER_NODE", "num_processes") if isinstance(values.get(name), int)]
+        found = Launch(values, counts[0] if counts else None)
     else:
         found = _read_script(path, neighbour)
     given = dict(found.values)
@@ -148,7 +150,7 @@ def _processes(words: Collection[str], environment: Mapping[str, str]) -> int | 
     counted = next(
         (options[name] for name in _COUNTS if name in options), _value(environment.get("NPROC_PER_NODE", ""))
     )
-    if isinstance(options.get("include"), str):
+    if isinstance(options.get("include"), str) and "$" not in options["include"]:
         counted = sum(len(host.partition(":")[2].split(",")) for host in options["include"].split("@"))
     return counted * nodes if isinstance(counted, int) and isinstance(nodes, int) and counted > 0 else None
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from unidpo.config.hf_arguments import OWNED_BY_RECIPE, TABLE, WITHOUT_EFFECT
-from unidpo.config.neighbours.table import Given, NotNeeded, Row, Taken, by, missing, not_needed, same, several
+from unidpo.config.neighbours.table import Given, NoEqual, NotNeeded, Row, Taken, by, missing, not_needed, same, several
 
 _FILES = {"zero0": None, "zero1": None, "zero2": "recipes/launch/zero2.json", "zero3": "recipes/launch/zero3.json"}
+CUT = "a response is cut on the right, a prompt never; a prompt that is too long is named"
+"""How `data.max_length` differs from their limits."""
 _GONE = "transformers has dropped it"
 
 
@@ -21,6 +23,24 @@ def accumulation(value: Any, given: Given) -> Taken:
         return Taken({"train.gradient_accumulation_steps": value}, note)
     note = f"{at_once} × {value} × {given.processes} processes, and as many pairs with any number of them"
     return Taken({"train.global_batch_pairs": at_once * value * given.processes}, note)
+
+
+def quantization(value: Any, method: str, kind: str) -> Taken | NoEqual | NotNeeded:
+    """Bits that weights are held in, by a method and in a kind of numbers."""
+    if value is None:
+        return NotNeeded("is off, as it is here")
+    if value not in (4, 8) or method != "bnb" or kind != "nf4":
+        return NoEqual("`model.quantize` knows nf4 and int8, by bitsandbytes; nf4 is the nearest")
+    return Taken({"model.quantize": {4: "nf4", 8: "int8"}[value]})
+
+
+def held_out(value: Any, given: Given) -> Any:
+    """The share that is held out for evaluation."""
+    if not value:
+        return NotNeeded("is off, as it is here")
+    if isinstance(value, int | float) and value < 1:
+        return Taken({"data.eval_fraction": float(value)}, "of the prompts, not of the rows: none is on both sides")
+    return NoEqual("is a number of rows; give the share of the prompts, `data.eval_fraction`")
 
 
 def _dtype(value: Any, given: Given) -> Taken:

@@ -17,6 +17,7 @@ from unidpo.config.neighbours.table import (
     by,
     missing,
     not_needed,
+    only_with,
     same,
     several,
 )
@@ -48,7 +49,7 @@ def _loss(value: Any, given: Given) -> Any:
         return NoEqual(
             f"the loss `{value}` is not here; {_NEAREST_LOSS.get(value, '`dpo` is the nearest')}", "loss.name"
         )
-    mixed = value == "sigmoid" and (given.get("pref_ftx") or given.get("pref_bco_weight"))
+    mixed = _is_mixed(given)
     return Taken({"loss.name": "mpo" if mixed else LOSSES[value]}, "with its NLL and BCO terms" if mixed else "")
 
 
@@ -67,7 +68,19 @@ def _beta(value: Any, given: Given) -> Taken:
     return Taken({"loss.tau" if given.get("pref_loss") == "ipo" else "loss.beta": value})
 
 
+def _is_mixed(given: Given) -> bool:
+    return given.get("pref_loss") == "sigmoid" and bool(given.get("pref_ftx") or given.get("pref_bco_weight"))
+
+
+def _smoothing(value: Any, given: Given) -> Any:
+    if value and _is_mixed(given):
+        return NoEqual("`mpo` has none")
+    return float(value)
+
+
 def _average(value: Any, given: Given) -> Any:
+    if _is_mixed(given):
+        return NoEqual("`mpo` takes sums over tokens") if value else NotNeeded("as here")
     if given.get("pref_loss") == "sigmoid":
         return value
     if value or given.get("pref_loss") != "uni_dpo":
@@ -92,16 +105,7 @@ def _method(value: Any, given: Given) -> Any:
     return NoEqual(reason, leaves_open="lora")
 
 
-def _lora(ours: str) -> Row:
-    def take(value: Any, given: Given) -> Any:
-        return value if given.get("finetuning_type") == "lora" else NotNeeded("is for `finetuning_type: lora`")
-
-    return same(ours, take=take)
-
-
 def _target(value: Any, given: Given) -> Any:
-    if given.get("finetuning_type") != "lora":
-        return NotNeeded("is for `finetuning_type: lora`")
     if value == "all":
         if given.get("freeze_vision_tower") is False:
             return Taken({"lora.target_modules": "all-linear"}, "vision tower and projector included")
@@ -110,16 +114,8 @@ def _target(value: Any, given: Given) -> Any:
 
 
 def _quantization(value: Any, given: Given) -> Any:
-    if value is None:
-        return NotNeeded("is off, as it is here")
-    kind = {4: "nf4", 8: "int8"}.get(value)
-    if (
-        kind is None
-        or given.get("quantization_type", "nf4") != "nf4"
-        or given.get("quantization_method", "bnb") != "bnb"
-    ):
-        return NoEqual("`model.quantize` knows nf4 and int8, by bitsandbytes; nf4 is the nearest")
-    return Taken({"model.quantize": kind})
+    method, kind = given.get("quantization_method", "bnb"), given.get("quantization_type", "nf4")
+    return hugging_face.quantization(value, method, kind)
 
 
 def _data(value: Any, given: Given) -> Any:
@@ -144,10 +140,10 @@ def _template(value: Any, given: Given) -> Taken:
     )
 
 
-def _val_size(value: Any, given: Given) -> Any:
-    if isinstance(value, int | float) and 0 <= value < 1:
-        return Taken({"data.eval_fraction": float(value)}, "of the prompts, not of the rows: none is on both sides")
-    return NoEqual("a number of rows is not known here; give the share of the prompts, `data.eval_fraction`")
+def _mix(value: Any, given: Given) -> Any:
+    if value == "concat":
+        return NotNeeded("all rows of all data sets, as here")
+    return NoEqual("list the data sets as `{path, weight}`: how often each row is met in an epoch")
 
 
 def _most_rows(value: Any, given: Given) -> Any:
@@ -174,7 +170,7 @@ def _optimizer(name: str) -> Row:
     return missing(f"`train.optim: {name}` is the nearest")
 
 
-_READING = "is not needed: texts are tokenized once before training"
+_READING = "texts are tokenized once before training"
 ROWS: Mapping[str, Row] = {
     **hugging_face.ROWS,
     "stage": by(_stage, "loss.name"),
@@ -183,7 +179,7 @@ ROWS: Mapping[str, Row] = {
     "pref_ftx": by(_mixed, "loss.w_g"),
     "pref_bco_weight": by(_mixed, "loss.w_q"),
     "simpo_gamma": same("loss.gamma"),
-    "dpo_label_smoothing": same("loss.label_smoothing", take=lambda value, given: float(value)),
+    "dpo_label_smoothing": same("loss.label_smoothing", take=_smoothing),
     "dpo_average_log_prob": same("loss.length_normalized", take=_average),
     "uni_dpo_qual_eta": same("loss.quality_eta"),
     "uni_dpo_tau_ref": same("loss.tau_ref"),
@@ -197,12 +193,12 @@ ROWS: Mapping[str, Row] = {
     "kto_*": missing("is for KTO, which is not here"),
     **several("ppo_* reward_model*", not_needed("is for PPO")),
     "finetuning_type": by(_method, "lora"),
-    "lora_rank": _lora("lora.r"),
-    "lora_alpha": _lora("lora.alpha"),
-    "lora_dropout": _lora("lora.dropout"),
-    "lora_target": same("lora.target_modules", take=_target),
-    "use_rslora": _lora("lora.rslora"),
-    "use_dora": _lora("lora.dora"),
+    "lora_rank": only_with("finetuning_type", "lora", "lora.r"),
+    "lora_alpha": only_with("finetuning_type", "lora", "lora.alpha"),
+    "lora_dropout": only_with("finetuning_type", "lora", "lora.dropout"),
+    "lora_target": only_with("finetuning_type", "lora", "lora.target_modules", _target),
+    "use_rslora": only_with("finetuning_type", "lora", "lora.rslora"),
+    "use_dora": only_with("finetuning_type", "lora", "lora.dora"),
     "loraplus_lr_ratio": missing("both matrices of an adapter have one learning rate"),
     "loraplus_lr_embedding": not_needed("goes with `loraplus_lr_ratio`"),
     "pissa_init": missing("an adapter begins at zero"),
@@ -269,9 +265,7 @@ ROWS: Mapping[str, Row] = {
     "eval_dataset": missing("hold out prompts by `data.eval_fraction`, or take benchmarks: `eval.benchmarks`"),
     "eval_on_each_dataset": not_needed("goes with `eval_dataset`"),
     "template": same("data.template", take=_template),
-    "cutoff_len": same(
-        "data.max_length", "a response is cut on the right, a prompt never; a prompt that is too long is named"
-    ),
+    "cutoff_len": same("data.max_length", hugging_face.CUT),
     "image_max_pixels": same("data.max_pixels"),
     "image_min_pixels": by(
         lambda value, given: (
@@ -292,7 +286,7 @@ ROWS: Mapping[str, Row] = {
         )
     ),
     "interleave_probs": missing("a `weight` is for each row: the probability × all rows / rows of that data set"),
-    "val_size": by(_val_size, "data.eval_fraction"),
+    "val_size": by(hugging_face.held_out, "data.eval_fraction"),
     "max_samples": by(_most_rows),
     "disable_shuffling": by(lambda value, given: Taken({"data.shuffle": not value}), "data.shuffle"),
     "packing": not_needed("is always on here: packs hold no padding"),
@@ -326,7 +320,7 @@ ROWS: Mapping[str, Row] = {
     **several("ray_* master_addr master_port", not_needed("the launcher sets it")),
     **several("enable_torch_profiler profiler_* profile_modules", not_needed("there is no profile of a run")),
     "early_stopping_steps": missing("`train.load_best_model_at_end` finishes with the best evaluation instead"),
-    "plot_loss": not_needed("metrics.jsonl of the run folder holds the curve"),
+    "plot_loss": not_needed("`unidpo report` draws the curve"),
     **several(
         "include_effective_tokens_per_second include_tokens_per_second",
         not_needed("the rate is shown, and the ledger counts tokens"),

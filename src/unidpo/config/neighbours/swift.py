@@ -16,6 +16,7 @@ from unidpo.config.neighbours.table import (
     by,
     missing,
     not_needed,
+    only_with,
     same,
     several,
 )
@@ -25,7 +26,7 @@ _NEAREST = {"orpo": "`simpo`, without a reference", "cpo": "`simpo`, without a r
 
 def _method(value: Any, given: Given) -> Any:
     if value == "simpo":
-        return Taken({"loss.name": "simpo"}, "without the NLL term of `cpo_alpha`, 1 there unless it says 0")
+        return Taken({"loss.name": "simpo"}, "without an NLL term" if given.get("cpo_alpha", 1.0) else "")
     if value == "dpo":
         return NotNeeded("is what `unidpo train` does; `loss_type` says which loss")
     reason = f"`rlhf_type: {value}` is not here; the nearest is {_NEAREST.get(value, '`dpo`')}"
@@ -44,8 +45,14 @@ def _loss(value: Any, given: Given) -> Any:
 
 def _alpha(value: Any, given: Given) -> Any:
     if given.get("rlhf_type") != "dpo" or trl.losses_of(given.get("loss_type")) != ["sigmoid"]:
-        return NotNeeded("is off") if value is None else NoEqual("is here a part of `mpo` alone, DPO with an NLL term")
+        return NoEqual("is here a part of `mpo` alone, DPO with an NLL term")
     return Taken({"loss.w_g": float(value)}, "the mean over the tokens of each response, not of a batch")
+
+
+def _smoothing(value: Any, given: Given) -> Any:
+    if value and given.get("rpo_alpha") is not None:
+        return NoEqual("`mpo` has none")
+    return float(value)
 
 
 def _beta(value: Any, given: Given) -> Any:
@@ -68,16 +75,7 @@ def _tuner(value: Any, given: Given) -> Any:
     return NoEqual(f"`{value}` is not here; `lora` is the nearest that trains few weights", leaves_open="lora")
 
 
-def _lora(ours: str) -> Row:
-    def take(value: Any, given: Given) -> Any:
-        return value if given.get("tuner_type") == "lora" else NotNeeded("is for `tuner_type: lora`")
-
-    return same(ours, take=take)
-
-
 def _targets(value: Any, given: Given) -> Any:
-    if given.get("tuner_type") != "lora":
-        return NotNeeded("is for `tuner_type: lora`")
     names = [value] if isinstance(value, str) else list(value)
     if names != ["all-linear"]:
         return names
@@ -99,12 +97,8 @@ def _dtype(value: Any, given: Given) -> Any:
 
 
 def _quantize(value: Any, given: Given) -> Any:
-    if value is None:
-        return NotNeeded("is off, as it is here")
-    kind = {4: "nf4", 8: "int8"}.get(value)
-    if kind is None or given.get("quant_method", "bnb") != "bnb" or given.get("bnb_4bit_quant_type", "nf4") != "nf4":
-        return NoEqual("`model.quantize` knows nf4 and int8, by bitsandbytes; nf4 is the nearest")
-    return Taken({"model.quantize": kind})
+    method, kind = given.get("quant_method", "bnb"), given.get("bnb_4bit_quant_type", "nf4")
+    return hugging_face.quantization(value, method, kind)
 
 
 def _data(value: Any, given: Given) -> Any:
@@ -119,14 +113,8 @@ def _data(value: Any, given: Given) -> Any:
 
 
 def _length(value: Any, given: Given) -> Taken:
-    note = "a response is cut on the right, a prompt never; a prompt that is too long is named"
+    note = hugging_face.CUT
     return Taken({"data.max_length": value or 1_000_000}, note if value else "there it is the model's own limit")
-
-
-def _fraction(value: Any, given: Given) -> Any:
-    return Taken(
-        {"data.eval_fraction": float(value)}, "of the prompts, not of the rows: none is on both sides" if value else ""
-    )
 
 
 def _truncation(value: Any, given: Given) -> Any:
@@ -149,13 +137,14 @@ def _shuffle(value: Any, given: Given) -> Taken:
     return Taken({"data.shuffle": bool(both)})
 
 
-_READING = "is not needed: texts are tokenized once before training"
+_READING = "texts are tokenized once before training"
 ROWS: Mapping[str, Row] = {
     **trl.ROWS,
     "rlhf_type": by(_method, "loss.name"),
     "loss_type": by(_loss, "loss.name"),
     "rpo_alpha": by(_alpha, "loss.w_g"),
-    "beta": by(_beta, "loss.beta"),
+    "beta": by(_beta, "loss.beta", null=True),
+    "label_smoothing": same("loss.label_smoothing", take=_smoothing),
     "simpo_gamma": same("loss.gamma"),
     "cpo_alpha": by(
         lambda value, given: (
@@ -189,8 +178,8 @@ ROWS: Mapping[str, Row] = {
         ),
         "data.template",
     ),
-    "torch_dtype": by(_dtype, "model.dtype"),
-    "dtype": by(_dtype, "model.dtype"),
+    "torch_dtype": by(_dtype, "model.dtype", null=True),
+    "dtype": by(_dtype, "model.dtype", null=True),
     "attn_impl": same("model.attention", take=trl.attention),
     "device_map": not_needed("each process has one GPU"),
     **several(
@@ -203,9 +192,13 @@ ROWS: Mapping[str, Row] = {
     "init_strategy": missing("save the model with those weights, and name it as `model.name`"),
     "new_special_tokens": missing("extend tokenizer and embeddings beforehand, and save them as a model"),
     **several("tuner_type train_type sft_type", by(_tuner, "lora")),
-    "lora_rank": _lora("lora.r"),
-    "target_modules": same("lora.target_modules", take=_targets),
-    "target_regex": _lora("lora.target_modules"),
+    "lora_rank": only_with("tuner_type", "lora", "lora.r"),
+    "lora_alpha": only_with("tuner_type", "lora", "lora.alpha"),
+    "lora_dropout": only_with("tuner_type", "lora", "lora.dropout"),
+    "use_rslora": only_with("tuner_type", "lora", "lora.rslora"),
+    "use_dora": only_with("tuner_type", "lora", "lora.dora"),
+    "target_modules": only_with("tuner_type", "lora", "lora.target_modules", _targets),
+    "target_regex": only_with("tuner_type", "lora", "lora.target_modules"),
     **several("modules_to_save target_parameters trainable_parameters*", missing("an adapter is trained alone")),
     **several("lora_bias lora_dtype", not_needed("biases are not trained, and an adapter is kept in float32")),
     "lorap_lr_ratio": missing("both matrices of an adapter have one learning rate"),
@@ -234,7 +227,7 @@ ROWS: Mapping[str, Row] = {
     "val_dataset": missing("hold out prompts by `data.eval_fraction`, or take benchmarks: `eval.benchmarks`"),
     **several("cached_dataset cached_val_dataset", missing("name the data set itself: `data.path`")),
     "custom_dataset_info": missing("name the data set itself: `data.path`"),
-    "split_dataset_ratio": by(_fraction, "data.eval_fraction"),
+    "split_dataset_ratio": by(hugging_face.held_out, "data.eval_fraction"),
     "data_seed": not_needed("`train.seed` is the source of every random choice"),
     "dataset_shuffle": by(_shuffle, "data.shuffle"),
     "train_dataloader_shuffle": by(_shuffle, "data.shuffle"),
@@ -249,8 +242,8 @@ ROWS: Mapping[str, Row] = {
         not_needed("is always on here: packs hold no padding, and logits are those of responses"),
     ),
     "system": missing("write it into the rows, as `system`"),
-    "max_length": same("data.max_length", take=_length),
-    "truncation_strategy": by(_truncation, "data.on_bad_row"),
+    "max_length": same("data.max_length", take=_length, null=True),
+    "truncation_strategy": by(_truncation, "data.on_bad_row", null=True),
     **several("max_pixels MAX_PIXELS", same("data.max_pixels")),
     "agent_template": missing("write calls of tools into the texts"),
     "response_prefix": missing("write it into the responses"),
@@ -260,8 +253,8 @@ ROWS: Mapping[str, Row] = {
         "disable_ignore_empty_think",
         not_needed("the model's own template decides"),
     ),
-    "learning_rate": same("train.learning_rate", take=_rate),
-    "gradient_accumulation_steps": by(_accumulation, "train.gradient_accumulation_steps"),
+    "learning_rate": same("train.learning_rate", take=_rate, null=True),
+    "gradient_accumulation_steps": by(_accumulation, "train.gradient_accumulation_steps", null=True),
     "vit_gradient_checkpointing": not_needed("a frozen vision tower keeps nothing; memory alone depends on it"),
     "max_epochs": not_needed("goes with streaming"),
     "optimizer": by(
@@ -296,6 +289,15 @@ ROWS: Mapping[str, Row] = {
     ),
     "experts_impl": not_needed("is another way to the same numbers"),
     "use_swift_lora": not_needed("adapters are peft's"),
+    "IMAGE_MAX_TOKEN_NUM": missing(
+        "`data.max_pixels` is in pixels: tokens × 32 × 32 for Qwen3-VL, × 28 × 28 before it"
+    ),
+    "MIN_PIXELS": missing("is 1,024 here and cannot be set"),
+    **several("VIDEO_* FPS* NFRAMES", not_needed("there are no videos in the data")),
+    **several(
+        "CUDA_VISIBLE_DEVICES NPROC_PER_NODE NNODES NODE_RANK MASTER_* PYTORCH_* OMP_* NCCL_* HF_* MODELSCOPE_*",
+        not_needed("is of the environment: set it as before"),
+    ),
     "swanlab_*": not_needed("set SwanLab's own environment variables"),
 }
 

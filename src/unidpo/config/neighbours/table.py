@@ -67,15 +67,19 @@ class Row:
         note: what differs, or why there is no equal and what to do.
         needed: without an equal, whether the run differs.
         take: the outcome for a value, or its value here, where it is not the same value.
+        null: whether null is a value that says something, and not the same as leaving the key out.
     """
 
     ours: str = ""
     note: str = ""
     needed: bool = True
     take: Callable[[Any, Given], Any] | None = None
+    null: bool = False
 
     def outcome(self, value: Any, given: Given) -> Outcome:
         """What becomes of the key with this value."""
+        if value is None and not self.null:
+            return NotNeeded("is null: as if it were left out")
         taken = self.take(value, given) if self.take is not None else value
         if isinstance(taken, Taken | NoEqual | NotNeeded):
             return taken
@@ -111,9 +115,9 @@ class Neighbour:
         return next((row for name, row in self.rows.items() if "*" in name and fnmatchcase(key, name)), None)
 
 
-def same(ours: str, note: str = "", take: Callable[[Any, Given], Any] | None = None) -> Row:
+def same(ours: str, note: str = "", take: Callable[[Any, Given], Any] | None = None, *, null: bool = False) -> Row:
     """A key with an equal of ours; the note says what differs."""
-    return Row(ours, note, take=take)
+    return Row(ours, note, take=take, null=null)
 
 
 def missing(note: str) -> Row:
@@ -126,11 +130,24 @@ def not_needed(note: str) -> Row:
     return Row(note=note, needed=False)
 
 
-def by(take: Callable[[Any, Given], Any], ours: str = "") -> Row:
+def by(take: Callable[[Any, Given], Any], ours: str = "", *, null: bool = False) -> Row:
     """A key whose value decides; `ours` is what an error suggests for it."""
-    return Row(ours, take=take)
+    return Row(ours, take=take, null=null)
 
 
 def several(keys: str, row: Row) -> dict[str, Row]:
     """The same row for keys that stand in one text."""
     return dict.fromkeys(keys.split(), row)
+
+
+def only_with(
+    key: str, word: Any, ours: str, take: Callable[[Any, Given], Any] | None = None, *, null: bool = False
+) -> Row:
+    """A key that counts only where another one has this value."""
+
+    def taken(value: Any, given: Given) -> Any:
+        if given.get(key) != word:
+            return NotNeeded(f"goes with `{key}: {str(word).lower()}`")
+        return value if take is None else take(value, given)
+
+    return Row(ours, take=taken, null=null)

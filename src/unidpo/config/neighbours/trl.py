@@ -16,6 +16,7 @@ from unidpo.config.neighbours.table import (
     by,
     missing,
     not_needed,
+    only_with,
     same,
     several,
 )
@@ -68,15 +69,14 @@ def smoothing(value: Any, given: Given) -> Any:
 
 
 def _max_length(value: Any, given: Given) -> Taken:
-    note = "a response is cut on the right, a prompt never; a prompt that is too long is named"
+    note = hugging_face.CUT
     return Taken({"data.max_length": value}, note) if value else Taken({"data.max_length": _NO_LIMIT}, "no limit there")
 
 
-def _lora(ours: str) -> Row:
-    def take(value: Any, given: Given) -> Any:
-        return value if given.get("use_peft") else NotNeeded("goes with `use_peft`")
-
-    return same(ours, take=take)
+def _targets(value: Any, given: Given) -> Any:
+    if value is None:
+        return Taken({"lora.target_modules": ["q_proj", "v_proj"]}, "peft's own choice for most models")
+    return value if value == "all-linear" or not isinstance(value, str) else [value]
 
 
 def _use_peft(value: Any, given: Given) -> Taken:
@@ -114,16 +114,10 @@ def attention(value: Any, given: Given) -> Taken:
     return Taken({"model.attention": "auto"}, "the fastest kernel that agrees with plain attention; `flash` demands it")
 
 
-def _split(value: Any, given: Given) -> Any:
-    if isinstance(value, float) and 0 < value < 1:
-        return Taken({"data.eval_fraction": value}, "of the prompts, not of the rows: none is on both sides")
-    return NotNeeded("is off, as it is here") if not value else NoEqual("give the share, `data.eval_fraction`")
-
-
 ROWS: Mapping[str, Row] = {
     **hugging_face.ROWS,
     "loss_type": by(loss_of, "loss.name"),
-    "loss_weights": by(lambda value, given: NotNeeded("goes with `loss_type`, which see")),
+    "loss_weights": by(lambda value, given: NotNeeded("goes with `loss_type`")),
     "beta": by(beta, "loss.beta"),
     "label_smoothing": same("loss.label_smoothing", take=smoothing),
     "ld_alpha": missing("LD-DPO is not here; `loss.length_normalized: true` is the nearest against long responses"),
@@ -147,7 +141,7 @@ ROWS: Mapping[str, Row] = {
     "router_aux_loss_coef": missing("the loss of the router is not added"),
     "dataset_num_proc": not_needed("texts are tokenized once before training"),
     "activation_offloading": not_needed("the numbers are the same; `train.gradient_checkpointing` saves memory"),
-    "max_length": same("data.max_length", take=_max_length),
+    "max_length": same("data.max_length", take=_max_length, null=True),
     "max_prompt_length": missing("a prompt is never cut"),
     "max_completion_length": missing("`data.max_length` counts prompt and response together"),
     "truncation_mode": by(
@@ -161,12 +155,12 @@ ROWS: Mapping[str, Row] = {
     "torch_dtype": not_needed("trained weights are kept in float32; `bf16` says what is computed in"),
     "attn_implementation": same("model.attention", take=attention),
     "use_peft": by(_use_peft, "lora"),
-    "lora_r": _lora("lora.r"),
-    "lora_alpha": _lora("lora.alpha"),
-    "lora_dropout": _lora("lora.dropout"),
-    "lora_target_modules": _lora("lora.target_modules"),
-    "use_rslora": _lora("lora.rslora"),
-    "use_dora": _lora("lora.dora"),
+    "lora_r": only_with("use_peft", True, "lora.r"),
+    "lora_alpha": only_with("use_peft", True, "lora.alpha"),
+    "lora_dropout": only_with("use_peft", True, "lora.dropout"),
+    "lora_target_modules": only_with("use_peft", True, "lora.target_modules", _targets, null=True),
+    "use_rslora": only_with("use_peft", True, "lora.rslora"),
+    "use_dora": only_with("use_peft", True, "lora.dora"),
     "lora_task_type": not_needed("it is causal language modelling"),
     **several("lora_modules_to_save lora_target_parameters", missing("an adapter is trained alone")),
     "load_in_4bit": _quantize("nf4"),
@@ -182,9 +176,12 @@ ROWS: Mapping[str, Row] = {
         by(lambda value, given: NotNeeded("stands behind the name: `name:config@split`")),
     ),
     "dataset_test_split": missing("hold out prompts by `data.eval_fraction`"),
-    "test_split_size": by(_split, "data.eval_fraction"),
+    "test_split_size": by(hugging_face.held_out, "data.eval_fraction"),
     **several("dataset_streaming streaming", not_needed("images are read as they come, and rows are few")),
     "ignore_bias_buffers": not_needed("buffers are not sent around"),
+    **several(
+        "num_processes accelerate_config env config", not_needed("is of the launcher: several processes are `--nproc`")
+    ),
     "generate_during_eval": missing("take benchmarks: `eval.benchmarks`"),
     "force_use_ref_model": not_needed("an adapter's reference is the model below it"),
     "model_adapter_name": not_needed("there is one adapter"),
@@ -203,6 +200,8 @@ TRL = Neighbour(
         "loss_type": ["sigmoid"],
         "beta": 0.1,
         "max_length": 1024,
+        "lora_dropout": 0.05,
+        "lora_target_modules": None,
     },
     ("dpo",),
     {"model.freeze": ([], "every weight is trained there, the vision tower's too")},
