@@ -68,11 +68,27 @@ def serve():
             pid = os.fork()
             if pid == 0:
                 os.environ.update(asked["env"])
+                if "FSDP_ON_A_CPU" in asked["env"]:
+                    _shard_on_a_cpu()
                 if asked["ranks"] > 1:
                     os.environ.update(unidpo.run.launch.environment(rank, asked["ranks"], port))
                 _become_the_command(asked["arguments"], f"{asked['log']}.{rank}")
             pids.append(pid)
         _answer(pids)
+
+
+def _shard_on_a_cpu():
+    """accelerate shards on accelerators alone, and on a CPU takes DDP in its place without a word; torch can, by gloo."""
+    from accelerate.state import AcceleratorState, DistributedType
+
+    begin = AcceleratorState.__init__
+
+    def begin_and_shard(self, *args, fsdp_plugin=None, **options):
+        begin(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = begin_and_shard
 
 
 def _answer(value):
