@@ -78,7 +78,7 @@ def serve():
 
 
 def _shard_on_a_cpu():
-    """accelerate shards on accelerators alone, and on a CPU takes DDP in its place without a word; torch can, by gloo."""
+    """accelerate shards on accelerators alone, and takes DDP on a CPU without a word; torch can, by gloo."""
     from accelerate.state import AcceleratorState, DistributedType
 
     begin = AcceleratorState.__init__

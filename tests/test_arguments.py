@@ -170,7 +170,7 @@ def test_a_recipe_has_workers_by_default_on_a_gpu_alone(tmp_path, monkeypatch, g
         given.update(values)
         return TrainingArguments(**values | {"use_cpu": True})
 
-    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("unidpo.run.training_arguments.accelerator", lambda: torch.device("cuda") if gpu else None)
     monkeypatch.setattr("unidpo.run.training_arguments.TrainingArguments", arguments)
     monkeypatch.setattr("unidpo.run.training_arguments.default_workers", lambda: 3)
     sections = {"model": {"name": "any"}, "data": {"path": "any"}, "loss": {"name": "dpo"}, "train": train}
