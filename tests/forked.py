@@ -85,8 +85,9 @@ def _shard_on_a_cpu():
 
     def begin_and_shard(self, *args, fsdp_plugin=None, **options):
         begin(self, *args, fsdp_plugin=fsdp_plugin, **options)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        # Made anew without the plugin, it would forget again.
+        if plugin := fsdp_plugin or vars(self).get("fsdp_plugin"):
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
 
     AcceleratorState.__init__ = begin_and_shard
 

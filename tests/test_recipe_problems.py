@@ -326,7 +326,7 @@ class TestNames:
     def test_foreign_names_lead_to_keys_of_ours(self):
         from unidpo.config.explaining import FOREIGN, dotted_keys
 
-        assert set(FOREIGN.values()) <= {*dotted_keys(), "output", "reference"}
+        assert set(FOREIGN.values()) <= {*dotted_keys(), "lora", "output", "reference"}
         ours = {key.rpartition(".")[2] for key in dotted_keys()} - {"batch_size"}  # of `eval`, not of `train`
         assert not FOREIGN.keys() & ours
 

@@ -358,6 +358,7 @@ def test_gradient_checkpointing_changes_no_step(make, options):
     def train(**more):
         peft = {"peft_config": lora()} if "peft" in options else options
         trainer = make(model=load_policy(GOLDEN / "model"), max_steps=2, reference="live", **peft, **more)
+        trainer._apply_setup()  # packs are tried with gradients, too
         passes = []
         layer = trainer.policy.plain.model.language_model.layers[1]
         layer.self_attn.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
