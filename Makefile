@@ -34,7 +34,7 @@ demo: $(INSTALLED) ## the whole story on handwritten digits, 1 minute
 	$(BIN)/unidpo demo
 
 # One thread per worker: two that fight over the same cores take longer than one.
-test: $(INSTALLED) ## all tests, 6 minutes on 2 cores
+test: $(INSTALLED) ## all tests, 8 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # As on a CPU without AVX-512, for torch and oneDNN; 4-bit weights are tried with and without it in every run.
