@@ -171,13 +171,16 @@ def test_a_training_is_compiled_but_for_its_benchmark_and_leaves_the_model_as_it
         hooks=Hooks(benchmark=benchmark),
         eval_strategy="steps",
         eval_steps=1,
-        max_steps=1,
+        max_steps=2,
     )
     names = list(trainer.model.state_dict())
+    step, steps = trainer.training_step, []
+    trainer.training_step = lambda *given: steps.append(trainer.policy.compiled) or step(*given)
     measure = trainer.held_out_metrics
     trainer.held_out_metrics = lambda steps: seen.update({"held out": trainer.policy.compiled}) or measure(steps)
     trainer.train()
     assert seen == {"held out": True, "benchmark": False}
+    assert steps == [True, True]
     assert not trainer.policy.compiled
     assert list(trainer.model.state_dict()) == names
     assert not [module for module in trainer.model.modules() if "forward" in vars(module)]

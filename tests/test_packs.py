@@ -152,6 +152,14 @@ def _rows(args, kwargs):
     return len(states)
 
 
+def test_segments_lie_one_after_another_and_fill_the_pack():
+    _, _, encoder = tiny_policy()
+    packed = pack([encoder.encode(group(seed=number)) for number in range(3)])
+    ends = [segment.stop for segment in packed.segments]
+    assert [segment.start for segment in packed.segments] == [0, *ends[:-1]]
+    assert ends[-1] == len(packed.input_ids)
+
+
 def test_positions_of_every_response_go_on_from_its_prompt():
     _, _, encoder = tiny_policy()
     encoded = encoder.encode(group(images=1, responses=(2, 3)))
