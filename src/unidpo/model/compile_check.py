@@ -50,14 +50,14 @@ def choose_compiled(
         return False
     problem = obstacle or _problem(policy, to_device(batch, device), compute_dtype)
     problem = next(filter(None, gather([problem])), None)
-    policy.set_compiled(problem is None)
     if problem is None:
-        _LOG.info("the layers are compiled")
-    elif compile == "layers":
+        _LOG.info("the layers are compiled")  # by the try itself
+        return True
+    policy.set_compiled(False)
+    if compile == "layers":
         raise ModelError(f"train.compile=layers: the layers cannot be compiled here ({problem}); set train.compile=off")
-    else:
-        _LOG.warning("the layers are not compiled, which is slower (%s); train.compile=off does not try", problem)
-    return problem is None
+    _LOG.warning("the layers are not compiled, which is slower (%s); train.compile=off does not try", problem)
+    return False
 
 
 def _problem(policy: Policy, batch: Pack | PaddedRows, compute_dtype: torch.dtype) -> str | None:

@@ -99,13 +99,8 @@ def _said(value: Any) -> str:
 def overview(run: Run, name: str, pairs: Pairs) -> Overview:
     """The head of one run."""
     seconds, about = _seconds(run)
-    stages = _stages(run, seconds)
-    training = sum(
-        taken
-        for start in run.starts
-        for stage, taken in start.get("seconds", {}).items()
-        if _stage(stage) == "training"
-    )
+    by_stage = _seconds_by_stage(run)
+    training = by_stage.get("training", 0.0)
     return Overview(
         run=run,
         name=name,
@@ -121,7 +116,7 @@ def overview(run: Run, name: str, pairs: Pairs) -> Overview:
         ),
         tiles=_tiles(run, pairs, seconds, about=about, training=training),
         facts=_facts(run, pairs, training),
-        stages=[(key, clock(taken), taken / seconds) for key, taken in stages.items()],
+        stages=[(key, clock(taken), taken / seconds) for key, taken in _shown_stages(by_stage, seconds).items()],
         commands=[shlex.join(["unidpo", *map(redacted, start.get("command", ["", "?"])[1:])]) for start in run.starts],
         recipe=OmegaConf.to_yaml(OmegaConf.create(dict(run.config))),
         compared=_compared(pairs),
@@ -221,16 +216,22 @@ def _seconds(run: Run) -> tuple[float, bool]:
     return total, about
 
 
-def _stages(run: Run, seconds: float) -> dict[str, float]:
-    """Seconds by what they went into; nothing where no file says it."""
+def _seconds_by_stage(run: Run) -> dict[str, float]:
+    """Seconds of all starts by what they went into; nothing where no file says it."""
     found: dict[str, float] = {}
     for start in run.starts:
         for stage, taken in start.get("seconds", {}).items():
             key = _stage(stage)
             found[key] = found.get(key, 0.0) + taken
-    if not found or seconds <= 0:
+    return found
+
+
+def _shown_stages(by_stage: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """The stages with what of the whole time is none of them, without those that took next to nothing."""
+    if not by_stage or seconds <= 0:
         return {}
-    found["other"] = found.pop("other", 0.0) + max(seconds - sum(found.values()), 0.0)
+    found = dict(by_stage)
+    found["other"] = found.pop("other", 0.0) + max(seconds - sum(by_stage.values()), 0.0)
     return {key: taken for key, taken in found.items() if taken >= 0.005 * seconds}
 
 

@@ -207,7 +207,8 @@ class PreferenceTrainer(StepTrainer):
     def _apply_setup(self) -> None:
         """Switch the model to the attention and the layers of `setup`, which is made where it is not yet."""
         self.policy.set_attention(self.setup.attention)
-        self.policy.set_compiled(self.setup.compiled)
+        if self.policy.compiled != self.setup.compiled:  # else each evaluation would wrap the layers anew
+            self.policy.set_compiled(self.setup.compiled)
         if not checkpoints_are_reentrant(self.args):
             # With checkpointing transformers has every embedding ask for a gradient, that of image patches included,
             # and a frozen vision tower would be computed again and gone through backward. Only reentrant checkpoints
